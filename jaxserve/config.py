@@ -1,0 +1,92 @@
+"""Every setting of jaxserve, declared once.
+
+Three frozen dataclasses, split by who reads them. A field's metadata carries its help text; the command line makes the
+flag from the field's name (`max_batch_size` -> `--max-batch-size`) and the environment variable too (`MAX_BATCH_SIZE`).
+Flags keep TGI's names and meaning where TGI has the flag. Nothing writes to a config after it is made.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxserve.errors import StartupError
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] = (), metavar: str = "") -> Any:
+    """A dataclass field that the command line can make a flag from."""
+    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """Which model, and how its weights are read."""
+
+    model_id: str | None = option(None, "Hub id, local folder or .gguf file. Default: the demo model, SmolLM2-135M-Instruct.", metavar="ID")
+    revision: str | None = option(None, "Branch, tag or commit of a hub id.")
+    dtype: str = option(
+        "auto", "Dtype of weights and activations; auto: float32 on CPU, the checkpoint's on a GPU.", ("auto", "float32", "float16", "bfloat16")
+    )
+    load_format: str = option("auto", "dummy: random weights of the model's shape, for benchmarks.", ("auto", "dummy"))
+    tokenizer_config_path: str | None = option(None, "A tokenizer_config.json whose chat template replaces the model's.", metavar="PATH")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How the engine runs: devices, memory, scheduling."""
+
+    mesh: str = option("1x1", "Data x tensor parallel, e.g. 1x4. The engine replicas are the first number.", metavar="DxT")
+    page_size: int = option(16, "Tokens a KV page.")
+    cuda_memory_fraction: float = option(0.9, "Share of a GPU's memory that jaxserve may use.")
+    cpu_kv_cache_gib: float = option(2.0, "Memory for the KV cache when serving on the CPU, in GiB.")
+    max_batch_size: int | None = option(None, "Most requests that run at once. Default: 32 on CPU, 256 on a GPU.")
+    max_batch_prefill_tokens: int | None = option(None, "Most tokens a step computes. Default: 512 on CPU, 8192 on a GPU.")
+    max_input_tokens: int | None = option(None, "Most prompt tokens of a request. Default: max-total-tokens - 1.")
+    max_total_tokens: int | None = option(None, "Most prompt plus output tokens of a request. Default: what the model and the cache hold.")
+    max_decode_gap_ms: float | None = option(None, "Longest gap a running stream should see while prompts are computed.", metavar="MS")
+    max_concurrent_requests: int = option(1024, "Accepted requests, running and waiting; above it the answer is 429.")
+    prefix_caching: bool = option(True, "Share the KV pages of equal prompt prefixes.")
+    sync: bool = option(False, "Collect every step at once instead of one step later; same tokens, slower.")
+    compilation_cache_dir: str | None = option(None, "Folder of compiled programs. Default: ~/.cache/jaxserve/xla.", metavar="DIR")
+
+    @property
+    def data_size(self) -> int:
+        """Engine replicas."""
+        return parse_mesh(self.mesh)[0]
+
+    @property
+    def tensor_size(self) -> int:
+        """Devices a replica."""
+        return parse_mesh(self.mesh)[1]
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """What the HTTP front end listens on, accepts and promises."""
+
+    hostname: str = option("0.0.0.0", "Address to listen on.")
+    port: int = option(3000, "Port to listen on.")
+    http_workers: int = option(1, "HTTP processes sharing the port.")
+    served_model_name: str | None = option(None, "Model name in answers. Default: the model id.", metavar="NAME")
+    api_key: str | None = option(None, "Clients must send it as a bearer token.", metavar="KEY")
+    cors_allow_origin: tuple[str, ...] = option((), "Allowed browser origin; may be repeated. Default: any.", metavar="ORIGIN")
+    payload_limit: int = option(2_000_000, "Most bytes of a request body.", metavar="BYTES")
+    max_best_of: int = option(2, "Most `best_of` of a request.")
+    max_stop_sequences: int = option(16, "Most stop strings of a request.")
+    max_top_n_tokens: int = option(20, "Most `top_n_tokens` and `top_logprobs` of a request.")
+    max_client_batch_size: int = option(32, "Most prompts of one /v1/completions request.")
+    graceful_termination_timeout: int = option(90, "Seconds that running requests may take after SIGTERM.", metavar="SECONDS")
+    json_output: bool = option(False, "Log in JSON lines.")
+
+
+def parse_mesh(text: str) -> tuple[int, int]:
+    """Read "DxT".
+
+    Returns:
+        (data, tensor), both at least 1.
+
+    Raises:
+        StartupError: for anything else.
+    """
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(p.isascii() and p.isdigit() and int(p) >= 1 for p in parts):
+        raise StartupError(f"--mesh must be DxT with two positive numbers, e.g. 1x4. Given: {text}")
+    return int(parts[0]), int(parts[1])

@@ -1,0 +1,11 @@
+"""Set up before any test imports jax: 8 fake CPU devices, strict promotion, warnings are errors (pyproject.toml)."""
+
+import os
+
+# Collectives of 8 fake devices meet in one thread pool; with as many threads as cores (2) they wait for each other until XLA aborts.
+os.environ["NPROC"] = "32"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["HF_HUB_OFFLINE"] = "1"
