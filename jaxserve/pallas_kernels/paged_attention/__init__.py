@@ -1,0 +1,3 @@
+"""Attention over a paged KV cache: api, reference, one file an implementation."""
+
+from jaxserve.pallas_kernels.paged_attention.api import paged_attention as paged_attention

@@ -1,0 +1,38 @@
+"""Attention over a paged KV cache, whatever the device."""
+
+import jax
+
+from jaxserve.pallas_kernels.layer_kv import LayerKV
+from jaxserve.pallas_kernels.metadata import AttentionMetadata
+from jaxserve.pallas_kernels.paged_attention.reference import paged_attention_reference
+
+
+def paged_attention(
+    q: jax.Array, kv: LayerKV, metadata: AttentionMetadata, *, scale: float, window: int | None, soft_cap: float | None
+) -> jax.Array:
+    """Causal attention of a step's tokens over their rows' pages, this step's own K and V (already written) included.
+
+    Args:
+        q: [T, H, D]; query head h reads KV head h // (H // KH).
+        kv: the layer's pages.
+        metadata: of the layer's KV group.
+        scale: scores are multiplied by it (before the soft cap).
+        window: a token sees only the `window` latest positions, its own included; None: all.
+        soft_cap: scores become soft_cap * tanh(scores / soft_cap); None: as they are.
+
+    Returns:
+        [T, H, D] in q's dtype; finite but meaningless for padding tokens.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads = kv[0].shape[2]
+    if kv[0].shape[3] != head_dim or num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} query heads of {head_dim} do not go with {num_kv_heads} KV heads of {kv[0].shape[3]}")
+    num_rows = metadata.page_table.shape[0]
+    if metadata.kv_lens.shape != (num_rows,) or metadata.query_starts.shape != (num_rows + 1,):
+        raise ValueError(f"{num_rows} page tables, kv_lens {metadata.kv_lens.shape}, query_starts {metadata.query_starts.shape}")
+    if metadata.decode_only and num_tokens != num_rows:
+        raise ValueError(f"decode_only, but {num_tokens} tokens of {num_rows} rows")
+    return paged_attention_reference(q, kv, metadata, scale=scale, window=window, soft_cap=soft_cap)

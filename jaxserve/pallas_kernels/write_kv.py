@@ -1,0 +1,16 @@
+"""Writing a step's keys and values to their pages."""
+
+import jax
+
+from jaxserve.pallas_kernels.layer_kv import LayerKV
+from jaxserve.pallas_kernels.metadata import AttentionMetadata
+
+
+def write_kv(kv: LayerKV, k: jax.Array, v: jax.Array, metadata: AttentionMetadata) -> LayerKV:
+    """Store K and V [T, KH, D] of a step's tokens; in place where the arrays are donated. Padding tokens are dropped."""
+    keys, values = kv
+    place = metadata.write_pages, metadata.write_offsets
+    return (
+        keys.at[place].set(k.astype(keys.dtype), mode="drop", unique_indices=True),
+        values.at[place].set(v.astype(values.dtype), mode="drop", unique_indices=True),
+    )
