@@ -5,15 +5,18 @@ flag from the field's name (`max_batch_size` -> `--max-batch-size`) and the envi
 Flags keep TGI's names and meaning where TGI has the flag. Nothing writes to a config after it is made.
 """
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from jaxserve.errors import StartupError
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] = (), metavar: str = "") -> Any:
-    """A dataclass field that the command line can make a flag from."""
-    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
+def option(
+    default: Any, help: str, choices: tuple[str, ...] = (), metavar: str = "", low: float | None = None, high: float | None = None
+) -> Any:
+    """A dataclass field that the command line can make a flag from; `low` and `high` are inclusive bounds, see `check`."""
+    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar, "low": low, "high": high})
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +26,9 @@ class ModelOptions:
     model_id: str | None = option(None, "Hub id, local folder or .gguf file. Default: the demo model, SmolLM2-135M-Instruct.", metavar="ID")
     revision: str | None = option(None, "Branch, tag or commit of a hub id.")
     dtype: str = option(
-        "auto", "Dtype of weights and activations; auto: float32 on CPU, the checkpoint's on a GPU.", ("auto", "float32", "float16", "bfloat16")
+        "auto",
+        "Dtype of weights and activations; auto: float32 on CPU, the checkpoint's on a GPU.",
+        ("auto", "float32", "float16", "bfloat16"),
     )
     load_format: str = option("auto", "dummy: random weights of the model's shape, for benchmarks.", ("auto", "dummy"))
     tokenizer_config_path: str | None = option(None, "A tokenizer_config.json whose chat template replaces the model's.", metavar="PATH")
@@ -34,15 +39,19 @@ class EngineOptions:
     """How the engine runs: devices, memory, scheduling."""
 
     mesh: str = option("1x1", "Data x tensor parallel, e.g. 1x4. The engine replicas are the first number.", metavar="DxT")
-    page_size: int = option(16, "Tokens a KV page.")
-    cuda_memory_fraction: float = option(0.9, "Share of a GPU's memory that jaxserve may use.")
-    cpu_kv_cache_gib: float = option(2.0, "Memory for the KV cache when serving on the CPU, in GiB.")
-    max_batch_size: int | None = option(None, "Most requests that run at once. Default: 32 on CPU, 256 on a GPU.")
-    max_batch_prefill_tokens: int | None = option(None, "Most tokens a step computes. Default: 512 on CPU, 8192 on a GPU.")
-    max_input_tokens: int | None = option(None, "Most prompt tokens of a request. Default: max-total-tokens - 1.")
-    max_total_tokens: int | None = option(None, "Most prompt plus output tokens of a request. Default: what the model and the cache hold.")
-    max_decode_gap_ms: float | None = option(None, "Longest gap a running stream should see while prompts are computed.", metavar="MS")
-    max_concurrent_requests: int = option(1024, "Accepted requests, running and waiting; above it the answer is 429.")
+    page_size: int = option(16, "Tokens a KV page.", low=1)
+    cuda_memory_fraction: float = option(0.9, "Share of a GPU's memory that jaxserve may use.", low=0.01, high=1.0)
+    cpu_kv_cache_gib: float = option(2.0, "Memory for the KV cache when serving on the CPU, in GiB.", low=0.001)
+    max_batch_size: int | None = option(None, "Most requests that run at once. Default: 32 on CPU, 256 on a GPU.", low=1)
+    max_batch_prefill_tokens: int | None = option(None, "Most tokens a step computes. Default: 512 on CPU, 8192 on a GPU.", low=1)
+    max_input_tokens: int | None = option(None, "Most prompt tokens of a request. Default: max-total-tokens - 1.", low=1)
+    max_total_tokens: int | None = option(
+        None, "Most prompt plus output tokens of a request. Default: what the model and the cache hold.", low=2
+    )
+    max_decode_gap_ms: float | None = option(
+        None, "Longest gap a running stream should see while prompts are computed.", metavar="MS", low=0.1
+    )
+    max_concurrent_requests: int = option(1024, "Accepted requests, running and waiting; above it the answer is 429.", low=1)
     prefix_caching: bool = option(True, "Share the KV pages of equal prompt prefixes.")
     sync: bool = option(False, "Collect every step at once instead of one step later; same tokens, slower.")
     compilation_cache_dir: str | None = option(None, "Folder of compiled programs. Default: ~/.cache/jaxserve/xla.", metavar="DIR")
@@ -63,17 +72,17 @@ class ServerOptions:
     """What the HTTP front end listens on, accepts and promises."""
 
     hostname: str = option("0.0.0.0", "Address to listen on.")
-    port: int = option(3000, "Port to listen on.")
-    http_workers: int = option(1, "HTTP processes sharing the port.")
+    port: int = option(3000, "Port to listen on.", low=0, high=65535)
+    http_workers: int = option(1, "HTTP processes sharing the port.", low=1)
     served_model_name: str | None = option(None, "Model name in answers. Default: the model id.", metavar="NAME")
     api_key: str | None = option(None, "Clients must send it as a bearer token.", metavar="KEY")
     cors_allow_origin: tuple[str, ...] = option((), "Allowed browser origin; may be repeated. Default: any.", metavar="ORIGIN")
-    payload_limit: int = option(2_000_000, "Most bytes of a request body.", metavar="BYTES")
-    max_best_of: int = option(2, "Most `best_of` of a request.")
-    max_stop_sequences: int = option(16, "Most stop strings of a request.")
-    max_top_n_tokens: int = option(20, "Most `top_n_tokens` and `top_logprobs` of a request.")
-    max_client_batch_size: int = option(32, "Most prompts of one /v1/completions request.")
-    graceful_termination_timeout: int = option(90, "Seconds that running requests may take after SIGTERM.", metavar="SECONDS")
+    payload_limit: int = option(2_000_000, "Most bytes of a request body.", metavar="BYTES", low=1)
+    max_best_of: int = option(2, "Most `best_of` of a request.", low=1)
+    max_stop_sequences: int = option(16, "Most stop strings of a request.", low=0)
+    max_top_n_tokens: int = option(20, "Most `top_n_tokens` and `top_logprobs` of a request.", low=0)
+    max_client_batch_size: int = option(32, "Most prompts of one /v1/completions request.", low=1)
+    graceful_termination_timeout: int = option(90, "Seconds that running requests may take after SIGTERM.", metavar="SECONDS", low=0)
     json_output: bool = option(False, "Log in JSON lines.")
 
 
@@ -90,3 +99,25 @@ def parse_mesh(text: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(p.isascii() and p.isdigit() and int(p) >= 1 for p in parts):
         raise StartupError(f"--mesh must be DxT with two positive numbers, e.g. 1x4. Given: {text}")
     return int(parts[0]), int(parts[1])
+
+
+def check(options: Any) -> None:
+    """Hold every field of an options dataclass against the choices and bounds it was declared with.
+
+    Raises:
+        StartupError: naming the flag of the first field that is out of them.
+    """
+    for declared in fields(options):
+        value, meta = getattr(options, declared.name), declared.metadata
+        flag = "--" + declared.name.replace("_", "-")
+        if value is None or not meta:
+            continue
+        if meta["choices"] and value not in meta["choices"]:
+            raise StartupError(f"{flag} must be one of {', '.join(meta['choices'])}. Given: {value}")
+        low, high = meta["low"], meta["high"]
+        if (low is not None or high is not None) and not math.isfinite(value):
+            raise StartupError(f"{flag} must be a finite number. Given: {value}")
+        if low is not None and value < low:
+            raise StartupError(f"{flag} must be at least {low:g}. Given: {value:g}")
+        if high is not None and value > high:
+            raise StartupError(f"{flag} must be at most {high:g}. Given: {value:g}")
