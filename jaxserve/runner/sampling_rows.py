@@ -1,0 +1,180 @@
+"""What the sampler is told about each row of a step: packed on the host into int32 columns, unpacked inside the jit."""
+
+import secrets
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve.request import SamplingParams
+
+NUM_SAMPLING_COLUMNS = 13
+_SLOT, _FLAGS, _POSITION, _SEED_LOW, _SEED_HIGH, _TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _TYPICAL_P, _REPETITION, _PRESENCE, _FREQUENCY = (
+    range(NUM_SAMPLING_COLUMNS)
+)
+_SAMPLES, _BANS, _LOGPROBS, _BIAS, _PENALTIES = (1 << bit for bit in range(5))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SamplingRows:
+    """The rows of a step, on the device. Neutral values turn an option off; a row that does not sample has only neutral values.
+
+    Attributes:
+        slots: int32 [R].
+        samples: bool [R], the row's logits are sampled.
+        bans: bool [R], the slot's banned tokens are forbidden (fewer than min_tokens so far).
+        wants_logprobs: bool [R].
+        has_bias: bool [R], the slot's logit bias counts.
+        has_penalties: bool [R], the slot's token counts count.
+        positions: int32 [R], position of the token that is sampled.
+        seed_low, seed_high: uint32 [R].
+        temperature: float32 [R], 0 is greedy.
+        top_k: int32 [R], 0 is off.
+        top_p, min_p, typical_p: float32 [R]; 1, 0, 1 are off.
+        repetition_penalty, presence_penalty, frequency_penalty: float32 [R]; 1, 0, 0 are off.
+    """
+
+    slots: jax.Array
+    samples: jax.Array
+    bans: jax.Array
+    wants_logprobs: jax.Array
+    has_bias: jax.Array
+    has_penalties: jax.Array
+    positions: jax.Array
+    seed_low: jax.Array
+    seed_high: jax.Array
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    typical_p: jax.Array
+    repetition_penalty: jax.Array
+    presence_penalty: jax.Array
+    frequency_penalty: jax.Array
+
+
+def unpack_rows(columns: jax.Array) -> SamplingRows:
+    """Read the columns that `RowPacker.pack` wrote.
+
+    Args:
+        columns: int32 [R, NUM_SAMPLING_COLUMNS].
+    """
+
+    def flag(bit: int) -> jax.Array:
+        return (columns[:, _FLAGS] & jnp.int32(bit)) != jnp.int32(0)
+
+    def floats(column: int) -> jax.Array:
+        return jax.lax.bitcast_convert_type(columns[:, column], jnp.float32)
+
+    def words(column: int) -> jax.Array:
+        return jax.lax.bitcast_convert_type(columns[:, column], jnp.uint32)
+
+    return SamplingRows(
+        slots=columns[:, _SLOT],
+        samples=flag(_SAMPLES),
+        bans=flag(_BANS),
+        wants_logprobs=flag(_LOGPROBS),
+        has_bias=flag(_BIAS),
+        has_penalties=flag(_PENALTIES),
+        positions=columns[:, _POSITION],
+        seed_low=words(_SEED_LOW),
+        seed_high=words(_SEED_HIGH),
+        temperature=floats(_TEMPERATURE),
+        top_k=columns[:, _TOP_K],
+        top_p=floats(_TOP_P),
+        min_p=floats(_MIN_P),
+        typical_p=floats(_TYPICAL_P),
+        repetition_penalty=floats(_REPETITION),
+        presence_penalty=floats(_PRESENCE),
+        frequency_penalty=floats(_FREQUENCY),
+    )
+
+
+def sample_seed(seed: int | None, index: int) -> int:
+    """64-bit seed of one of a request's n samples.
+
+    Args:
+        seed: the request's; None draws one.
+        index: which sample; 0 takes the request's own seed, the others a hash of both (SplitMix64, Steele et al. 2014).
+    """
+    if seed is None:
+        return secrets.randbits(64)
+    if index == 0:
+        return seed % 2**64
+    mixed = (seed + index * 0x9E3779B97F4A7C15) % 2**64
+    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
+    return mixed ^ (mixed >> 31)
+
+
+class RowPacker:
+    """Host side of `SamplingRows`: what never changes is written once, when a sample enters its slot; a step copies it by slot.
+
+    Args:
+        num_slots: slots are below it.
+    """
+
+    def __init__(self, num_slots: int):
+        self._columns = np.zeros((num_slots, NUM_SAMPLING_COLUMNS), np.int32)
+        self._min_tokens = np.zeros(num_slots, np.int32)
+        neutral = np.zeros(NUM_SAMPLING_COLUMNS, np.int32)
+        neutral[[_TOP_P, _TYPICAL_P, _REPETITION]] = np.ones(3, np.float32).view(np.int32)
+        self._neutral = neutral
+
+    def enter(self, slot: int, params: SamplingParams, index: int = 0) -> None:
+        """A sample takes a slot.
+
+        Args:
+            slot: the slot.
+            params: of its request, validated.
+            index: which of the request's n samples.
+        """
+        row = self._neutral.copy()
+        floats = row.view(np.float32)
+        row[_SLOT] = slot
+        flags = _SAMPLES
+        if params.logprobs is not None:
+            flags |= _LOGPROBS
+        if params.logit_bias:
+            flags |= _BIAS
+        if params.penalized:
+            flags |= _PENALTIES
+            floats[[_REPETITION, _PRESENCE, _FREQUENCY]] = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+        row[_FLAGS] = flags
+        if not params.greedy:
+            seed = sample_seed(params.seed, index)
+            row[[_SEED_LOW, _SEED_HIGH]] = np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32).view(np.int32)
+            floats[[_TEMPERATURE, _TOP_P, _MIN_P, _TYPICAL_P]] = params.temperature, params.top_p, params.min_p, params.typical_p
+            row[_TOP_K] = params.top_k
+        self._columns[slot] = row
+        self._min_tokens[slot] = params.min_tokens
+
+    def pack(
+        self, slots: np.ndarray, positions: np.ndarray, num_output_tokens: np.ndarray, samples: np.ndarray, num_rows: int
+    ) -> np.ndarray:
+        """The columns of a step.
+
+        Args:
+            slots: int [n], slot of each row; n <= num_rows.
+            positions: int [n], position of the token that each row samples: its start plus its number of tokens.
+            num_output_tokens: int [n], output tokens before that one.
+            samples: bool [n], whether the row's logits are sampled.
+            num_rows: rows of the bucket; those after n are padding.
+
+        Returns:
+            int32 [num_rows, NUM_SAMPLING_COLUMNS].
+        """
+        count = len(slots)
+        columns = np.empty((num_rows, NUM_SAMPLING_COLUMNS), np.int32)
+        columns[count:] = self._neutral
+        taken = columns[:count]
+        np.take(self._columns, slots, axis=0, out=taken)
+        taken[:, _POSITION] = positions
+        taken[:, _FLAGS] |= np.where(num_output_tokens < self._min_tokens[slots], _BANS, 0).astype(np.int32)
+        idle = ~samples
+        if idle.any():
+            taken[idle] = self._neutral
+            taken[idle, _SLOT] = slots[idle]
+        return columns
