@@ -1,0 +1,86 @@
+"""What one step computes, and what it yields."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxserve.scheduler.sample import Sample
+
+# Token ids of a decode row whose token is not on the host yet: the device has it, at the sample's slot.
+IN_FLIGHT = (-1,)
+
+
+@dataclass(slots=True)
+class ScheduledRow:
+    """One sample's share of a step.
+
+    Attributes:
+        sample: whose; its page tables are those of this step until the next `Scheduler.schedule`.
+        start: position of the first token, = num_computed_tokens before the step.
+        num_tokens: how many tokens are computed.
+        token_ids: those tokens; -1 for one that the step in flight samples (it is on the device, at the slot).
+        samples: the last token's logits are sampled: the row catches up with all its sample's tokens.
+        new_slot: the sample enters its slot with this step, for the first time or after preemption.
+        num_output_tokens: output tokens before the one that this row samples, also those still in flight.
+    """
+
+    sample: Sample
+    start: int
+    num_tokens: int
+    token_ids: Sequence[int]
+    samples: bool
+    new_slot: bool
+    num_output_tokens: int
+
+
+@dataclass(slots=True)
+class ScheduledBatch:
+    """One step.
+
+    Attributes:
+        rows: rows of one token first (decodes), then prefill chunks; at most one a sample.
+        page_copies: (KV group, source page, target page), to be done before the step and after the steps before it.
+        num_tokens: sum over rows.
+    """
+
+    rows: list[ScheduledRow]
+    page_copies: list[tuple[int, int, int]] = field(default_factory=list)
+    num_tokens: int = 0
+
+    @property
+    def constrained(self) -> bool:
+        """Whether a row's token must obey a grammar, so that its mask is needed before it is sampled."""
+        return any(row.sample.constrained for row in self.rows)
+
+
+@dataclass(slots=True)
+class StepLogprobs:
+    """Log probabilities (nats) of a step; rows as in StepResult, N the most tokens that may be asked for.
+
+    Attributes:
+        raw, processed: float32 [R, 1+K], of the chosen tokens.
+        top_ids: int32 [R, 1+K, N], most likely first.
+        top_raw, top_processed: float32 [R, 1+K, N].
+    """
+
+    raw: np.ndarray
+    processed: np.ndarray
+    top_ids: np.ndarray
+    top_raw: np.ndarray
+    top_processed: np.ndarray
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step sampled, as collected from the device. Rows beyond those of the batch are padding.
+
+    Attributes:
+        token_ids: int32 [R, 1+K].
+        counts: int32 [R], how many of them are valid; at least 1 where the row samples.
+        logprobs: None where no row asked.
+    """
+
+    token_ids: np.ndarray
+    counts: np.ndarray
+    logprobs: StepLogprobs | None = None
