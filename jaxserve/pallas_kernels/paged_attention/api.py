@@ -27,7 +27,7 @@ def paged_attention(
         ValueError: shapes that do not fit together.
     """
     num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads = kv[0].shape[2]
+    num_kv_heads = kv[0].shape[1]
     if kv[0].shape[3] != head_dim or num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads of {head_dim} do not go with {num_kv_heads} KV heads of {kv[0].shape[3]}")
     num_rows = metadata.page_table.shape[0]

@@ -13,8 +13,8 @@ def paged_attention_reference(
     """Attention of each token over its row's pages; materialises every score. Shapes as in `paged_attention`."""
     num_tokens, num_heads, head_dim = q.shape
     num_rows, num_pages = metadata.page_table.shape
-    page_size, num_kv_heads = kv[0].shape[1:3]
-    keys, values = (pages[metadata.page_table].astype(jnp.float32) for pages in kv)  # [R, P, page_size, KH, D]
+    num_kv_heads, page_size = kv[0].shape[1:3]
+    keys, values = (pages[metadata.page_table].astype(jnp.float32).swapaxes(2, 3) for pages in kv)  # [R, P, page_size, KH, D]
     keys, values = (x.reshape(num_rows, num_pages * page_size, num_kv_heads, head_dim) for x in (keys, values))
 
     token = jnp.arange(num_tokens, dtype=jnp.int32)
