@@ -1,0 +1,83 @@
+"""`jaxserve` and `jaxserve serve`: read the flags, hand them to the launcher."""
+
+import os
+from collections.abc import Sequence
+
+from jaxserve.cli import COMMANDS
+from jaxserve.cli.flags import Parser, add_flags, parse, read_flags
+from jaxserve.cli.tgi import add_tgi_flags, apply_tgi_flags
+from jaxserve.config import EngineOptions, ModelOptions, ServerOptions, parse_mesh
+from jaxserve.environment import describe_environment, versions
+from jaxserve.errors import StartupError
+
+DESCRIPTION = """\
+Serve a language model over HTTP, with OpenAI's and TGI's APIs. Without --model-id: the demo model.
+
+Every flag has an environment variable, its name in upper case: --max-batch-size is MAX_BATCH_SIZE. A flag goes before its variable.
+HOSTNAME counts only where it is an IP address, because shells and containers set it to the machine's name.
+"""
+
+
+def read_options(arguments: Sequence[str], environment: dict[str, str]) -> tuple[ModelOptions, EngineOptions, ServerOptions]:
+    """Options from flags and environment.
+
+    Args:
+        arguments: after the command's name.
+        environment: of this process; --huggingface-hub-cache changes it.
+
+    Raises:
+        SystemExit: 0 after --help, --version and --env; 2 after a line on stderr for anything wrong.
+    """
+    parser = _parser()
+    parsed = parse(parser, arguments)
+    if hasattr(parsed, "env"):
+        print("\n".join(f"{name}: {value}" for name, value in describe_environment().items()))
+        parser.exit(0)
+    apply_tgi_flags(parser, parsed, environment)
+    model = read_flags(parser, parsed, ModelOptions, environment)
+    engine = read_flags(parser, parsed, EngineOptions, environment)
+    server = read_flags(parser, parsed, ServerOptions, environment)
+    _check_together(parser, engine)
+    return model, engine, server
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Serve until told to stop.
+
+    Returns:
+        the launcher's exit code.
+    """
+    environment = dict(os.environ)  # read and changed as a whole before anything of this process or its children sees it
+    model, engine, server = read_options(arguments, environment)
+    os.environ.update(environment)
+    from jaxserve.launcher import launch  # late: --help and a wrong flag answer at once
+
+    return launch(model, engine, server)
+
+
+def _parser() -> Parser:
+    commands = "\n".join(f"  {name:<12}{text}" for name, text in COMMANDS.items())
+    parser = Parser(
+        "jaxserve",
+        usage="jaxserve [serve] [flags]\n       jaxserve {generate,bench,chat} --help",
+        description=DESCRIPTION,
+        epilog=f"commands:\n{commands}",
+    )
+    parser.add_argument(
+        "--version", "-V", action="version", version=f"jaxserve {versions().get('jaxserve', 'unknown')}", help="Show the version."
+    )
+    parser.add_argument("-e", "--env", action="store_const", const=True, help="Show versions and devices, for bug reports.")
+    add_flags(parser, ModelOptions, "model")
+    add_flags(parser, EngineOptions, "engine")
+    add_flags(parser, ServerOptions, "server", short={"port": "-p", "graceful_termination_timeout": "-g"})
+    add_tgi_flags(parser)
+    return parser
+
+
+def _check_together(parser: Parser, engine: EngineOptions) -> None:
+    try:
+        parse_mesh(engine.mesh)
+    except StartupError as error:
+        parser.error(str(error))
+    if engine.max_input_tokens and engine.max_total_tokens and engine.max_input_tokens >= engine.max_total_tokens:
+        parser.error(f"--max-input-tokens ({engine.max_input_tokens}) must be less than --max-total-tokens ({engine.max_total_tokens})")

@@ -1,0 +1,134 @@
+"""TGI launcher flags that jaxserve spells differently, needs no more, or does not have yet.
+
+One that changes nothing here is accepted with a line saying why; one that asks for a feature not there yet is refused, because
+serving without it would be serving something else. The environment variables that TGI reads count too: those of refused flags
+are refused, those of unneeded ones pass in silence (deployments set them by the dozen).
+"""
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jaxserve.cli.flags import whole_number
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """A flag of TGI's and the reason why it is unneeded or refused."""
+
+    name: str
+    why: str
+
+
+UNNEEDED = (
+    Foreign("validation-workers", "tokenizing runs in the HTTP processes, see --http-workers"),
+    Foreign("waiting-served-ratio", "prompts join the running batch at every step"),
+    Foreign("max-waiting-tokens", "prompts join the running batch at every step"),
+    Foreign("max-batch-total-tokens", "the KV cache takes the memory there is, see --cuda-memory-fraction"),
+    Foreign("cuda-graphs", "every batch size is compiled ahead of time"),
+    Foreign("disable-custom-kernels", "the kernels are chosen by device"),
+    Foreign("trust-remote-code", "code of a model repository is never run"),
+    Foreign("shard-uds-path", "sockets are made in a private folder"),
+    Foreign("master-addr", "the devices of a host need no rendezvous"),
+    Foreign("master-port", "the devices of a host need no rendezvous"),
+    Foreign("prometheus-port", "metrics are at /metrics on the HTTP port"),
+    Foreign("usage-stats", "no usage data is sent"),
+    Foreign("disable-grammar-support", "grammars are not supported yet"),
+)
+REFUSED = (
+    Foreign("quantize", "quantization is not supported yet, but for .gguf files, which are dequantized"),
+    Foreign("kv-cache-dtype", "the KV cache has the dtype of the model"),
+    Foreign("speculate", "speculative decoding is not supported yet"),
+    Foreign("lora-adapters", "LoRA adapters are not supported yet"),
+    Foreign("rope-scaling", "rope scaling is read from the model's config.json"),
+    Foreign("rope-factor", "rope scaling is read from the model's config.json"),
+    Foreign("weights-cache-override", "pass the folder as --model-id"),
+    Foreign("enable-prefill-logprobs", "log probabilities of the prompt are not supported yet"),
+    Foreign("watermark-gamma", "watermarking is not supported"),
+    Foreign("watermark-delta", "watermarking is not supported"),
+    Foreign("otlp-endpoint", "OpenTelemetry traces are not supported yet"),
+    Foreign("otlp-service-name", "OpenTelemetry traces are not supported yet"),
+    Foreign("ngrok", "tunnels are not supported"),
+    Foreign("ngrok-authtoken", "tunnels are not supported"),
+    Foreign("ngrok-edge", "tunnels are not supported"),
+)
+_DEST = "tgi:"
+
+
+def add_tgi_flags(parser: argparse.ArgumentParser) -> None:
+    """Add TGI's other spellings, shown in --help, and the unneeded and refused flags, hidden but for their names."""
+    told = (
+        f"Accepted without effect: {', '.join('--' + flag.name for flag in UNNEEDED)}.",
+        f"Refused, as jaxserve does not have the feature: {', '.join('--' + flag.name for flag in REFUSED)}.",
+    )
+    group = parser.add_argument_group("TGI", "\n".join(textwrap.fill(line, 114, break_on_hyphens=False) for line in told))
+    group.add_argument("--num-shard", metavar="N", type=whole_number, help="Devices a replica: the same as --mesh 1xN.")
+    group.add_argument("--sharded", metavar="{true,false}", nargs="?", const="true", help="false: one device; true needs --num-shard.")
+    group.add_argument("--max-input-length", metavar="N", type=whole_number, help="Old name of --max-input-tokens.")
+    group.add_argument("--huggingface-hub-cache", metavar="DIR", help="Folder of downloaded models: the same as HF_HUB_CACHE=DIR.")
+    for flag in UNNEEDED + REFUSED:
+        parser.add_argument(f"--{flag.name}", dest=_DEST + flag.name, nargs="*", help=argparse.SUPPRESS)
+
+
+def apply_tgi_flags(parser: argparse.ArgumentParser, arguments: argparse.Namespace, environment: dict[str, str]) -> None:
+    """Turn TGI's spellings into jaxserve's, warn of unneeded flags, and `parser.error` at refused ones.
+
+    Args:
+        arguments: changed in place.
+        environment: of this process and those it starts; HF_HUB_CACHE may be set.
+    """
+    for flag in REFUSED:
+        if hasattr(arguments, _DEST + flag.name):
+            parser.error(f"--{flag.name}: {flag.why}")
+        if environment.get(_variable(flag.name)):
+            parser.error(f"environment variable {_variable(flag.name)}: {flag.why}")
+    for flag in UNNEEDED:
+        if hasattr(arguments, _DEST + flag.name):
+            print(f"{parser.prog}: warning: --{flag.name} has no effect: {flag.why}", file=sys.stderr)
+    _apply_num_shard(parser, arguments, environment)
+    limit = _old_value(parser, arguments, environment, "max_input_length", "max_input_tokens")
+    if limit is not None:
+        if getattr(arguments, "max_input_tokens", limit) != limit:
+            parser.error("--max-input-length and --max-input-tokens say different things")
+        arguments.max_input_tokens = limit
+    if hasattr(arguments, "huggingface_hub_cache"):
+        environment["HF_HUB_CACHE"] = arguments.huggingface_hub_cache
+
+
+def _apply_num_shard(parser: argparse.ArgumentParser, arguments: argparse.Namespace, environment: Mapping[str, str]) -> None:
+    count = _old_value(parser, arguments, environment, "num_shard", "mesh")
+    sharded = getattr(arguments, "sharded", environment.get("SHARDED", "")).lower()
+    if sharded not in ("", "true", "false"):
+        parser.error(f"--sharded must be true or false. Given: {sharded}")
+    if sharded == "true" and count is None and not hasattr(arguments, "mesh") and not environment.get("MESH"):
+        parser.error("--sharded needs --num-shard N, or say --mesh 1xN instead")
+    if sharded == "false" and count is not None and count > 1:
+        parser.error(f"--sharded false and --num-shard {count} say different things")
+    if count is None:
+        return
+    if count < 1:
+        parser.error(f"--num-shard must be at least 1. Given: {count}")
+    mesh = f"1x{count}"
+    if getattr(arguments, "mesh", mesh).lower() != mesh:
+        parser.error(f"--num-shard {count} means --mesh {mesh}, but --mesh {arguments.mesh} was given too")
+    arguments.mesh = mesh
+
+
+def _old_value(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace, environment: Mapping[str, str], old: str, new: str
+) -> int | None:
+    """A whole number given by TGI's name: its flag, or its environment variable where jaxserve's own name is not used at all."""
+    if hasattr(arguments, old):
+        return getattr(arguments, old)
+    text = environment.get(old.upper(), "")
+    if not text or hasattr(arguments, new) or environment.get(new.upper()):
+        return None
+    if not text.isdecimal():
+        parser.error(f"environment variable {old.upper()}: must be a whole number. Given: {text}")
+    return int(text)
+
+
+def _variable(name: str) -> str:
+    return name.replace("-", "_").upper()
