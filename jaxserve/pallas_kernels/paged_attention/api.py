@@ -4,7 +4,7 @@ import jax
 
 from jaxserve.pallas_kernels.layer_kv import LayerKV
 from jaxserve.pallas_kernels.metadata import AttentionMetadata
-from jaxserve.pallas_kernels.paged_attention.reference import paged_attention_reference
+from jaxserve.pallas_kernels.paged_attention.xla import paged_attention_xla
 
 
 def paged_attention(
@@ -35,4 +35,4 @@ def paged_attention(
         raise ValueError(f"{num_rows} page tables, kv_lens {metadata.kv_lens.shape}, query_starts {metadata.query_starts.shape}")
     if metadata.decode_only and num_tokens != num_rows:
         raise ValueError(f"decode_only, but {num_tokens} tokens of {num_rows} rows")
-    return paged_attention_reference(q, kv, metadata, scale=scale, window=window, soft_cap=soft_cap)
+    return paged_attention_xla(q, kv, metadata, scale=scale, window=window, soft_cap=soft_cap)
