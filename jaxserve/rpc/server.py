@@ -1,0 +1,237 @@
+"""EngineServer: lends an engine to http processes over gRPC, one bidirectional stream each.
+
+gRPC costs 0.3 ms of CPU a message in the engine's own GIL, so a stream sends at most one message per engine step, and merges steps when
+its reader is slower than that. The asyncio server is used because a message crosses fewer threads in it than in the synchronous one:
+0.31 against 0.63 ms, and half the delay, measured beside an engine thread that never rests.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
+
+from jaxserve.errors import JaxserveError
+from jaxserve.request import EngineInfo, EngineStats, Request, TokenOutput
+from jaxserve.rpc import engine_pb2 as pb
+from jaxserve.rpc.wire import OutputColumns, info_message, rejection_message, request_from, stats_message
+
+logger = logging.getLogger(__name__)
+
+SERVICE = "jaxserve.rpc.Engine"
+STATS_INTERVAL = 0.5  # seconds
+# Outputs that may wait for a reader before its stream is broken: 256 samples for 256 steps.
+MAX_PENDING_OUTPUTS = 65536
+
+
+class ServedEngine(Protocol):
+    """What is needed of an engine (engine.AsyncEngine has it); all methods may be called from any thread."""
+
+    info: EngineInfo
+
+    def submit(self, request: Request, sink: Any) -> None:
+        """Accept a request; `sink.put(outputs)` is called once a step. Raises InvalidRequest, Overloaded, EngineUnavailable."""
+        ...
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Forget a request or one of its samples."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """Counters as of the last step."""
+        ...
+
+
+class EngineServer:
+    """Serves one engine on a unix socket.
+
+    Args:
+        engine: what to serve.
+        socket_path: made with mode 0600; its folder should be private too.
+    """
+
+    def __init__(self, engine: ServedEngine, socket_path: Path):
+        self._engine = engine
+        self._socket_path = socket_path
+        # A token id takes at most 5 bytes; the rest of a request is far below 1 MiB.
+        receive_limit = 5 * engine.info.max_total_tokens + 2**20
+        self._server = grpc.aio.server(
+            options=[("grpc.max_receive_message_length", receive_limit), ("grpc.max_send_message_length", -1), ("grpc.so_reuseport", 0)]
+        )
+        handler = grpc.stream_stream_rpc_method_handler(self._connect, pb.ClientMessage.FromString, pb.EngineMessage.SerializeToString)
+        self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, {"Connect": handler})])
+
+    async def start(self) -> None:
+        """Listen."""
+        self._socket_path.unlink(missing_ok=True)
+        self._server.add_insecure_port(f"unix:{self._socket_path}")
+        await self._server.start()
+        self._socket_path.chmod(0o600)
+
+    async def stop(self, grace: float) -> None:
+        """Accept no more streams and break those that are left after `grace` seconds."""
+        await self._server.stop(grace)
+        self._socket_path.unlink(missing_ok=True)
+
+    async def _connect(self, messages: AsyncIterator[pb.ClientMessage], context: Any) -> None:
+        stream = _Stream(self._engine, asyncio.get_running_loop())
+        try:
+            await context.write(pb.EngineMessage(info=info_message(self._engine.info), stats=stats_message(self._engine.stats())))
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(stream.read(messages))
+                tasks.create_task(stream.write(context))
+                tasks.create_task(stream.watch())
+        except* _HungUp:
+            pass
+        except* _Stalled:
+            logger.warning("an http process does not read its stream: its requests are aborted")
+        finally:
+            stream.close()
+        if stream.stalled.is_set():
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the stream was not read")
+
+
+class _HungUp(Exception):
+    """The client closed its half of the stream."""
+
+
+class _Stalled(Exception):
+    """The client does not read."""
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request that runs for a stream."""
+
+    number: int
+    unfinished: set[int]
+    told: set[int] = field(default_factory=set)  # samples whose first output was sent
+
+
+class _Stream:
+    """One http process: its requests, and the outputs that wait to be sent to it.
+
+    The engine's thread only appends to `_pending` and wakes the writer; everything else runs on the event loop.
+    """
+
+    def __init__(self, engine: ServedEngine, loop: asyncio.AbstractEventLoop):
+        self.stalled = asyncio.Event()
+        self._engine = engine
+        self._loop = loop
+        self._requests: dict[str, _Live] = {}
+        self._request_ids: dict[int, str] = {}
+        self._rejections: list[pb.Rejection] = []
+        self._wake = asyncio.Event()
+        self._stats_at = 0.0
+        # Shared with the engine's thread; each counter has one writer.
+        self._pending: deque[list[TokenOutput]] = deque()
+        self._num_put = 0
+        self._num_taken = 0
+
+    @property
+    def num_pending(self) -> int:
+        """Outputs that the writer has not yet taken; a source that can wait may hold back."""
+        return self._num_put - self._num_taken
+
+    def put(self, outputs: list[TokenOutput]) -> None:
+        """Take a step's outputs (engine's thread)."""
+        self._num_put += len(outputs)
+        stalled = self.num_pending > MAX_PENDING_OUTPUTS
+        if stalled:
+            self._pending.clear()
+        else:
+            self._pending.append(outputs)
+            # The writer clears the flag before it takes what is pending, so an append that saw the flag set will be taken.
+            if self._wake.is_set():
+                return
+        try:
+            self._loop.call_soon_threadsafe((self.stalled if stalled else self._wake).set)
+        except RuntimeError:  # the loop is closed: this process is ending
+            self._pending.clear()
+
+    async def read(self, messages: AsyncIterator[pb.ClientMessage]) -> None:
+        """Take requests and aborts until the client hangs up."""
+        async for message in messages:
+            if message.WhichOneof("message") == "generate":
+                self._submit(message.generate)
+            else:
+                self._abort(message.abort)
+        raise _HungUp
+
+    async def write(self, context: Any) -> None:
+        """Send whatever is pending as one message, again and again."""
+        while True:
+            try:
+                async with asyncio.timeout_at(self._stats_at + STATS_INTERVAL):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+            self._wake.clear()
+            message = pb.EngineMessage(rejections=self._rejections)
+            self._rejections = []
+            if self._pending:
+                message.outputs.CopyFrom(self._take_outputs())
+            if (now := self._loop.time()) >= self._stats_at + STATS_INTERVAL:
+                self._stats_at = now
+                message.stats.CopyFrom(stats_message(self._engine.stats()))
+            await context.write(message)
+
+    async def watch(self) -> None:
+        """Raise once the client has not read for too long."""
+        await self.stalled.wait()
+        raise _Stalled
+
+    def close(self) -> None:
+        """Abort whatever still runs."""
+        for request_id in self._requests:
+            self._engine.abort(request_id)
+        self._requests.clear()
+
+    def _submit(self, message: pb.Generate) -> None:
+        request = request_from(message)
+        # Known before it is submitted: the engine's thread may be faster than this one.
+        self._requests[request.request_id] = _Live(message.number, set(range(request.params.n)))
+        self._request_ids[message.number] = request.request_id
+        try:
+            self._engine.submit(request, self)
+        except JaxserveError as error:
+            self._forget(request.request_id)
+            self._rejections.append(rejection_message(message.number, error))
+            self._wake.set()
+
+    def _abort(self, message: pb.Abort) -> None:
+        if (request_id := self._request_ids.get(message.number)) is None:
+            return
+        if message.HasField("index"):
+            self._engine.abort(request_id, message.index)
+            self._end(request_id, message.index)
+        else:
+            self._engine.abort(request_id)
+            self._forget(request_id)
+
+    def _take_outputs(self) -> pb.Outputs:
+        columns = OutputColumns()
+        for _ in range(len(self._pending)):
+            outputs = self._pending.popleft()
+            self._num_taken += len(outputs)
+            for output in outputs:
+                if (live := self._requests.get(output.request_id)) is None or output.index not in live.unfinished:
+                    continue  # aborted while the step ran
+                columns.add(live.number, output, output.index not in live.told)
+                live.told.add(output.index)
+                if output.finish_reason is not None:
+                    self._end(output.request_id, output.index)
+        return columns.message()
+
+    def _end(self, request_id: str, index: int) -> None:
+        live = self._requests[request_id]
+        live.unfinished.discard(index)
+        if not live.unfinished:
+            self._forget(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        del self._request_ids[self._requests.pop(request_id).number]

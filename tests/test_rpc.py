@@ -1,0 +1,340 @@
+"""The wire between http and engine processes: conversions, and a real server and client on a unix socket."""
+
+import ast
+import asyncio
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from engine_double import EngineDouble
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxserve.rpc
+from jaxserve.errors import ContextTooLong, EngineUnavailable, GenerationFailed, InvalidRequest, Overloaded
+from jaxserve.request import EngineInfo, EngineStats, FinishReason, Request, SamplingParams, TokenLogprobs, TokenOutput
+from jaxserve.rpc import client as client_module
+from jaxserve.rpc import server as server_module
+from jaxserve.rpc import wire
+from jaxserve.rpc.client import EngineClient
+from jaxserve.rpc.router import Router
+from jaxserve.rpc.server import EngineServer
+
+
+def test_request_round_trip():
+    params = SamplingParams(
+        n=3, temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, typical_p=0.5, repetition_penalty=1.1, presence_penalty=-1.0,
+        frequency_penalty=2.0, seed=2**64 - 1, max_tokens=None, min_tokens=2, stop_token_ids=(3, 4), ignore_eos=True, logprobs=0,
+        logit_bias={7: -100.0, 9: 0.5},
+    )  # fmt: skip
+    request = Request("r-1", (1, 500, 70000), params, "salt", "adapter")
+    assert wire.request_from(wire.generate_message(1, request).generate) == request
+
+
+def test_negative_seed_keeps_its_64_bits():
+    message = wire.generate_message(1, Request("r", (1,), SamplingParams(seed=-1)))
+    assert wire.request_from(message.generate).params.seed == 2**64 - 1
+
+
+def test_absent_options_stay_absent():
+    params = wire.request_from(wire.generate_message(1, Request("r", (1,), SamplingParams())).generate).params
+    assert (params.seed, params.logprobs, params.max_tokens) == (None, None, 16)
+
+
+def _logprobs(top: int) -> st.SearchStrategy[TokenLogprobs]:
+    number = st.floats(-50, 0, width=32) | st.just(-math.inf)
+    tops = st.lists(number, min_size=top, max_size=top)
+    return st.builds(TokenLogprobs, number, number, st.lists(st.integers(0, 99999), min_size=top, max_size=top), tops, tops)
+
+
+@st.composite
+def _outputs(draw: st.DrawFn) -> TokenOutput:
+    token_ids = draw(st.lists(st.integers(0, 200000), max_size=3))
+    top = draw(st.integers(0, 3))
+    logprobs = [draw(_logprobs(top)) for _ in token_ids] if draw(st.booleans()) else []
+    reason = draw(st.sampled_from([None, *FinishReason]))
+    return TokenOutput("", draw(st.integers(0, 127)), token_ids, logprobs, reason, error="x" if reason is FinishReason.ERROR else "")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 2**40), _outputs()), max_size=8))
+def test_output_columns_round_trip(outputs: list[tuple[int, TokenOutput]]):
+    columns = wire.OutputColumns()
+    for number, output in outputs:
+        columns.add(number, output, first=False)
+    message = columns.message()
+    read = list(wire.outputs_from(type(message).FromString(message.SerializeToString())))
+    assert read == [(number * 128 + output.index, output) for number, output in outputs]
+
+
+def test_first_output_tells_of_the_cache_and_the_queue():
+    columns = wire.OutputColumns()
+    columns.add(1, TokenOutput("", 0, [5], [], None, 12, 0.5), first=True)
+    ((_, output),) = wire.outputs_from(columns.message())
+    assert (output.num_cached_tokens, output.queue_time, output.finish_reason) == (12, 0.5, None)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Overloaded("full", 3),
+        EngineUnavailable("gone", 7),
+        ContextTooLong("long", "prompt"),
+        InvalidRequest("bad", None),
+    ],
+)
+def test_rejections_keep_their_class(error: Exception):
+    read = wire.error_from(wire.rejection_message(1, error))  # type: ignore[arg-type]
+    assert (type(read), str(read), vars(read)) == (type(error), str(error), vars(error))
+
+
+def test_info_and_stats_round_trip():
+    info = EngineInfo("m", "main", "/x", 10, 20, 19, (1, 2), 16, 5, "1x2", "float32", "cpu", {"temperature": 0.6})
+    assert wire.info_from(wire.info_message(info)) == info
+    stats = EngineStats(num_running=3, prompt_tokens=2**40, schedule_seconds=0.25)
+    assert wire.stats_from(wire.stats_message(stats)) == stats
+
+
+def test_no_pickle_on_the_wire():
+    for path in Path(jaxserve.rpc.__path__[0]).glob("*.py"):
+        imported = {
+            name.split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+        }
+        assert not imported & {"pickle", "dill", "cloudpickle", "marshal", "shelve", "multiprocessing"}
+
+
+@asynccontextmanager
+async def _served(folder: Path, engine: EngineDouble) -> AsyncIterator[EngineClient]:
+    server = EngineServer(engine, folder / "engine.sock")
+    await server.start()
+    client = EngineClient(folder / "engine.sock")
+    client.start()
+    try:
+        async with asyncio.timeout(20):
+            while not client.available:
+                await asyncio.sleep(0.01)
+            yield client
+    finally:
+        await client.close()
+        await server.stop(0)
+        engine.close()
+
+
+def _request(name: str, length: int = 5, **params: object) -> Request:
+    return Request(name, tuple(range(10, 10 + length)), SamplingParams(**{"temperature": 0.0, **params}))  # type: ignore[arg-type]
+
+
+async def _tokens(client: EngineClient, request: Request) -> dict[int, list[int]]:
+    tokens: dict[int, list[int]] = {index: [] for index in range(request.params.n)}
+    async for output in client.generate(request):
+        assert output.request_id == request.request_id
+        tokens[output.index] += output.token_ids
+    return tokens
+
+
+def test_many_requests_at_once(tmp_path: Path):
+    async def run() -> None:
+        async with _served(tmp_path, EngineDouble("")) as client:
+            assert client.info is not None and client.info.vocab_size == 512
+            assert (tmp_path / "engine.sock").stat().st_mode & 0o777 == 0o600
+            requests = [_request(f"r{n}", length=n + 1, max_tokens=None) for n in range(64)]
+            answers = await asyncio.gather(*(_tokens(client, request) for request in requests))
+            assert [answer[0][:-1] for answer in answers] == [list(request.prompt_token_ids) for request in requests]
+            assert client.num_in_flight == 0
+
+    asyncio.run(run())
+
+
+def test_samples_of_one_request_and_abort_of_one(tmp_path: Path):
+    async def run() -> None:
+        engine = EngineDouble("", step_seconds=0.005)
+        async with _served(tmp_path, engine) as client:
+            generation = client.submit(_request("r", n=2, temperature=1.0, max_tokens=None, ignore_eos=True))
+            assert {output.index for output in await generation.read()} <= {0, 1}
+            generation.abort(0)
+            for _ in range(5):
+                await generation.read()  # may hold what came before the abort
+            assert {output.index for output in await generation.read()} == {1}
+            generation.abort()
+            assert await generation.read() == [] or await generation.read() == []
+            assert await asyncio.to_thread(engine.drain, 2.0)
+
+    asyncio.run(run())
+
+
+def test_rejections(tmp_path: Path):
+    async def run() -> None:
+        async with _served(tmp_path, EngineDouble("", max_concurrent_requests=1, step_seconds=0.01, forever=True)) as client:
+            first = client.submit(_request("a", max_tokens=None))
+            await first.read()
+            with pytest.raises(Overloaded):
+                await client.submit(_request("b")).read()
+            first.abort()
+            with pytest.raises(InvalidRequest):
+                await client.submit(Request("c", (100000,), SamplingParams())).read()
+            assert len(await _tokens(client, _request("d", max_tokens=3))) == 1
+
+    asyncio.run(run())
+
+
+def test_a_failed_step_is_an_error_of_that_request(tmp_path: Path):
+    async def run() -> None:
+        async with _served(tmp_path, EngineDouble("", fail_token_id=99)) as client:
+            with pytest.raises(GenerationFailed, match="the step failed"):
+                await _tokens(client, Request("f", (99, 98, 97, 96), SamplingParams(n=2)))
+            assert client.num_in_flight == 0
+            assert await _tokens(client, _request("g", length=2)) == {0: [10, 11, 0]}
+
+    asyncio.run(run())
+
+
+def test_engine_gone_and_back(tmp_path: Path):
+    async def run() -> None:
+        engine = EngineDouble("", step_seconds=0.01, forever=True)
+        server = EngineServer(engine, tmp_path / "engine.sock")
+        client = EngineClient(tmp_path / "engine.sock")
+        router = Router([client])
+        router.start()
+        with pytest.raises(EngineUnavailable):
+            router.submit(_request("early"))
+        await server.start()
+        await _until(lambda: router.available)
+        generation = router.submit(_request("r", max_tokens=None))
+        await generation.read()
+        await server.stop(0)
+        with pytest.raises(GenerationFailed):
+            while await generation.read():
+                pass
+        with pytest.raises(EngineUnavailable):
+            router.submit(_request("later"))
+        assert await asyncio.to_thread(engine.drain, 2.0)  # the broken stream's requests were aborted
+        again = EngineServer(engine, tmp_path / "engine.sock")
+        await again.start()
+        await _until(lambda: router.available)
+        assert (await _tokens(client, _request("s", max_tokens=3)))[0] == [10, 11, 12]
+        await router.close()
+        await again.stop(0)
+        engine.close()
+
+    asyncio.run(run())
+
+
+async def _until(condition: object) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # type: ignore[operator]
+            await asyncio.sleep(0.01)
+
+
+def test_router_takes_the_least_loaded(tmp_path: Path):
+    async def run() -> None:
+        (tmp_path / "a").mkdir()
+        (tmp_path / "b").mkdir()
+        slow = {"step_seconds": 0.01, "forever": True}
+        async with _served(tmp_path / "a", EngineDouble("", **slow)) as a, _served(tmp_path / "b", EngineDouble("", **slow)) as b:
+            router = Router([a, b])
+            generations = [router.submit(_request(f"r{n}", max_tokens=None)) for n in range(6)]
+            assert (a.num_in_flight, b.num_in_flight) == (3, 3)
+            for generation in generations:
+                generation.abort()
+
+    asyncio.run(run())
+
+
+def test_reader_of_one_request_that_never_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(client_module, "MAX_UNREAD_OUTPUTS", 20)
+
+    async def run() -> None:
+        engine = EngineDouble("", forever=True, step_seconds=0.001)
+        async with _served(tmp_path, engine) as client:
+            unread = client.submit(_request("unread", max_tokens=None))
+            await _until(lambda: client.num_in_flight == 0)
+            assert await asyncio.to_thread(engine.drain, 2.0)
+            with pytest.raises(GenerationFailed):
+                while await unread.read():
+                    pass
+
+    asyncio.run(run())
+
+
+# An http process that submits a request and is then stopped (SIGSTOP) by the test.
+STALLED_CLIENT = """
+import asyncio, sys
+from pathlib import Path
+from jaxserve.request import Request, SamplingParams
+from jaxserve.rpc.client import EngineClient
+async def main():
+    client = EngineClient(Path(sys.argv[1])); client.start()
+    while not client.available: await asyncio.sleep(0.01)
+    generations = [client.submit(Request(f"stalled{n}", (5, 6, 7), SamplingParams(max_tokens=None))) for n in range(64)]
+    await generations[0].read()
+    print("reading", flush=True)
+    while True:
+        for generation in generations: await generation.read()
+asyncio.run(main())
+"""
+
+
+def test_a_stalled_http_process_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(server_module, "MAX_PENDING_OUTPUTS", 5000)
+
+    async def run() -> None:
+        engine = EngineDouble("", forever=True, step_seconds=0.0005, max_total_tokens=10**6)
+        async with _served(tmp_path, engine) as client:
+            stalled = subprocess.Popen(
+                [sys.executable, "-c", STALLED_CLIENT, str(tmp_path / "engine.sock")], stdout=subprocess.PIPE, text=True
+            )
+            try:
+                assert stalled.stdout is not None
+                assert await asyncio.to_thread(stalled.stdout.readline) == "reading\n"
+                os.kill(stalled.pid, signal.SIGSTOP)
+                begin = time.monotonic()
+                assert await _tokens(client, _request("other", max_tokens=3)) == {0: [10, 11, 12]}
+                assert time.monotonic() - begin < 2.0
+                assert await asyncio.to_thread(engine.drain, 10.0)  # the stalled one's requests were aborted
+            finally:
+                stalled.kill()
+                stalled.wait()
+                stalled.stdout.close()
+
+    asyncio.run(run())
+
+
+def test_killed_http_process_leaves_no_request(tmp_path: Path):
+    async def run() -> None:
+        engine = EngineDouble("", forever=True, step_seconds=0.005)
+        async with _served(tmp_path, engine):
+            killed = subprocess.Popen(
+                [sys.executable, "-c", STALLED_CLIENT, str(tmp_path / "engine.sock")], stdout=subprocess.PIPE, text=True
+            )
+            assert killed.stdout is not None
+            assert await asyncio.to_thread(killed.stdout.readline) == "reading\n"
+            await _until(lambda: engine.stats().num_running == 64)
+            killed.kill()
+            killed.wait()
+            killed.stdout.close()
+            assert await asyncio.to_thread(engine.drain, 5.0)
+
+    asyncio.run(run())
+
+
+def test_random_bytes_on_the_socket_harm_nobody(tmp_path: Path):
+    async def run() -> None:
+        async with _served(tmp_path, EngineDouble("")) as client:
+            for junk in (b"\x80\x04\x95\x10\x00\x00\x00", os.urandom(4096), b"GET / HTTP/1.1\r\n\r\n"):
+                _, writer = await asyncio.open_unix_connection(str(tmp_path / "engine.sock"))
+                writer.write(junk)
+                await writer.drain()
+                writer.close()
+            assert (await _tokens(client, _request("r", max_tokens=2)))[0] == [10, 11]
+
+    asyncio.run(run())
