@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from jaxserve.errors import InvalidRequest
+from jaxserve.errors import ContextTooLong, InvalidRequest
 
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
@@ -154,6 +154,29 @@ class Request:
     params: SamplingParams
     cache_salt: str = ""
     adapter: str = ""
+
+    def validate(self, info: "EngineInfo") -> None:
+        """Check that an engine can serve this request; front end and engine both do.
+
+        Raises:
+            ContextTooLong: prompt and max_tokens exceed the engine's limits.
+            InvalidRequest: for any other value out of bounds, naming the field.
+        """
+        prompt = self.prompt_token_ids
+        if not prompt:
+            raise InvalidRequest("the prompt must hold at least one token", "prompt")
+        if min(prompt) < 0 or max(prompt) >= info.vocab_size:
+            raise InvalidRequest(f"prompt token ids must be >= 0 and < {info.vocab_size}", "prompt")
+        if len(prompt) > info.max_input_tokens:
+            raise ContextTooLong(f"the prompt has {len(prompt)} tokens, more than the {info.max_input_tokens} allowed", "prompt")
+        self.params.validate(info.vocab_size)
+        wanted = len(prompt) + (self.params.max_tokens or 1)
+        if wanted > info.max_total_tokens:
+            raise ContextTooLong(
+                f"prompt ({len(prompt)} tokens) and `max_tokens` ({self.params.max_tokens or 1}) exceed the {info.max_total_tokens} tokens "
+                "that prompt and output may have together",
+                "max_tokens",
+            )
 
 
 @dataclass(slots=True)

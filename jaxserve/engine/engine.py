@@ -1,0 +1,161 @@
+"""Engine: schedules, dispatches, collects and updates, one step after the other.
+
+**One step of lag.** Step n+1 is scheduled and dispatched before step n's tokens reach the host: the device feeds its own sampled
+tokens to step n+1, and step n is collected while step n+1 runs. So a stop that only the token's value tells is seen one step late:
+tokens computed after it are dropped and counted nowhere. Pages and slots are freed once, when no step in flight holds them, and at
+most two steps are in flight. With `sync` a step is collected right after its dispatch; the tokens are the same.
+
+**Two forms of one step.** A batch without constrained rows is dispatched fused (forward and sampling in one program). A batch with
+one is dispatched split: the forward at once, the sampler when step n was collected and the masks of step n+1 could be filled, which
+happens while the forward runs.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from jaxserve.engine.decode_gap import DecodeGap
+from jaxserve.request import EngineInfo, EngineStats, Request, TokenOutput
+from jaxserve.runner import ModelRunner
+from jaxserve.scheduler import ScheduledBatch, Scheduler
+
+
+class TokenMasks(Protocol):
+    """Fills the masks of constrained rows (grammar matchers implement it)."""
+
+    def fill(self, batch: ScheduledBatch) -> np.ndarray:
+        """Return uint32 [rows of the batch, ceil(vocabulary / 32)]: bit t % 32 of word t // 32 is set where token t is allowed."""
+        ...
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A step on the device and the batch it computes."""
+
+    batch: ScheduledBatch
+    step: Any
+    dispatched_at: float
+
+
+class Engine:
+    """One replica: a scheduler and a model runner. Not thread-safe; one thread owns it.
+
+    Args:
+        runner: the device half, warmed up.
+        scheduler: the host half, made for the runner's KV groups.
+        info: what front ends are told.
+        sync: collect each step at once.
+        decode_gap: observes step times and bounds prefill chunks while streams decode.
+        masks: fills token masks; needed only where a request is constrained.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        info: EngineInfo,
+        *,
+        sync: bool = False,
+        decode_gap: DecodeGap | None = None,
+        masks: TokenMasks | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.info = info
+        self._runner = runner
+        self._scheduler = scheduler
+        self._sync = sync
+        self._decode_gap = decode_gap
+        self._masks = masks
+        self._clock = clock
+        # What is on the device.
+        self._in_flight: InFlight | None = None
+        self._collected_at = 0.0
+        # Host seconds of every step so far, by verb.
+        self._schedule_seconds = 0.0
+        self._dispatch_seconds = 0.0
+        self._collect_seconds = 0.0
+        self._num_steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether step() has anything to do."""
+        return self._in_flight is not None or self._scheduler.has_work
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            InvalidRequest: it cannot be served; nothing was queued.
+        """
+        request.validate(self.info)
+        self._scheduler.add(request, self._clock())
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Forget a request, or one of its samples: no further output; its pages are free when no step in flight holds them.
+
+        Unknown ids are ignored.
+        """
+        self._scheduler.abort(request_id, index)
+
+    def step(self) -> list[TokenOutput]:
+        """Schedule and dispatch one step, collect the one before.
+
+        Returns:
+            the outputs of the collected step, in no particular order.
+        """
+        batch = self._schedule()
+        dispatched = self._dispatch(batch) if batch is not None else None
+        outputs = self._finish(self._in_flight) if self._in_flight is not None else []
+        self._in_flight = dispatched
+        if dispatched is not None and dispatched.batch.constrained:
+            self._sample(dispatched)
+        if dispatched is not None and self._sync:
+            outputs += self._finish(dispatched)
+            self._in_flight = None
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges as of now."""
+        return replace(
+            EngineStats(**self._scheduler.stats(), **self._runner.stats()),
+            num_steps=self._num_steps,
+            schedule_seconds=self._schedule_seconds,
+            dispatch_seconds=self._dispatch_seconds,
+            collect_seconds=self._collect_seconds,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where pages, slots or references do not add up."""
+        self._scheduler.check_integrity()
+
+    def _schedule(self) -> ScheduledBatch | None:
+        begin = self._clock()
+        batch = self._scheduler.schedule()
+        self._schedule_seconds += self._clock() - begin
+        return batch
+
+    def _dispatch(self, batch: ScheduledBatch) -> InFlight:
+        begin = self._clock()
+        step = self._runner.forward(batch) if batch.constrained else self._runner.dispatch(batch)
+        self._num_steps += 1
+        now = self._clock()
+        self._dispatch_seconds += now - begin
+        return InFlight(batch, step, now)
+
+    def _sample(self, dispatched: InFlight) -> None:
+        assert self._masks is not None, "a constrained request needs masks"
+        self._runner.sample(dispatched.step, self._masks.fill(dispatched.batch))
+
+    def _finish(self, step: InFlight) -> list[TokenOutput]:
+        begin = self._clock()
+        result = self._runner.collect(step.step)
+        now = self._clock()
+        self._collect_seconds += now - begin
+        if self._decode_gap is not None:
+            self._decode_gap.observe(step.batch.num_tokens, now - max(step.dispatched_at, self._collected_at))
+        self._collected_at = now
+        return self._scheduler.update(step.batch, result)
