@@ -7,5 +7,7 @@ from jaxserve.scheduler.batch import StepLogprobs as StepLogprobs
 from jaxserve.scheduler.batch import StepResult as StepResult
 from jaxserve.scheduler.config import KVGroupPages as KVGroupPages
 from jaxserve.scheduler.config import SchedulerConfig as SchedulerConfig
+from jaxserve.scheduler.page_pool import PageEvent as PageEvent
 from jaxserve.scheduler.sample import Sample as Sample
 from jaxserve.scheduler.sample import SampleState as SampleState
+from jaxserve.scheduler.scheduler import Scheduler as Scheduler

@@ -19,7 +19,7 @@ class SchedulerConfig:
         eos_token_ids: the model's end-of-sequence tokens.
         vocab_size: token ids are below it.
         max_prefill_tokens_while_decoding: most prompt tokens a step computes beside running decodes, which bounds the gap that their
-            streams see: a number, or a function of the number of decode rows. None is no bound but max_batch_tokens.
+            streams see: a number, or a function called once a step. None is no bound but max_batch_tokens.
         num_speculative_tokens: K: a step yields up to 1 + K tokens a sample; pages are reserved for all of them.
 
     Raises:
@@ -33,7 +33,7 @@ class SchedulerConfig:
     prefix_caching: bool = True
     eos_token_ids: frozenset[int] = field(default_factory=frozenset)
     vocab_size: int = 2**31 - 1
-    max_prefill_tokens_while_decoding: Callable[[int], int] | int | None = None
+    max_prefill_tokens_while_decoding: Callable[[], int] | int | None = None
     num_speculative_tokens: int = 0
 
     def __post_init__(self) -> None:

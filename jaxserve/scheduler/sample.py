@@ -5,32 +5,42 @@ from array import array
 
 from jaxserve.request import Request, SamplingParams
 
+NEVER = -1  # a step that no sample is scheduled in
+
 
 class SampleState(enum.Enum):
     """Where a sample is in its life."""
 
-    WAITING = "waiting"  # holds no slot; after preemption it may hold pages until its last step is collected
-    RUNNING = "running"  # holds a slot and pages
-    FINISHED = "finished"  # yields no further output; holds slot and pages until its last step is collected
+    WAITING = "waiting"  # to be admitted, for the first time or again after preemption
+    RUNNING = "running"  # has a slot and pages
+    FINISHED = "finished"  # yields no further output
+
+    # A sample that was preempted or is finished keeps slot and pages until no step in flight holds them.
 
 
 class Sample:
-    """One of a request's n continuations.
+    """One of a request's n continuations; compared and hashed by identity.
 
-    Compared and hashed by identity. Counters count tokens from the start of the prompt:
+    Counters count tokens from the start of the prompt. While a step is in flight they differ:
 
-        0 ... num_computed_tokens ... len(token_ids) ... num_tokens ... max_num_tokens
-              K/V is dispatched       ids are known      sampled,       the end, known
-              up to here              on the host        maybe unknown  by count
+        0 ... num_settled_tokens ... num_computed_tokens ... num_tokens ... max_num_tokens
+              K/V written by steps   K/V written by steps    prompt and     the end,
+              that were collected    that were scheduled     all sampled    known by count
+
+    Args:
+        request, index: what is continued, and which of its n samples this is.
+        order: place in the line of all samples that ever arrived.
+        arrived_at: seconds, by the scheduler's clock.
+        max_num_tokens: prompt and output tokens when it ends.
+        stop_token_ids: tokens that end it, the model's among them.
 
     Attributes:
-        request, params, index: what is continued, how, and which of its n samples this is.
         constrained: its tokens must obey a grammar.
         ready: may be scheduled (its grammar is compiled).
         slot: row of the running batch on the device, -1 while it has none.
-        page_tables: for each KV group the page ids in logical order, equally long; a page that was freed behind the window is 0.
-        token_ids: prompt, then the output tokens that are known.
-        num_cached_tokens: prompt tokens taken from the prefix cache when the request was first scheduled.
+        page_tables: for each KV group the page ids in logical order, equally long; a page freed behind the window is 0.
+        token_ids: prompt, then the output tokens that are known on the host.
+        num_cached_tokens: prompt tokens taken from the prefix cache when it was first scheduled.
     """
 
     __slots__ = (
@@ -44,6 +54,7 @@ class Sample:
         "num_in_flight",
         "num_passed",
         "num_prompt_tokens",
+        "num_settled_tokens",
         "num_stored_pages",
         "num_tokens",
         "order",
@@ -73,23 +84,25 @@ class Sample:
         self.max_num_tokens = max_num_tokens
         self.stop_token_ids = stop_token_ids
         self.constrained = False
-        # Grows
-        self.state = SampleState.WAITING
         self.ready = True
+        # Grows until it is finished
+        self.state = SampleState.WAITING
         self.token_ids: list[int] = list(request.prompt_token_ids)
         self.num_tokens = self.num_prompt_tokens
-        self.page_keys: list[bytes] = []
-        self.num_passed = 0
+        self.page_keys: list[bytes] = []  # of its full pages, as far as they were wanted
+        self.num_passed = 0  # steps in which a later one was admitted before it
+        # Since it was first scheduled
         self.num_cached_tokens = 0
         self.queue_time = -1.0
         # From admission to release
         self.slot = -1
         self.page_tables: list[array[int]] = []
-        self.num_freed_pages: list[int] = []
-        self.num_stored_pages = 0
+        self.num_freed_pages: list[int] = []  # for each KV group, leading pages given back behind the window
+        self.num_stored_pages = 0  # leading pages offered to the prefix cache
+        self.num_settled_tokens = 0
         self.num_computed_tokens = 0
-        self.room = 0
-        self.settle_at = 0
-        self.prompt_step = -1
+        self.room = 0  # a token may be computed while num_computed_tokens is below it
+        self.settle_at = 0  # num_settled_tokens at which the next page is full
+        self.prompt_step = NEVER  # the step that computes the last of the prompt
         # From schedule to update
-        self.num_in_flight = 0
+        self.num_in_flight = 0  # steps

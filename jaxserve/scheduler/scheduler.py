@@ -1,0 +1,402 @@
+"""Scheduler: which samples run, and which of their tokens the next step computes."""
+
+import time
+from bisect import insort
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
+
+from jaxserve.errors import ContextTooLong, InvalidRequest
+from jaxserve.request import FinishReason, Request, TokenOutput
+from jaxserve.scheduler.batch import IN_FLIGHT, ScheduledBatch, ScheduledRow, StepResult
+from jaxserve.scheduler.config import KVGroupPages, SchedulerConfig
+from jaxserve.scheduler.outputs import accept, error_output, token_logprobs
+from jaxserve.scheduler.page_pool import PageEvent
+from jaxserve.scheduler.page_tables import PageTables
+from jaxserve.scheduler.prefix_cache import Prefix
+from jaxserve.scheduler.sample import NEVER, Sample, SampleState
+
+MAX_PASSED = 64  # steps in which later samples may pass one that lacks memory; then it blocks them
+MAX_SKIPPED = 8  # samples skipped for lack of memory before the search for a smaller one ends
+
+WAITING, RUNNING, FINISHED = SampleState.WAITING, SampleState.RUNNING, SampleState.FINISHED
+ARRIVAL = attrgetter("order")
+
+
+class Scheduler:
+    """First come, first served, under a token budget a step and the pages there are.
+
+    There is no prefill phase and no decode phase: a sample's num_computed_tokens catches up with its num_tokens, by one token a step
+    once it has caught up, by chunks before. Running samples come before waiting ones. A waiting sample is passed by later ones only
+    where it lacks memory and they do not, and not for ever (MAX_PASSED). A running sample that lacks a page takes those of the sample
+    that arrived last, which will compute its tokens again; it never takes them from an earlier one, so that the earliest always moves.
+
+    One step of lag: schedule() may be called for step n+1 before update() for step n, at most two batches being in flight; every batch
+    goes to update() or fail() once, in order. Called in turns it schedules the same tokens. What leaves (finished, aborted, preempted)
+    gives its slot and pages back once no step in flight holds them. Not thread-safe.
+
+    Args:
+        config: limits.
+        groups: the KV groups, at least one.
+        clock: seconds; the one of `add`'s `now`.
+        page_events: where stored and removed pages are told, for whoever owns and empties the list; None tells nobody.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        groups: Sequence[KVGroupPages],
+        clock: Callable[[], float] = time.monotonic,
+        page_events: list[PageEvent] | None = None,
+    ):
+        self._config = config
+        self._clock = clock
+        # Memory
+        self._tables = PageTables(config, groups, page_events)
+        self._free_slots = list(range(config.max_batch_size - 1, -1, -1))
+        # Samples: unfinished ones by request; those to admit and those that run in order of arrival; those still held by a step
+        self._requests: dict[str, list[Sample]] = {}
+        self._waiting: deque[Sample] = deque()
+        self._running: list[Sample] = []
+        self._leaving: set[Sample] = set()
+        self._num_arrived = 0
+        # The step being scheduled
+        self._step = 0
+        self._lacks_memory = False
+        # Counters of EngineStats
+        self._prefix_queries = 0
+        self._prefix_hits = 0
+        self._num_preemptions = 0
+        self._prompt_tokens = 0
+        self._output_tokens = 0
+
+    def add(self, request: Request, now: float, *, constrained: bool = False, ready: bool = True) -> None:
+        """Queue the n samples of a request.
+
+        Args:
+            request: validated (Request.validate).
+            now: seconds, by the scheduler's clock.
+            constrained: its tokens must obey a grammar.
+            ready: may be scheduled at once; otherwise after set_ready().
+
+        Raises:
+            ContextTooLong: it can never fit.
+            InvalidRequest: its id is in use.
+        """
+        prompt, params = request.prompt_token_ids, request.params
+        if request.request_id in self._requests:
+            raise InvalidRequest(f"request id {request.request_id} is in use", "request_id")
+        limit = self._config.max_total_tokens
+        max_num_tokens = limit if params.max_tokens is None else len(prompt) + params.max_tokens
+        if max_num_tokens > limit or len(prompt) >= limit:
+            raise ContextTooLong(f"{len(prompt)} prompt tokens and {params.max_tokens or 1} output tokens exceed {limit}", "prompt")
+        if not self._tables.can_ever_hold(max_num_tokens - 1):  # the last token is never computed
+            raise ContextTooLong(f"the KV cache cannot hold a request of {max_num_tokens} tokens", "prompt")
+        eos = frozenset() if params.ignore_eos else self._config.eos_token_ids
+        stop_token_ids = eos.union(params.stop_token_ids)
+        siblings = []
+        for index in range(params.n):
+            sample = Sample(request, index, self._num_arrived, now, max_num_tokens, stop_token_ids)
+            sample.constrained = constrained
+            sample.ready = ready
+            siblings.append(sample)
+            self._num_arrived += 1
+        self._requests[request.request_id] = siblings
+        self._waiting.extend(siblings)
+
+    def set_ready(self, request_id: str) -> None:
+        """Let a request be scheduled that was added as not ready; unknown ids are ignored."""
+        for sample in self._requests.get(request_id, ()):
+            sample.ready = True
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Forget a request, or one of its samples: it yields no further output. Unknown ids are ignored."""
+        for sample in list(self._requests.get(request_id, ())):
+            if index is None or sample.index == index:
+                self._finish(sample)
+
+    def schedule(self) -> ScheduledBatch | None:
+        """Return the next step, None if nothing can run now: then update() or add() come first.
+
+        Every running sample that has caught up gets its token, those behind share what is left of the budget, then waiting ones do.
+        """
+        self._step += 1
+        self._lacks_memory = False
+        rows, behind = self._schedule_decodes()
+        num_decodes = len(rows)
+        budget = self._prefill_budget(num_decodes)
+        chunks = self._schedule_chunks(behind, budget)
+        budget -= sum(row.num_tokens for row in chunks)
+        admitted, page_copies = self._admit_waiting(budget)
+        chunks += admitted
+        if not rows and not chunks:
+            return None
+        rows += sorted(chunks, key=_is_long)
+        return ScheduledBatch(rows, page_copies, num_decodes + sum(row.num_tokens for row in chunks))
+
+    def update(self, batch: ScheduledBatch, result: StepResult) -> list[TokenOutput]:
+        """Take what a step sampled.
+
+        Tokens of samples that have ended meanwhile are dropped and counted nowhere.
+
+        Args:
+            batch: the oldest in flight.
+            result: of that batch.
+
+        Returns:
+            one output for each unfinished sample that the step sampled for.
+        """
+        outputs = []
+        sampled = zip(batch.rows, result.token_ids.tolist(), result.counts.tolist(), strict=False)  # the result may be padded
+        for i, (row, token_ids, count) in enumerate(sampled):
+            sample = row.sample
+            sample.num_in_flight -= 1
+            if sample.state is not FINISHED:
+                reason = None
+                if row.samples:
+                    token_ids, reason = accept(sample, token_ids[:count], self._config.eos_token_ids)
+                    outputs.append(self._output(sample, token_ids, reason, result, i))
+                    self._count_extra(sample, len(token_ids) - 1)
+                sample.num_settled_tokens += row.num_tokens
+                if sample.num_settled_tokens >= sample.settle_at:
+                    self._tables.settle(sample)
+                if reason is not None:
+                    self._finish(sample)
+            if sample in self._leaving:
+                self._vacate(sample)
+        return outputs
+
+    def fail(self, batch: ScheduledBatch, message: str) -> list[TokenOutput]:
+        """Give up a step whose computation failed, with all requests that it computed for.
+
+        Returns:
+            one output with FinishReason.ERROR for each of their unfinished samples.
+        """
+        outputs = []
+        for row in batch.rows:
+            row.sample.num_in_flight -= 1
+        for row in batch.rows:
+            if row.sample.state is not FINISHED:
+                for sample in list(self._requests[row.sample.request.request_id]):
+                    outputs.append(error_output(sample, message))
+                    self._finish(sample)
+            elif row.sample in self._leaving:
+                self._vacate(row.sample)
+        return outputs
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a sample runs, may run, or is held by a step in flight."""
+        return bool(self._running or self._leaving) or any(sample.ready for sample in self._waiting)
+
+    def stats(self) -> dict[str, int]:
+        """Return the fields of EngineStats that are known here; pages are summed over the KV groups."""
+        return {
+            "num_running": len(self._running) + sum(sample.state is RUNNING for sample in self._leaving),
+            "num_waiting": len(self._waiting),
+            "num_pages_used": sum(pool.num_held for pool in self._tables.pools),
+            "num_pages": sum(pool.num_pages for pool in self._tables.pools),
+            "prefix_queries": self._prefix_queries,
+            "prefix_hits": self._prefix_hits,
+            "num_preemptions": self._num_preemptions,
+            "prompt_tokens": self._prompt_tokens,
+            "output_tokens": self._output_tokens,
+        }
+
+    def check_integrity(self) -> None:
+        """Check that samples, slots and pages add up.
+
+        Raises:
+            AssertionError: naming what is wrong.
+        """
+        waiting, running, leaving = set(self._waiting), set(self._running), self._leaving
+        unfinished = {sample for siblings in self._requests.values() for sample in siblings}
+        for sample in waiting | running | leaving | unfinished:
+            name = f"sample {sample.index} of {sample.request.request_id} ({sample.state.value})"
+            assert (sample in unfinished) == (sample.state is not FINISHED), f"{name} is finished but listed, or the reverse"
+            assert (sample in waiting) == (sample.state is WAITING), f"{name} is not where its state says"
+            assert (sample in running or sample in leaving) or sample.state is not RUNNING, f"{name} is not where its state says"
+            assert sample.num_in_flight > 0 or sample not in leaving, f"{name} is held by no step but was not released"
+            assert (sample.slot >= 0) == (sample in running or sample in leaving), f"{name} has slot {sample.slot}"
+        assert self._running == sorted(self._running, key=ARRIVAL), "running samples are out of order"
+        assert list(self._waiting) == sorted(self._waiting, key=ARRIVAL), "waiting samples are out of order"
+        slots = sorted([*self._free_slots, *(sample.slot for sample in running | leaving)])
+        assert slots == list(range(self._config.max_batch_size)), f"slots are lost or held twice: {slots}"
+        self._tables.check_integrity(running | leaving)
+
+    # Parts of schedule, in order
+
+    def _schedule_decodes(self) -> tuple[list[ScheduledRow], list[Sample]]:
+        """Return a row for each running sample with one token to compute, and the samples that have more."""
+        rows, behind = [], []
+        for sample in list(self._running):
+            if sample.num_tokens - sample.num_computed_tokens > 1:
+                behind.append(sample)
+            elif sample.state is RUNNING and (sample.num_computed_tokens < sample.room or self._make_room(sample, 1)):
+                rows.append(self._take(sample, 1))
+        return rows, behind
+
+    def _prefill_budget(self, num_decodes: int) -> int:
+        """Return how many tokens are left beside the decodes, fewer where their streams must not wait long."""
+        budget = self._config.max_batch_tokens - num_decodes * (1 + self._config.num_speculative_tokens)
+        bound = self._config.max_prefill_tokens_while_decoding
+        if bound is None or num_decodes == 0:
+            return budget
+        return min(budget, max(1, bound() if callable(bound) else bound))
+
+    def _schedule_chunks(self, behind: Iterable[Sample], budget: int) -> list[ScheduledRow]:
+        """Return rows for the running samples that are behind, the earliest first, until the budget is used up."""
+        rows = []
+        for sample in behind:
+            if budget == 0:
+                break
+            if sample.state is RUNNING:
+                wanted = min(budget, sample.num_tokens - sample.num_computed_tokens)
+                if num_tokens := self._make_room(sample, wanted):
+                    rows.append(self._take(sample, num_tokens))
+                    budget -= num_tokens
+        return rows
+
+    def _admit_waiting(self, budget: int) -> tuple[list[ScheduledRow], list[tuple[int, int, int]]]:
+        """Admit waiting samples while there are slots, budget and memory; return their rows and the pages to copy."""
+        rows, copies = [], []
+        put_back, skipped, num_passed = [], [], 0
+        # While a running sample lacks pages, those that come free are not for others.
+        while self._waiting and self._free_slots and budget > 0 and not self._lacks_memory:
+            sample = self._waiting.popleft()
+            prefix = self._prefix_of(sample)
+            if prefix is None:
+                put_back.append(sample)
+                continue
+            # A page each for the running ones, so that what is admitted now is not preempted at once.
+            copied = self._tables.admit(sample, prefix, headroom=len(self._running))
+            if copied is None:
+                put_back.append(sample)
+                skipped.append(sample)
+                if sample.num_passed >= MAX_PASSED or len(skipped) == MAX_SKIPPED:
+                    break
+                continue
+            row = self._start(sample, prefix, budget)
+            rows.append(row)
+            copies += copied
+            budget -= row.num_tokens
+            num_passed = len(skipped)
+        self._waiting.extendleft(reversed(put_back))
+        for sample in skipped[:num_passed]:
+            sample.num_passed += 1
+        return rows, copies
+
+    # What happens to one sample
+
+    def _prefix_of(self, sample: Sample) -> Prefix | None:
+        """Return what a waiting sample need not compute, or None where it must wait for something else than memory."""
+        if not sample.ready or sample.num_in_flight:  # preempted, and its last token is not known yet
+            return None
+        for sibling in self._requests[sample.request.request_id]:
+            if sibling.state is RUNNING:
+                if sibling.prompt_step in (NEVER, self._step):
+                    return None  # the prompt that both need will be there after this step or a later one
+                if prefix := self._tables.prompt_prefix(sample, sibling):
+                    return prefix
+        return self._tables.cached_prefix(sample)
+
+    def _start(self, sample: Sample, prefix: Prefix, budget: int) -> ScheduledRow:
+        """Let an admitted sample run; return its first row."""
+        sample.state = RUNNING
+        sample.slot = self._free_slots.pop()
+        insort(self._running, sample, key=ARRIVAL)
+        sample.prompt_step = self._step if prefix.num_tokens >= sample.num_prompt_tokens else NEVER
+        if sample.queue_time < 0:
+            self._count_start(sample, prefix)
+        num_tokens = self._tables.grow(sample, min(budget, sample.num_tokens - sample.num_computed_tokens))
+        return self._take(sample, num_tokens, new_slot=True)
+
+    def _take(self, sample: Sample, num_tokens: int, new_slot: bool = False) -> ScheduledRow:
+        """Return the row of a sample's next tokens, for which it has pages."""
+        start = sample.num_computed_tokens
+        end = sample.num_computed_tokens = start + num_tokens
+        num_output_tokens = sample.num_tokens - sample.num_prompt_tokens
+        samples = end == sample.num_tokens
+        sample.num_in_flight += 1
+        if start < sample.num_prompt_tokens <= end:
+            sample.prompt_step = self._step
+        if samples:
+            sample.num_tokens += 1
+            if sample.num_tokens == sample.max_num_tokens:  # nothing is left to schedule: it leaves with its last token
+                self._running.remove(sample)
+                self._leaving.add(sample)
+        return ScheduledRow(sample, start, num_tokens, sample.token_ids[start:end] or IN_FLIGHT, samples, new_slot, num_output_tokens)
+
+    def _make_room(self, sample: Sample, num_tokens: int) -> int:
+        """Give a running sample pages for its next tokens, at the expense of later ones; return how many it can compute."""
+        while not (fitting := self._tables.grow(sample, num_tokens)):
+            self._lacks_memory = True
+            last = self._running[-1]
+            if self._leaving or last is sample:  # pages come free when the step in flight is collected, or others are done
+                return 0
+            self._preempt(last)
+        return fitting
+
+    def _preempt(self, sample: Sample) -> None:
+        """Send a running sample back to wait; its tokens are computed again, but for what the prefix cache keeps."""
+        self._num_preemptions += 1
+        self._running.remove(sample)
+        insort(self._waiting, sample, key=ARRIVAL)
+        sample.state = WAITING
+        self._vacate(sample)
+
+    def _finish(self, sample: Sample) -> None:
+        """End a sample, wherever it is."""
+        siblings = self._requests[sample.request.request_id]
+        siblings.remove(sample)
+        if not siblings:
+            del self._requests[sample.request.request_id]
+        if sample.state is WAITING:
+            self._waiting.remove(sample)
+        elif sample not in self._leaving:
+            self._running.remove(sample)
+        sample.state = FINISHED
+        self._vacate(sample)
+
+    def _vacate(self, sample: Sample) -> None:
+        """Take a sample's slot and pages back, once no step in flight holds them."""
+        if sample.num_in_flight:
+            self._leaving.add(sample)
+            return
+        self._leaving.discard(sample)
+        if sample.slot >= 0:
+            self._tables.release(sample)
+            self._free_slots.append(sample.slot)
+            sample.slot = -1
+
+    # Outputs and counters
+
+    def _output(self, sample: Sample, token_ids: list[int], reason: FinishReason | None, result: StepResult, row: int) -> TokenOutput:
+        self._output_tokens += len(token_ids)
+        num_top = sample.params.logprobs
+        logprobs = [] if num_top is None or result.logprobs is None else token_logprobs(result.logprobs, row, len(token_ids), num_top)
+        return TokenOutput(
+            sample.request.request_id, sample.index, token_ids, logprobs, reason, sample.num_cached_tokens, sample.queue_time
+        )
+
+    def _count_extra(self, sample: Sample, num_tokens: int) -> None:
+        """Count tokens that a step yielded beyond the one it was scheduled for."""
+        sample.num_tokens += num_tokens
+        sample.num_computed_tokens += num_tokens
+        sample.num_settled_tokens += num_tokens
+
+    def _count_start(self, sample: Sample, prefix: Prefix) -> None:
+        """Count a sample that is scheduled for the first time; a prompt that n samples share counts once."""
+        sample.queue_time = max(0.0, self._clock() - sample.arrived_at)
+        if prefix.source is not None:
+            sample.num_cached_tokens = prefix.source.num_cached_tokens
+            return
+        sample.num_cached_tokens = prefix.num_tokens
+        self._prompt_tokens += sample.num_prompt_tokens
+        if self._config.prefix_caching:
+            self._prefix_queries += sample.num_prompt_tokens
+            self._prefix_hits += prefix.num_tokens
+
+
+def _is_long(row: ScheduledRow) -> bool:
+    return row.num_tokens > 1
