@@ -1,6 +1,10 @@
 """Set up before any test imports jax: 8 fake CPU devices, strict promotion, warnings are errors (pyproject.toml)."""
 
 import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 
 # Collectives of 8 fake devices meet in one thread pool; with as many threads as cores (2) they wait for each other until XLA aborts.
 os.environ["NPROC"] = "32"
@@ -9,3 +13,18 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a tiny random checkpoint by its name in tiny_models.CONFIGS ("llama", "mistral", ...), written once a session."""
+    from tiny_models import write_checkpoint
+
+    folders: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in folders:
+            folders[name] = write_checkpoint(tmp_path_factory.mktemp(name), name)
+        return folders[name]
+
+    return folder

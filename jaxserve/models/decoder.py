@@ -1,0 +1,136 @@
+"""The decoder that all families share: attention and a gated feed-forward network, each behind a norm and around a residual."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.layers import Embedding, Linear, RMSNorm
+from jaxserve.models.parameters import Axis
+from jaxserve.models.rope import rotate
+from jaxserve.pallas_kernels import AttentionMetadata, LayerKV, paged_attention, write_kv
+
+Rotation = tuple[jax.Array, jax.Array]
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with grouped queries (Ainslie et al. 2023, arXiv 2305.13245) over a paged KV cache."""
+
+    def __init__(self, config: ModelConfig, window: int | None):
+        hidden, head_dim, traits = Axis("hidden", config.hidden_size), config.head_dim, config.traits
+        heads = Axis("attention heads", config.num_heads * head_dim, units=config.num_heads)
+        kv_heads = Axis("KV heads", config.num_kv_heads * head_dim, units=config.num_kv_heads, repeat=True)
+        self.head_dim = head_dim
+        self.window = window
+        names = tuple(f"self_attn.{name}_proj" for name in "qkv")
+        self.qkv = Linear(names, (heads, kv_heads, kv_heads), hidden, traits.qkv_bias)
+        self.output = Linear(("self_attn.o_proj",), (hidden,), heads, traits.output_bias)
+        self.query_norm = RMSNorm("self_attn.q_norm", head_dim, config.norm_eps) if traits.qk_norm else None
+        self.key_norm = RMSNorm("self_attn.k_norm", head_dim, config.norm_eps) if traits.qk_norm else None
+        self.heads, self.kv_heads = heads, kv_heads
+
+    def __call__(self, x: jax.Array, rotation: Rotation, kv: LayerKV, metadata: AttentionMetadata) -> tuple[jax.Array, LayerKV]:
+        """x [T, hidden] -> [T, hidden], and the layer's cache with this step's keys and values in it."""
+        shards = jax.lax.axis_size("tensor")
+        query_size, kv_size = self.heads.local_size(shards), self.kv_heads.local_size(shards)
+        q, k, v = jnp.split(self.qkv(x), (query_size, query_size + kv_size), axis=1)
+        q, k, v = (y.reshape(y.shape[0], -1, self.head_dim) for y in (q, k, v))  # [T, heads, D]
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        kv = write_kv(kv, k, v, metadata)
+        out = paged_attention(q, kv, metadata, scale=self.head_dim**-0.5, window=self.window, soft_cap=None)
+        return self.output(out.reshape(out.shape[0], query_size)), kv
+
+
+class GatedMLP(nnx.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig):
+        hidden = Axis("hidden", config.hidden_size)
+        inner = Axis("feed-forward units", config.intermediate_size, units=config.intermediate_size)
+        self.gate_up = Linear(("mlp.gate_proj", "mlp.up_proj"), (inner, inner), hidden, config.traits.mlp_bias)
+        self.down = Linear(("mlp.down_proj",), (hidden,), inner, config.traits.mlp_bias)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate, up = jnp.split(self.gate_up(x), 2, axis=1)
+        return self.down(jax.nn.silu(gate) * up)
+
+
+class DecoderLayer(nnx.Module):
+    """Attention, then the feed-forward network."""
+
+    def __init__(self, config: ModelConfig, window: int | None):
+        self.attention_norm = RMSNorm("input_layernorm", config.hidden_size, config.norm_eps)
+        self.attention = Attention(config, window)
+        self.mlp_norm = RMSNorm("post_attention_layernorm", config.hidden_size, config.norm_eps)
+        self.mlp = GatedMLP(config)
+
+    def __call__(self, x: jax.Array, rotation: Rotation, kv: LayerKV, metadata: AttentionMetadata) -> tuple[jax.Array, LayerKV]:
+        """x [T, hidden] -> [T, hidden], and the layer's cache with this step's keys and values in it."""
+        with jax.named_scope("attention"):
+            attended, kv = self.attention(self.attention_norm(x), rotation, kv, metadata)
+            x = x + attended
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.mlp_norm(x)), kv
+
+
+@partial(jax.jit, static_argnums=0)
+def _call_layer(
+    graphdef: nnx.GraphDef[DecoderLayer], state: nnx.State, x: jax.Array, rotation: Rotation, kv: LayerKV, metadata: AttentionMetadata
+) -> tuple[jax.Array, LayerKV]:
+    """Layers of one kind have equal graph definitions, so that each kind is traced once; the compiler still sees them unrolled."""
+    return nnx.merge(graphdef, state)(x, rotation, kv, metadata)
+
+
+class Decoder(nnx.Module):
+    """Token ids in, logits out; runs inside `jax.shard_map` over a mesh with an axis "tensor".
+
+    Made from a config alone its leaves are the parameters' declarations; `weights.loader` puts arrays in their place.
+    """
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        self.embedding = Embedding("model.embed_tokens", config.vocab_size, config.hidden_size)
+        windows = (config.kv_groups[group].window for group in config.group_of_layer)
+        self.layers = nnx.List([DecoderLayer(config, window) for window in windows])
+        self.norm = RMSNorm("model.norm", config.hidden_size, config.norm_eps)
+        self.head = None if config.tie_embeddings else Embedding("lm_head", config.vocab_size, config.hidden_size)
+
+    def __call__(
+        self,
+        token_ids: jax.Array,
+        positions: jax.Array,
+        kv: tuple[LayerKV, ...],
+        metadata: tuple[AttentionMetadata, ...],
+        last: jax.Array,
+    ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
+        """Compute one step.
+
+        Args:
+            token_ids, positions: int32 [T], the rows' tokens one after the other.
+            kv: one a layer.
+            metadata: one a KV group.
+            last: int32 [R], where in the flat axis the token stands that each row samples from.
+
+        Returns:
+            Logits, float32 [R, vocab_size], the same on every shard; the caches with this step's keys and values.
+        """
+        x = self.embedding(token_ids)
+        rotation = self.config.rope(positions)
+        caches = []
+        for layer, cache, group in zip(self.layers, kv, self.config.group_of_layer, strict=True):
+            graphdef, state = nnx.split(layer)
+            x, cache = _call_layer(graphdef, state, x, rotation, cache, metadata[group])
+            caches.append(cache)
+        with jax.named_scope("logits"):
+            logits = (self.head or self.embedding).logits(self.norm(x.at[last].get(mode="promise_in_bounds")))
+        return logits, tuple(caches)
+
+
+def layer_prefix(path: Sequence[object]) -> str:
+    """What the checkpoint puts before the source names of a parameter at this path of the decoder's state."""
+    return f"model.layers.{path[1]}." if path[0] == "layers" else ""

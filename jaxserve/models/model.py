@@ -1,0 +1,92 @@
+"""A model as the runner takes it: flat arrays beside what turns them into a decoder while tracing."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.decoder import Decoder, layer_prefix
+from jaxserve.models.parameters import Parameter, Source
+from jaxserve.pallas_kernels import AttentionMetadata, LayerKV
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder without its arrays.
+
+    Attributes:
+        parameters: declarations in the order of the flat arrays, their sources named as in the checkpoint.
+        graphdef, treedef: rebuild the decoder from them.
+    """
+
+    config: ModelConfig
+    parameters: tuple[Parameter, ...]
+    graphdef: nnx.GraphDef[Decoder]
+    treedef: Any
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> "Architecture":
+        """Declare a decoder of this shape."""
+        graphdef, state = nnx.split(Decoder(config))
+        declarations, treedef = jax.tree.flatten(state)
+        prefixes = [layer_prefix(path) for path, _ in nnx.to_flat_state(state)]
+        parameters = (_prefixed(parameter, prefix) for parameter, prefix in zip(declarations, prefixes, strict=True))
+        return cls(config, tuple(parameters), graphdef, treedef)
+
+    @property
+    def specs(self) -> tuple[PartitionSpec, ...]:
+        """How the flat arrays lie on the mesh, for `jax.shard_map`."""
+        return tuple(parameter.spec for parameter in self.parameters)
+
+    def apply(
+        self,
+        leaves: tuple[jax.Array, ...],
+        token_ids: jax.Array,
+        positions: jax.Array,
+        kv: tuple[LayerKV, ...],
+        metadata: tuple[AttentionMetadata, ...],
+        last: jax.Array,
+    ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
+        """`Decoder.__call__` on local shards of the arrays; to be traced inside `jax.shard_map`, never called as it is."""
+        decoder = nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
+        return decoder(token_ids, positions, kv, metadata, last)
+
+
+def _prefixed(parameter: Parameter, prefix: str) -> Parameter:
+    sources = tuple(Source(prefix + source.name, source.axes) for source in parameter.sources)
+    return Parameter(sources, parameter.initializer)
+
+
+@dataclass(frozen=True)
+class Model:
+    """An architecture and its arrays.
+
+    A jitted call takes `leaves` flat: with 289 parameters that costs 0.13 ms of host time, 4.6 ms with NNX's split and merge.
+    """
+
+    architecture: Architecture
+    leaves: tuple[jax.Array, ...]
+
+    @property
+    def config(self) -> ModelConfig:
+        """Its shape."""
+        return self.architecture.config
+
+    @property
+    def specs(self) -> tuple[PartitionSpec, ...]:
+        """How the leaves lie on the mesh."""
+        return self.architecture.specs
+
+    @property
+    def apply(self) -> Callable[..., tuple[jax.Array, tuple[LayerKV, ...]]]:
+        """`Architecture.apply`."""
+        return self.architecture.apply
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all leaves in bytes, over all devices."""
+        return sum(leaf.nbytes for leaf in self.leaves)

@@ -1,0 +1,113 @@
+"""What a model declares of each parameter, once.
+
+A module holds a `Parameter` where its array will be: where it comes from in the checkpoint and how tensor parallelism
+cuts it. Shapes, shardings, random weights and loading all follow from the declaration; running, the array takes its place.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jax.sharding import PartitionSpec
+
+Read = Callable[[str, tuple[slice, ...]], np.ndarray]
+"""(checkpoint name, a slice an axis) -> that part of the tensor."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A dimension of a checkpoint's tensor, and how tensor parallelism cuts it.
+
+    Attributes:
+        name: what it counts, for people.
+        size: elements in the checkpoint.
+        units: pieces that must stay whole, such as heads; 0 where every shard holds all of the axis.
+        repeat: where there are fewer units than shards, neighbouring shards hold the same unit (KV heads).
+        pad: the last shard is filled up with zeros (vocabulary); otherwise the shards must divide the units.
+    """
+
+    name: str
+    size: int
+    units: int = 0
+    repeat: bool = False
+    pad: bool = False
+
+    def local_size(self, shards: int) -> int:
+        """Elements that one of `shards` shards holds."""
+        if not self.units:
+            return self.size
+        if self.pad:
+            return -(-self.size // shards)
+        return self.size // min(shards, self.units)
+
+    def bounds(self, shard: int, shards: int) -> slice:
+        """The elements of the checkpoint that a shard holds; fewer than `local_size` where the rest is padding."""
+        if not self.units:
+            return slice(0, self.size)
+        local = self.local_size(shards)
+        if self.pad:
+            return slice(min(shard * local, self.size), min((shard + 1) * local, self.size))
+        start = shard * min(shards, self.units) // shards * local
+        return slice(start, start + local)
+
+    def divides(self, shards: int) -> bool:
+        """Whether this many shards can share the axis."""
+        return not self.units or self.pad or self.units % shards == 0 or (self.repeat and shards % self.units == 0)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One tensor of the checkpoint; its name is relative to the decoder layer that holds it, if any."""
+
+    name: str
+    axes: tuple[Axis, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape in the checkpoint."""
+        return tuple(axis.size for axis in self.axes)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One array of the running model: checkpoint tensors, stacked along the first axis within each tensor shard.
+
+    Attributes:
+        sources: what it is made of, in order; they are cut along the same axis.
+        initializer: of random weights.
+    """
+
+    sources: tuple[Source, ...]
+    initializer: Literal["normal", "ones"] = "normal"
+
+    @property
+    def sharded_axis(self) -> int | None:
+        """The axis spread over the tensor shards."""
+        return next((i for i, axis in enumerate(self.sources[0].axes) if axis.units), None)
+
+    @property
+    def spec(self) -> PartitionSpec:
+        """How the array lies on the mesh."""
+        return PartitionSpec(*("tensor" if i == self.sharded_axis else None for i in range(len(self.sources[0].axes))))
+
+    def local_shape(self, shards: int) -> tuple[int, ...]:
+        """Shape of one shard."""
+        rows = sum(source.axes[0].local_size(shards) for source in self.sources)
+        return rows, *(axis.local_size(shards) for axis in self.sources[0].axes[1:])
+
+    def shape(self, shards: int) -> tuple[int, ...]:
+        """Shape of the whole array; its rows are ordered by shard, and repeated heads count as often as they are held."""
+        return tuple(n * shards if i == self.sharded_axis else n for i, n in enumerate(self.local_shape(shards)))
+
+    def read(self, read: Read, shard: int, shards: int, dtype: np.dtype) -> np.ndarray:
+        """Build one shard, reading nothing but what it holds and converting piece by piece."""
+        array = np.zeros(self.local_shape(shards), dtype)
+        row = 0
+        for source in self.sources:
+            bounds = tuple(axis.bounds(shard, shards) for axis in source.axes)
+            rows = bounds[0].stop - bounds[0].start
+            if rows:
+                array[row : row + rows] = read(source.name, bounds)
+            row += source.axes[0].local_size(shards)
+        return array

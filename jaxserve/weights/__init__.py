@@ -1,0 +1,4 @@
+"""From a model id to arrays on the devices.
+
+`source` finds the files and imports no JAX, so that front end and launcher can use it; `loader` puts the weights on a mesh.
+"""

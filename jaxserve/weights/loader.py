@@ -1,0 +1,110 @@
+"""Putting a model's weights on a mesh: each tensor straight to its shards, never the whole model twice in host memory."""
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from jaxserve.config import ModelOptions
+from jaxserve.errors import ModelNotFound, StartupError, UnsupportedModel
+from jaxserve.models import Architecture, Model, ModelConfig
+from jaxserve.models.parameters import Parameter
+from jaxserve.weights.checkpoint import Checkpoint, check_tensors
+from jaxserve.weights.safetensors_folder import SafetensorsCheckpoint
+from jaxserve.weights.source import ModelSource
+
+
+def load_model(source: ModelSource, options: ModelOptions, mesh: Mesh, dtype: jnp.dtype | None = None) -> Model:
+    """Read a model, or make up its weights (`--load-format dummy`), on the devices of a mesh with an axis "tensor".
+
+    Args:
+        dtype: of weights and activations; None: what `options.dtype` says (`resolve_dtype`).
+
+    Raises:
+        StartupError: UnsupportedModel, WeightsError, or a mesh that cannot share the model; one line each.
+    """
+    config = read_config(source)
+    dtype = jnp.dtype(dtype or resolve_dtype(options.dtype, config, mesh.devices.flat[0].platform))
+    architecture = Architecture.of(config)
+    _check_mesh(architecture, mesh.shape["tensor"])
+    if options.load_format == "dummy":
+        return Model(architecture, tuple(_random(parameter, mesh, dtype) for parameter in architecture.parameters))
+    checkpoint: Checkpoint = SafetensorsCheckpoint(source.path)
+    check_tensors(architecture.parameters, checkpoint)
+    order = {name: i for i, name in enumerate(checkpoint.shapes)}
+    by_file = sorted(enumerate(architecture.parameters), key=lambda item: order[item[1].sources[0].name])
+    leaves = {i: _load(parameter, checkpoint, mesh, dtype) for i, parameter in by_file}
+    return Model(architecture, tuple(leaves[i] for i in range(len(leaves))))
+
+
+def read_config(source: ModelSource) -> ModelConfig:
+    """The model's shape, without its weights.
+
+    Raises:
+        ModelNotFound: no config.json.
+        UnsupportedModel: see `ModelConfig.from_hf`.
+    """
+    config = _read_json(source.path / "config.json")
+    if config is None:
+        raise ModelNotFound(f"{source.path} has no config.json")
+    return ModelConfig.from_hf(config, _read_json(source.path / "generation_config.json"))
+
+
+def resolve_dtype(name: str, config: ModelConfig, platform: str) -> jnp.dtype:
+    """What `--dtype` means: auto is float32 on the CPU, where bfloat16 products are 6 times slower, else the checkpoint's dtype."""
+    if name != "auto":
+        return jnp.dtype(name)
+    if platform == "cpu":
+        return jnp.dtype(jnp.float32)
+    return jnp.dtype(config.dtype if config.dtype in ("float16", "bfloat16") else jnp.bfloat16)
+
+
+def _read_json(path: Path) -> Mapping[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise UnsupportedModel(f"{path} is not readable JSON") from None
+    if not isinstance(values, dict):
+        raise UnsupportedModel(f"{path} does not hold a JSON object")
+    return values
+
+
+def _check_mesh(architecture: Architecture, shards: int) -> None:
+    for parameter in architecture.parameters:
+        for source in parameter.sources:
+            for axis in source.axes:
+                if not axis.divides(shards):
+                    raise StartupError(f"{shards} devices cannot share this model's {axis.units} {axis.name} evenly")
+
+
+def _load(parameter: Parameter, checkpoint: Checkpoint, mesh: Mesh, dtype: jnp.dtype) -> jax.Array:
+    shards, axis = mesh.shape["tensor"], parameter.sharded_axis
+    local = parameter.local_shape(shards)
+
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        start = 0 if axis is None or index is None else index[axis].start or 0
+        return parameter.read(checkpoint.read, 0 if axis is None else start // local[axis], shards, dtype)
+
+    return jax.make_array_from_callback(parameter.shape(shards), NamedSharding(mesh, parameter.spec), shard)
+
+
+def _random(parameter: Parameter, mesh: Mesh, dtype: jnp.dtype) -> jax.Array:
+    """Weights of standard deviation 0.02, norms of one; the same in every run, made on the devices."""
+    shape, sharding = parameter.shape(mesh.shape["tensor"]), NamedSharding(mesh, parameter.spec)
+    if parameter.initializer == "ones":
+        return jnp.ones(shape, dtype, device=sharding)
+    make = jax.jit(_uniform, static_argnums=(1, 2), out_shardings=sharding)
+    return make(jax.random.key(zlib.crc32(parameter.sources[0].name.encode())), shape, dtype)
+
+
+def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    bound = 0.02 * 3**0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
