@@ -1,8 +1,9 @@
 """Set up before any test imports jax: 8 fake CPU devices, strict promotion, warnings are errors (pyproject.toml)."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,3 +29,14 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
         return folders[name]
 
     return folder
+
+
+@pytest.fixture
+def fake_server() -> Iterator[Any]:
+    """A fake_server.FakeServer that listens: for tests of clients."""
+    from fake_server import FakeServer
+
+    server = FakeServer()
+    server.start()
+    yield server
+    server.stop()
