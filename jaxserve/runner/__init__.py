@@ -1,1 +1,6 @@
 """The device half: KV cache, buckets, sampler and the runner of the steps."""
+
+from jaxserve.runner.config import RunnerConfig as RunnerConfig
+from jaxserve.runner.mesh import make_mesh as make_mesh
+from jaxserve.runner.model_runner import ModelRunner as ModelRunner
+from jaxserve.runner.model_runner import StepResult as StepResult

@@ -1,0 +1,74 @@
+"""The shapes that steps are compiled for."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Bucket:
+    """One shape.
+
+    Attributes:
+        num_tokens: T, tokens computed.
+        num_rows: R, rows sampled.
+        decode_only: each row has exactly one token (T == R).
+    """
+
+    num_tokens: int
+    num_rows: int
+    decode_only: bool
+
+
+class Buckets:
+    """All shapes of a runner, and which one a batch takes.
+
+    Args:
+        decode: row counts of the decode-only shapes, ascending.
+        mixed: (tokens, rows) of the others.
+    """
+
+    def __init__(self, decode: tuple[int, ...], mixed: tuple[tuple[int, int], ...]):
+        self._decode = tuple(Bucket(rows, rows, True) for rows in decode)
+        self._mixed = tuple(Bucket(tokens, rows, False) for tokens, rows in sorted(mixed))
+
+    @classmethod
+    def for_platform(cls, platform: str, max_batch_size: int, max_batch_tokens: int) -> Self:
+        """Ladders of powers of two; finer on a GPU, where a program's compile time counts less than a step's padding.
+
+        Mixed shapes come with few rows (the first tokens of a prompt, alone) and with all: the logits and the sampling of rows
+        that are not there would cost as much as some tens of tokens.
+        """
+        if platform == "cpu":
+            decode, tokens, few_rows = _ladder(1, max_batch_size), _ladder(32, max_batch_tokens), 4
+        else:
+            decode, tokens, few_rows = _ladder(1, max_batch_size, finer_from=32), _ladder(16, max_batch_tokens, finer_from=256), 16
+        rows = (few_rows, max_batch_size) if few_rows < max_batch_size else (max_batch_size,)
+        return cls(decode, tuple((t, r) for t in tokens for r in rows))
+
+    def __iter__(self) -> Iterator[Bucket]:
+        """All of them."""
+        return iter((*self._decode, *self._mixed))
+
+    def pick(self, num_tokens: int, num_rows: int) -> Bucket:
+        """The smallest shape that holds a batch; with as many tokens as rows each row has one.
+
+        Raises:
+            ValueError: none holds it.
+        """
+        for bucket in self._decode if num_tokens == num_rows else self._mixed:
+            if bucket.num_tokens >= num_tokens and bucket.num_rows >= num_rows:
+                return bucket
+        raise ValueError(f"no bucket holds {num_tokens} tokens of {num_rows} rows")
+
+
+def _ladder(first: int, last: int, finer_from: int | None = None) -> tuple[int, ...]:
+    """Powers of two from `first`, with 1.5 times each between them from `finer_from` on, and `last`."""
+    rungs = {last}
+    rung = first
+    while rung < last:
+        rungs.add(rung)
+        if finer_from is not None and rung >= finer_from:
+            rungs.add(rung * 3 // 2)
+        rung *= 2
+    return tuple(sorted(r for r in rungs if r <= last))

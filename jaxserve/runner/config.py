@@ -1,0 +1,45 @@
+"""What a ModelRunner is told once."""
+
+from dataclasses import dataclass
+from typing import Self
+
+from jaxserve.config import EngineOptions
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerConfig:
+    """Sizes, memory and forms of the programs.
+
+    Attributes:
+        max_batch_size: slots: samples that run at once.
+        max_batch_tokens: most tokens a step computes.
+        page_size: tokens a KV page.
+        max_total_tokens: most tokens of a request; None: what the model and the cache hold.
+        kv_bytes: memory for the KV cache on each device; None: what the device has left.
+        split: also compile the split form of each step, which constrained requests need.
+        compilation_cache_dir: folder of compiled programs that outlives the process; None: none.
+    """
+
+    max_batch_size: int
+    max_batch_tokens: int
+    page_size: int = 16
+    max_total_tokens: int | None = None
+    kv_bytes: int | None = None
+    split: bool = False
+    compilation_cache_dir: str | None = None
+
+    @classmethod
+    def from_options(cls, options: EngineOptions, platform: str, compilation_cache_dir: str | None = None) -> Self:
+        """Fill in what depends on the platform ("cpu" or "gpu")."""
+        on_cpu = platform == "cpu"
+        batch_size = options.max_batch_size or (32 if on_cpu else 256)
+        return cls(
+            max_batch_size=batch_size,
+            max_batch_tokens=max(options.max_batch_prefill_tokens or (512 if on_cpu else 8192), batch_size),
+            page_size=options.page_size,
+            max_total_tokens=options.max_total_tokens,
+            kv_bytes=int(options.cpu_kv_cache_gib * GIB) // options.tensor_size if on_cpu else None,
+            compilation_cache_dir=compilation_cache_dir,
+        )

@@ -1,0 +1,252 @@
+"""ModelRunner: the device half of the engine. Takes batches, gives back steps to collect."""
+
+import logging
+import os
+import time
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxserve.models import Model
+from jaxserve.runner.batch import Batch, BatchLayout, BatchPacker
+from jaxserve.runner.buckets import Bucket, Buckets
+from jaxserve.runner.compile import Compiled, CompileEvents, compile_programs, use_compilation_cache
+from jaxserve.runner.config import RunnerConfig
+from jaxserve.runner.kv_cache import KVCachePlan, plan_kv_cache
+from jaxserve.runner.memory import kv_cache_bytes
+from jaxserve.runner.programs import PAGE_COPIES, PAGE_ENTRIES, Program, Programs
+from jaxserve.runner.sampler import SampledTokens, unpack_sampled
+from jaxserve.runner.sampling_state import needs_slot_load, slot_loads
+from jaxserve.runner.state import abstract_state, allocate_state
+
+logger = logging.getLogger(__name__)
+
+MAX_STEPS_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step sampled, on the host. Rows beyond those of the batch are padding.
+
+    Attributes:
+        token_ids: int32 [R, 1+K].
+        counts: int32 [R], how many of them are valid; 0 where the row does not sample.
+        logprobs: numpy arrays raw, processed, top_ids, top_raw, top_processed; None where no row asked.
+    """
+
+    token_ids: np.ndarray
+    counts: np.ndarray
+    logprobs: SampledTokens | None
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """A step on the devices.
+
+    Attributes:
+        layout: of its bucket.
+        num_rows: of the batch, without padding.
+        wants_logprobs: whether any row asked for log probabilities.
+        packed: what went up.
+        logits: float32 [R, V], between forward() and sample().
+        sampled: int32 [R, columns], once the sampler was dispatched.
+    """
+
+    layout: BatchLayout
+    num_rows: int
+    wants_logprobs: bool
+    packed: jax.Array
+    logits: jax.Array | None = None
+    sampled: jax.Array | None = None
+
+
+class ModelRunner:
+    """Owns weights, KV cache and programs of one replica. Not thread-safe.
+
+    At most two steps are in flight: dispatch step n+1, then collect step n.
+
+    Args:
+        model: loaded on the mesh.
+        mesh: axes ("data", "tensor"); data is 1.
+        config: sizes.
+
+    Raises:
+        DeviceError: the KV cache does not fit.
+    """
+
+    def __init__(self, model: Model, mesh: Mesh, config: RunnerConfig):
+        # For life
+        self._config = config
+        self._model = model
+        self._mesh = mesh
+        self._buckets = Buckets.for_platform(mesh.devices.flat[0].platform, config.max_batch_size, config.max_batch_tokens)
+        if config.compilation_cache_dir is not None:
+            use_compilation_cache(config.compilation_cache_dir)
+        self._plan = self._plan_kv_cache()
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        self._compiled: dict[tuple[str, Bucket | None], Compiled] = {}
+        self._compile_events = CompileEvents()
+        # From step to step
+        self._packer = BatchPacker(config.max_batch_size, len(self._plan.num_pages), config.page_size)
+        self._state = allocate_state(self._plan, config.max_batch_size, model.config.vocab_size, mesh)
+        self._in_flight = 0
+        self._padded_tokens = 0
+        self._useful_tokens = 0
+
+    @property
+    def kv_groups(self) -> list[tuple[int, int | None]]:
+        """(number of pages, window) of each KV group."""
+        windows = (group.window for group in self._model.config.kv_groups)
+        return list(zip(self._plan.num_pages, windows, strict=True))
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Most tokens of a request."""
+        return self._plan.max_total_tokens
+
+    def warmup(self) -> None:
+        """Compile every program that a legal request can hit and run each once, for nobody; from then on nothing is compiled."""
+        begin = time.monotonic()
+        programs = self._programs(self._plan)
+        todo: dict[tuple[str, Bucket | None], Program] = {}
+        for bucket in self._buckets:
+            layout = self._layout(bucket)
+            todo["step", bucket] = programs.step(layout)
+            if self._config.split:
+                todo["forward", bucket] = programs.forward(layout)
+                todo["sample", bucket] = programs.sample(layout)
+        todo |= {("copy_pages", None): programs.copy_pages(), ("load_slot", None): programs.load_slot()}
+        todo["add_page_entries", None] = programs.add_page_entries()
+        self._compiled = compile_programs(todo, num_threads=os.cpu_count() or 1)
+        self._run_for_nobody()
+        self._compile_events.start()
+        logger.info("%d programs ready after %.1f s", len(todo), time.monotonic() - begin)
+
+    def dispatch(self, batch: Batch) -> Step:
+        """Start a step, fused; returns at once.
+
+        Args:
+            batch: its page copies are done and its new slots loaded first.
+        """
+        step = self._prepare(batch)
+        run = self._compiled["step", step.layout.bucket]
+        self._state, sampled = run(self._model.leaves, self._state, step.packed)
+        sampled.copy_to_host_async()
+        step.sampled = sampled
+        return step
+
+    def forward(self, batch: Batch) -> Step:
+        """Start a step that waits for sample() after its logits; returns at once. Needs RunnerConfig.split."""
+        step = self._prepare(batch)
+        self._state, step.logits = self._compiled["forward", step.layout.bucket](self._model.leaves, self._state, step.packed)
+        return step
+
+    def sample(self, step: Step, masks: np.ndarray) -> None:
+        """Finish a step that forward() started; returns at once.
+
+        Args:
+            step: not sampled yet.
+            masks: uint32 [rows of the batch, ceil(V / 32)], bit t % 32 of word t // 32 set where token t is allowed.
+        """
+        bucket = step.layout.bucket
+        padded = np.full((bucket.num_rows, masks.shape[1]), 0xFFFFFFFF, np.uint32)
+        padded[: len(masks)] = masks
+        run = self._compiled["sample", bucket]
+        self._state, sampled = run(step.logits, self._state, step.packed, self._upload(padded))
+        sampled.copy_to_host_async()
+        step.logits, step.sampled = None, sampled
+
+    def collect(self, step: Step) -> StepResult:
+        """Wait for a step's tokens: one copy from the device."""
+        assert step.sampled is not None, "collect() of a step that was not sampled"
+        sampled = unpack_sampled(np.asarray(step.sampled))
+        self._in_flight -= 1
+        return StepResult(sampled.token_ids, sampled.counts, sampled if step.wants_logprobs else None)  # pyright: ignore[reportArgumentType]
+
+    def stats(self) -> dict[str, int]:
+        """The counters of EngineStats that the runner keeps."""
+        return {
+            "padded_tokens": self._padded_tokens,
+            "useful_tokens": self._useful_tokens,
+            "compile_events": self._compile_events.count,
+        }
+
+    def close(self) -> None:
+        """Stop counting compile events; the arrays go with the runner."""
+        self._compile_events.stop()
+
+    def _run_for_nobody(self) -> None:
+        """Run what the first requests would otherwise be the first to run. A GPU records a program's CUDA graph in its second run."""
+        on_cpu = self._mesh.devices.flat[0].platform == "cpu"
+        for bucket in [next(iter(self._buckets))] if on_cpu else [*self._buckets] * 2:
+            packed = self._upload(self._packer.padding(self._layout(bucket)))
+            self._state, sampled = self._compiled["step", bucket](self._model.leaves, self._state, packed)
+            np.asarray(sampled)
+
+    def _prepare(self, batch: Batch) -> Step:
+        """Bring the device state to where the step can run, and upload the step."""
+        assert self._in_flight < MAX_STEPS_IN_FLIGHT, "collect() a step first"
+        layout = self._layout(self._buckets.pick(batch.num_tokens, len(batch.rows)))
+        packed, entries, wants_logprobs = self._packer.pack(batch, layout)
+        self._copy_pages(batch)
+        self._load_slots(batch)
+        self._add_page_entries(entries)
+        self._in_flight += 1
+        self._useful_tokens += batch.num_tokens
+        self._padded_tokens += layout.bucket.num_tokens - batch.num_tokens
+        return Step(layout, len(batch.rows), wants_logprobs, self._upload(packed))
+
+    def _copy_pages(self, batch: Batch) -> None:
+        for begin in range(0, len(batch.page_copies), PAGE_COPIES):
+            pages = np.zeros((len(self._plan.num_pages), 2, PAGE_COPIES), np.int32)
+            pages[:, 1] = np.array(self._plan.num_pages)[:, None]
+            for i, (group, source, target) in enumerate(batch.page_copies[begin : begin + PAGE_COPIES]):
+                pages[group, :, i] = source, target
+            self._change_state("copy_pages", pages)
+
+    def _load_slots(self, batch: Batch) -> None:
+        for row in batch.rows:
+            sample = row.sample
+            if row.new_slot and needs_slot_load(sample.params):
+                prompt = sample.request.prompt_token_ids
+                config = self._model.config
+                outputs = sample.token_ids[len(prompt) :]
+                for load in slot_loads(sample.slot, sample.params, prompt, outputs, config.eos_token_ids, config.vocab_size):
+                    self._change_state("load_slot", load)
+
+    def _add_page_entries(self, entries: np.ndarray) -> None:
+        for begin in range(0, len(entries), PAGE_ENTRIES):
+            upload = np.full((PAGE_ENTRIES, entries.shape[1]), self._config.max_batch_size, np.int32)
+            upload[: len(entries) - begin] = entries[begin : begin + PAGE_ENTRIES]
+            self._change_state("add_page_entries", upload)
+
+    def _change_state(self, program: str, upload: np.ndarray) -> None:
+        self._state = self._compiled[program, None](self._state, self._upload(upload))
+
+    def _upload(self, array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, self._replicated)
+
+    def _layout(self, bucket: Bucket) -> BatchLayout:
+        return BatchLayout.of(bucket, len(self._plan.num_pages), self._config.page_size)
+
+    def _programs(self, plan: KVCachePlan) -> Programs:
+        state = abstract_state(plan, self._config.max_batch_size, self._model.config.vocab_size, self._mesh)
+        return Programs(self._model, self._mesh, plan, state, {})
+
+    def _plan_kv_cache(self) -> KVCachePlan:
+        config, model = self._config, self._model.config
+        dtype, tensor_size = self._model.leaves[0].dtype, self._mesh.shape["tensor"]
+        if config.kv_bytes is not None:
+            return plan_kv_cache(model, config, tensor_size, dtype, kv_cache_bytes(self._mesh, config.kv_bytes, 0))
+        # Temporaries do not grow with the number of pages: the largest program is compiled with the pages of one request to see them.
+        left = kv_cache_bytes(self._mesh, None, 0)
+        trial = plan_kv_cache(model, replace(config, max_batch_size=1), tensor_size, dtype, left)
+        largest = max(self._buckets, key=lambda bucket: (bucket.num_tokens, bucket.num_rows))
+        layout = BatchLayout.of(largest, len(trial.num_pages), config.page_size)
+        compiled = compile_programs({"step": self._programs(trial).step(layout)}, num_threads=1)["step"]
+        analysis = compiled.memory_analysis()
+        assert analysis is not None, "XLA tells no memory analysis"
+        budget = kv_cache_bytes(self._mesh, None, analysis.temp_size_in_bytes)
+        return plan_kv_cache(model, config, tensor_size, dtype, budget)

@@ -1,0 +1,146 @@
+"""The programs of a runner: functions of the device state, traced once a shape, sharded over the mesh.
+
+Fused step   forward and sampling in one.
+Split step   the same in two, for rows whose token masks depend on the step before: `forward`, then `sample`.
+The others   change the state between steps: copied pages, page-table entries, slots of the sampler.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxserve.models import Model
+from jaxserve.runner.batch import BatchLayout, add_page_entries, unpack_batch
+from jaxserve.runner.kv_cache import KVCachePlan
+from jaxserve.runner.sampler import pack_sampled, sample
+from jaxserve.runner.sampling_rows import unpack_rows
+from jaxserve.runner.sampling_state import SLOT_LOAD_SIZE, load_slot
+from jaxserve.runner.state import STATE_SPEC, DeviceState
+
+PAGE_COPIES = 16  # a call
+PAGE_ENTRIES = 1024  # a call
+
+_EVERYWHERE = PartitionSpec()
+
+
+class Program(NamedTuple):
+    """Something to compile: a jitted function, and the shapes and shardings of its arguments."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Makes the programs of a model on a mesh.
+
+    Attributes:
+        model: its leaves are arguments, never constants.
+        mesh: with axes "data" and "tensor".
+        plan: sizes of the KV cache.
+        state: shapes of the device state.
+        options: XLA's, by name.
+    """
+
+    model: Model
+    mesh: Mesh
+    plan: KVCachePlan
+    state: DeviceState
+    options: dict[str, Any]
+
+    def step(self, layout: BatchLayout) -> Program:
+        """(leaves, state, packed) -> (state, sampled tokens, packed)."""
+
+        def step(leaves: tuple[jax.Array, ...], state: DeviceState, packed: jax.Array) -> tuple[DeviceState, jax.Array]:
+            state, logits = self._forward(layout, leaves, state, packed)
+            tokens, sampling = sample(logits, state.sampling, unpack_rows(layout.split(packed).sampling))
+            return replace(state, sampling=sampling), pack_sampled(tokens)
+
+        specs = self.model.specs, STATE_SPEC, _EVERYWHERE
+        arguments = self.model.leaves, self.state, self._ints(layout.size)
+        return Program(self._jit(step, specs, (STATE_SPEC, _EVERYWHERE), donated=1), arguments)
+
+    def forward(self, layout: BatchLayout) -> Program:
+        """(leaves, state, packed) -> (state, logits)."""
+
+        def forward(leaves: tuple[jax.Array, ...], state: DeviceState, packed: jax.Array) -> tuple[DeviceState, jax.Array]:
+            return self._forward(layout, leaves, state, packed)
+
+        specs = self.model.specs, STATE_SPEC, _EVERYWHERE
+        arguments = self.model.leaves, self.state, self._ints(layout.size)
+        return Program(self._jit(forward, specs, (STATE_SPEC, _EVERYWHERE), donated=1), arguments)
+
+    def sample(self, layout: BatchLayout) -> Program:
+        """(logits, state, packed, masks) -> (state, sampled tokens, packed)."""
+
+        def sample_masked(logits: jax.Array, state: DeviceState, packed: jax.Array, masks: jax.Array) -> tuple[DeviceState, jax.Array]:
+            rows = unpack_rows(layout.split(packed).sampling)
+            tokens, sampling = sample(logits, state.sampling, rows, masks)
+            return replace(state, sampling=sampling), pack_sampled(tokens)
+
+        rows, vocab_size = layout.bucket.num_rows, self.model.config.vocab_size
+        logits = self._array((rows, vocab_size), jnp.float32)
+        masks = self._array((rows, mask_words(vocab_size)), jnp.uint32)
+        specs = _EVERYWHERE, STATE_SPEC, _EVERYWHERE, _EVERYWHERE
+        arguments = logits, self.state, self._ints(layout.size), masks
+        return Program(self._jit(sample_masked, specs, (STATE_SPEC, _EVERYWHERE), donated=1), arguments)
+
+    def copy_pages(self) -> Program:
+        """(state, int32 [groups, 2, PAGE_COPIES]) -> state with pages [g, 0] copied to [g, 1]; a target out of range is dropped."""
+
+        def copy_pages(state: DeviceState, pages: jax.Array) -> DeviceState:
+            def copy(x: jax.Array, group: int) -> jax.Array:
+                source = x.at[pages[group, 0]].get(mode="clip")
+                return x.at[pages[group, 1]].set(source, mode="drop", unique_indices=True)
+
+            kv = tuple((copy(k, g), copy(v, g)) for (k, v), g in zip(state.kv, self.plan.group_of_layer, strict=True))
+            return replace(state, kv=kv)
+
+        return self._state_program(copy_pages, self._ints(len(self.plan.num_pages), 2, PAGE_COPIES))
+
+    def add_page_entries(self) -> Program:
+        """(state, int32 [PAGE_ENTRIES, 2 + groups]) -> state with these entries of page tables; a slot out of range is dropped."""
+
+        def add_entries(state: DeviceState, entries: jax.Array) -> DeviceState:
+            return replace(state, page_tables=add_page_entries(state.page_tables, entries))
+
+        return self._state_program(add_entries, self._ints(PAGE_ENTRIES, 2 + len(self.plan.num_pages)))
+
+    def load_slot(self) -> Program:
+        """(state, int32 [SLOT_LOAD_SIZE]) -> state with a slot of the sampler loaded."""
+
+        def load(state: DeviceState, upload: jax.Array) -> DeviceState:
+            return replace(state, sampling=load_slot(state.sampling, upload))
+
+        return self._state_program(load, self._ints(SLOT_LOAD_SIZE))
+
+    def _forward(
+        self, layout: BatchLayout, leaves: tuple[jax.Array, ...], state: DeviceState, packed: jax.Array
+    ) -> tuple[DeviceState, jax.Array]:
+        plan = self.plan
+        batch, tables = unpack_batch(packed, layout, state.page_tables, state.sampling.last_tokens, plan.page_size, plan.num_pages)
+        logits, kv = self.model.apply(leaves, batch.token_ids, batch.positions, state.kv, batch.metadata, batch.last)
+        return DeviceState(kv, tables, state.sampling), logits
+
+    def _state_program(self, function: Callable[..., DeviceState], upload: jax.ShapeDtypeStruct) -> Program:
+        return Program(self._jit(function, (STATE_SPEC, _EVERYWHERE), STATE_SPEC, donated=0), (self.state, upload))
+
+    def _jit(self, function: Callable[..., Any], in_specs: Any, out_specs: Any, donated: int) -> Any:
+        # check_vma would ask every loop of every kernel to declare what varies over the mesh.
+        sharded = jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return jax.jit(sharded, donate_argnums=donated, compiler_options=self.options)
+
+    def _ints(self, *shape: int) -> jax.ShapeDtypeStruct:
+        return self._array(shape, jnp.int32)
+
+    def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, _EVERYWHERE))
+
+
+def mask_words(vocab_size: int) -> int:
+    """uint32 words of a token mask."""
+    return -(-vocab_size // 32)
