@@ -17,6 +17,9 @@ def accept(sample: Sample, token_ids: list[int], eos_token_ids: frozenset[int]) 
         the tokens that count, the one that ends the sample included, and why it ends, None if it goes on.
     """
     known = sample.token_ids
+    if len(known) + len(token_ids) < sample.max_num_tokens and sample.stop_token_ids.isdisjoint(token_ids):
+        known += token_ids
+        return token_ids, None
     params = sample.params
     for i, token in enumerate(token_ids):
         num_output_tokens = len(known) - sample.num_prompt_tokens
@@ -30,8 +33,10 @@ def accept(sample: Sample, token_ids: list[int], eos_token_ids: frozenset[int]) 
     return token_ids, None
 
 
-def token_logprobs(logprobs: StepLogprobs, row: int, count: int, num_top: int) -> list[TokenLogprobs]:
-    """Return the log probabilities of a row's first `count` tokens, each with its `num_top` most likely ones."""
+def token_logprobs(logprobs: StepLogprobs, row: int, count: int, num_top: int | None) -> list[TokenLogprobs]:
+    """Return the log probabilities of a row's first `count` tokens, each with its `num_top` most likely ones; none where that is None."""
+    if num_top is None:
+        return []
     return [
         TokenLogprobs(
             float(logprobs.raw[row, i]),

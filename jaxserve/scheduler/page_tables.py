@@ -101,7 +101,9 @@ class PageTables:
         """
         reach = self._reach(sample, sample.num_computed_tokens + num_tokens)
         missing = self._pages(reach) - len(sample.page_tables[0])
-        count = min(missing, *(pool.num_available for pool in self.pools))
+        if missing > self._num_available():
+            self._free_behind_windows(sample)
+        count = min(missing, self._num_available())
         if count > 0:
             for pool, table in zip(self.pools, sample.page_tables, strict=True):
                 table.extend([pool.allocate() for _ in range(count)])
@@ -123,10 +125,7 @@ class PageTables:
                     pool.store(table[i], keys[i])
         sample.num_stored_pages = num_full
         sample.settle_at = (num_full + 1) * self._page_size
-        for group, window in enumerate(self._windows):
-            if window is not None:
-                first = first_page_seen(sample.num_settled_tokens, window, self._page_size)
-                self._free_before(sample, group, first)
+        self._free_behind_windows(sample)
 
     def release(self, sample: Sample) -> None:
         """Take all pages of a sample back, the last first: of those that stay cached the beginnings are evicted last."""
@@ -154,12 +153,20 @@ class PageTables:
         for pool, count in zip(self.pools, references, strict=True):
             pool.check_integrity(count)
 
-    def _free_before(self, sample: Sample, group: int, first: int) -> None:
-        table, pool = sample.page_tables[group], self.pools[group]
-        for i in range(sample.num_freed_pages[group], first):
-            pool.release(table[i])
-            table[i] = 0
-        sample.num_freed_pages[group] = max(first, sample.num_freed_pages[group])
+    def _free_behind_windows(self, sample: Sample) -> None:
+        """Free the pages that no token after the settled ones sees."""
+        for group, window in enumerate(self._windows):
+            if window is None:
+                continue
+            pool, table = self.pools[group], sample.page_tables[group]
+            first = first_page_seen(sample.num_settled_tokens, window, self._page_size)
+            for i in range(sample.num_freed_pages[group], first):
+                pool.release(table[i])
+                table[i] = 0
+                sample.num_freed_pages[group] = i + 1
+
+    def _num_available(self) -> int:
+        return min([pool.num_available for pool in self.pools])
 
     def _reach(self, sample: Sample, num_tokens: int) -> int:
         """Return how many positions a sample may write once this many are counted; the last token of all is never computed."""

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 
 from jaxserve.errors import ContextTooLong, InvalidRequest
-from jaxserve.request import FinishReason, Request, TokenOutput
-from jaxserve.scheduler.batch import IN_FLIGHT, ScheduledBatch, ScheduledRow, StepResult
+from jaxserve.request import Request, TokenOutput
+from jaxserve.scheduler.batch import IN_FLIGHT, ScheduledBatch, ScheduledRow, StepLogprobs, StepResult
 from jaxserve.scheduler.config import KVGroupPages, SchedulerConfig
 from jaxserve.scheduler.outputs import accept, error_output, token_logprobs
 from jaxserve.scheduler.page_pool import PageEvent
@@ -152,16 +152,14 @@ class Scheduler:
             sample = row.sample
             sample.num_in_flight -= 1
             if sample.state is not FINISHED:
-                reason = None
-                if row.samples:
-                    token_ids, reason = accept(sample, token_ids[:count], self._config.eos_token_ids)
-                    outputs.append(self._output(sample, token_ids, reason, result, i))
-                    self._count_extra(sample, len(token_ids) - 1)
+                output = self._receive(sample, token_ids[:count], result.logprobs, i) if row.samples else None
                 sample.num_settled_tokens += row.num_tokens
                 if sample.num_settled_tokens >= sample.settle_at:
                     self._tables.settle(sample)
-                if reason is not None:
-                    self._finish(sample)
+                if output is not None:
+                    outputs.append(output)
+                    if output.finish_reason is not None:
+                        self._finish(sample)
             if sample in self._leaving:
                 self._vacate(sample)
         return outputs
@@ -327,6 +325,19 @@ class Scheduler:
                 self._leaving.add(sample)
         return ScheduledRow(sample, start, num_tokens, sample.token_ids[start:end] or IN_FLIGHT, samples, new_slot, num_output_tokens)
 
+    def _receive(self, sample: Sample, token_ids: list[int], logprobs: StepLogprobs | None, row: int) -> TokenOutput:
+        """Append what a step sampled for an unfinished sample, up to its end; return what its client is told."""
+        token_ids, reason = accept(sample, token_ids, self._config.eos_token_ids)
+        count = len(token_ids)
+        self._output_tokens += count
+        if count > 1:  # schedule() counted with one
+            sample.num_tokens += count - 1
+            sample.num_computed_tokens += count - 1
+            sample.num_settled_tokens += count - 1
+        told = [] if logprobs is None else token_logprobs(logprobs, row, count, sample.params.logprobs)
+        request_id = sample.request.request_id
+        return TokenOutput(request_id, sample.index, token_ids, told, reason, sample.num_cached_tokens, sample.queue_time)
+
     def _make_room(self, sample: Sample, num_tokens: int) -> int:
         """Give a running sample pages for its next tokens, at the expense of later ones; return how many it can compute."""
         while not (fitting := self._tables.grow(sample, num_tokens)):
@@ -368,22 +379,6 @@ class Scheduler:
             self._tables.release(sample)
             self._free_slots.append(sample.slot)
             sample.slot = -1
-
-    # Outputs and counters
-
-    def _output(self, sample: Sample, token_ids: list[int], reason: FinishReason | None, result: StepResult, row: int) -> TokenOutput:
-        self._output_tokens += len(token_ids)
-        num_top = sample.params.logprobs
-        logprobs = [] if num_top is None or result.logprobs is None else token_logprobs(result.logprobs, row, len(token_ids), num_top)
-        return TokenOutput(
-            sample.request.request_id, sample.index, token_ids, logprobs, reason, sample.num_cached_tokens, sample.queue_time
-        )
-
-    def _count_extra(self, sample: Sample, num_tokens: int) -> None:
-        """Count tokens that a step yielded beyond the one it was scheduled for."""
-        sample.num_tokens += num_tokens
-        sample.num_computed_tokens += num_tokens
-        sample.num_settled_tokens += num_tokens
 
     def _count_start(self, sample: Sample, prefix: Prefix) -> None:
         """Count a sample that is scheduled for the first time; a prompt that n samples share counts once."""
