@@ -41,7 +41,12 @@ def measure(side: str, concurrency: int, generate: Callable[[list[list[int]]], i
         begin = time.perf_counter()
         tokens = generate(prompts)
         rates.append(tokens / (time.perf_counter() - begin))
-    print(json.dumps({"side": side, "concurrency": concurrency, "tok_s": round(statistics.median(rates), 1), "all": [round(r, 1) for r in rates]}), flush=True)
+    print(
+        json.dumps(
+            {"side": side, "concurrency": concurrency, "tok_s": round(statistics.median(rates), 1), "all": [round(r, 1) for r in rates]}
+        ),
+        flush=True,
+    )
 
 
 def run_jaxserve(gguf: str, concurrencies: list[int]) -> None:

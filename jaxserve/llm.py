@@ -234,3 +234,12 @@ class _Running:
         if sample.finish_reason is not None:
             self._unfinished.discard(output.index)
         return not self._unfinished
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt, or several, as a list."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]  # pyright: ignore[reportReturnType]
+    return list(prompts)  # pyright: ignore[reportArgumentType]

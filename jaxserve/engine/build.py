@@ -1,0 +1,90 @@
+"""From options to an engine that is ready: files, mesh, weights, programs, scheduler."""
+
+import logging
+
+from jaxserve.config import EngineOptions, ModelOptions
+from jaxserve.engine.async_engine import AsyncEngine
+from jaxserve.engine.decode_gap import DecodeGap
+from jaxserve.engine.engine import Engine
+from jaxserve.models import Model
+from jaxserve.request import EngineInfo
+from jaxserve.runner import ModelRunner, RunnerConfig, make_mesh
+from jaxserve.scheduler import KVGroupPages, Scheduler, SchedulerConfig
+from jaxserve.weights import ModelSource, resolve_model
+from jaxserve.weights.demo import cache_folder
+from jaxserve.weights.loader import load_model
+
+logger = logging.getLogger(__name__)
+
+
+def build_engine(
+    model_options: ModelOptions, engine_options: EngineOptions, replica: int = 0, *, source: ModelSource | None = None
+) -> Engine:
+    """Load a model on its devices and compile every program that a legal request can hit.
+
+    Args:
+        replica: the engine takes the devices from replica * tensor size on.
+        source: the model's files, where they were found already.
+
+    Raises:
+        StartupError: one line says why.
+    """
+    source = source or resolve_model(model_options)
+    mesh = make_mesh(engine_options.tensor_size, replica)
+    model = load_model(source, model_options, mesh)
+    platform = mesh.devices.flat[0].platform
+    cache = engine_options.compilation_cache_dir or str(cache_folder() / "xla")
+    config = RunnerConfig.from_options(engine_options, platform, cache)
+    runner = ModelRunner(model, mesh, config)
+    runner.warmup()
+    return join(runner, config, engine_options, _info(source, engine_options, model, runner, mesh.devices.flat[0].device_kind))
+
+
+def join(runner: ModelRunner, config: RunnerConfig, options: EngineOptions, info: EngineInfo) -> Engine:
+    """A new scheduler for a runner that is ready, and the engine of both."""
+    gap = None if options.max_decode_gap_ms is None else DecodeGap(options.max_decode_gap_ms / 1000)
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_batch_size=config.max_batch_size,
+            max_batch_tokens=config.max_batch_tokens,
+            page_size=config.page_size,
+            max_total_tokens=info.max_total_tokens,
+            prefix_caching=options.prefix_caching,
+            eos_token_ids=frozenset(info.eos_token_ids),
+            vocab_size=info.vocab_size,
+            max_prefill_tokens_while_decoding=None if gap is None else gap.max_prefill_tokens,
+        ),
+        [KVGroupPages(num_pages, window) for num_pages, window in runner.kv_groups],
+    )
+    return Engine(runner, scheduler, info, sync=options.sync, decode_gap=gap)
+
+
+def build_async_engine(model_options: ModelOptions, engine_options: EngineOptions, replica: int = 0) -> AsyncEngine:
+    """`build_engine` in a thread of its own.
+
+    Args:
+        replica: as for build_engine(); 0 where the process sees only its own devices.
+
+    Raises:
+        StartupError: one line says why.
+    """
+    return AsyncEngine(build_engine(model_options, engine_options, replica), engine_options.max_concurrent_requests)
+
+
+def _info(source: ModelSource, options: EngineOptions, model: Model, runner: ModelRunner, device: str) -> EngineInfo:
+    longest = runner.max_total_tokens
+    return EngineInfo(
+        model_id=source.model_id,
+        revision=source.revision,
+        model_path=str(source.path),
+        vocab_size=model.config.vocab_size,
+        max_total_tokens=longest,
+        max_input_tokens=min(options.max_input_tokens or longest - 1, longest - 1),
+        eos_token_ids=tuple(model.config.eos_token_ids),
+        page_size=options.page_size,
+        num_pages=runner.kv_groups[0][0],
+        mesh=options.mesh,
+        dtype=str(model.leaves[0].dtype),
+        device=device,
+        defaults={name: int(value) if name == "top_k" else value for name, value in model.config.defaults},
+    )

@@ -1,0 +1,88 @@
+"""Engines on tiny checkpoints for tests: the runner is compiled once a session, each engine gets a scheduler of its own."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxserve.config import EngineOptions, ModelOptions
+from jaxserve.engine.build import join
+from jaxserve.engine.engine import Engine
+from jaxserve.request import EngineInfo, FinishReason, Request, SamplingParams, TokenOutput
+from jaxserve.runner import ModelRunner, RunnerConfig, make_mesh
+from jaxserve.weights import ModelSource
+from jaxserve.weights.loader import load_model
+
+SLOTS = 4
+# Room for about three of the longest requests below, so that four at once preempt each other.
+KV_TOKENS = 640
+
+
+class TinyRunner:
+    """A warmed-up runner of a tiny checkpoint, for any number of engines one after the other.
+
+    Args:
+        folder: of the checkpoint.
+        tensor_size: devices.
+        data_index: which replica.
+    """
+
+    def __init__(self, folder: Path, tensor_size: int = 1, data_index: int = 0):
+        mesh = make_mesh(tensor_size, data_index)
+        model = load_model(ModelSource(str(folder), "", folder), ModelOptions(), mesh)
+        token_bytes = 2 * 4 * model.config.head_dim * model.config.local_kv_heads(tensor_size) * model.config.num_layers
+        self.config = RunnerConfig(max_batch_size=SLOTS, max_batch_tokens=64, max_total_tokens=288, kv_bytes=KV_TOKENS * token_bytes)
+        self.runner = ModelRunner(model, mesh, self.config)
+        self.runner.warmup()
+        self._model = model
+        self._mesh = f"1x{tensor_size}"
+
+    def engine(self, eos_token_ids: Sequence[int] = (), **options: object) -> Engine:
+        """A new engine with an empty prefix cache; `options` are EngineOptions."""
+        info = EngineInfo(
+            model_id="tiny",
+            revision="",
+            model_path="",
+            vocab_size=self._model.config.vocab_size,
+            max_total_tokens=self.runner.max_total_tokens,
+            max_input_tokens=self.runner.max_total_tokens - 1,
+            eos_token_ids=tuple(eos_token_ids),
+            page_size=self.config.page_size,
+            num_pages=self.runner.kv_groups[0][0],
+            mesh=self._mesh,
+            dtype="float32",
+            device="cpu",
+            defaults={},
+        )
+        return join(self.runner, self.config, EngineOptions(**options), info)  # pyright: ignore[reportArgumentType]
+
+
+@functools.cache
+def tiny_runner(folder: Path, tensor_size: int = 1, data_index: int = 0) -> TinyRunner:
+    """The runner of a checkpoint and mesh, compiled once a session."""
+    return TinyRunner(folder, tensor_size, data_index)
+
+
+def greedy(max_tokens: int, **options: object) -> SamplingParams:
+    """Greedy parameters that run to max_tokens."""
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **options)  # pyright: ignore[reportArgumentType]
+
+
+def finish(engine: Engine) -> dict[tuple[str, int], list[TokenOutput]]:
+    """Step until nothing is left; outputs by (request id, sample index)."""
+    outputs: dict[tuple[str, int], list[TokenOutput]] = {}
+    while engine.has_work:
+        for output in engine.step():
+            outputs.setdefault((output.request_id, output.index), []).append(output)
+    return outputs
+
+
+def tokens_of(outputs: list[TokenOutput]) -> list[int]:
+    """All tokens of a sample that has ended."""
+    assert outputs[-1].finish_reason not in (None, FinishReason.ERROR)
+    return [token for output in outputs for token in output.token_ids]
+
+
+def run_alone(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> list[int]:
+    """Tokens of one request with the engine to itself."""
+    engine.add_request(Request("alone", tuple(prompt), params))
+    return tokens_of(finish(engine)["alone", 0])
