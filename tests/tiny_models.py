@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 VOCAB_SIZE = 320
 EOS, BOS, END_OF_TURN = 0, 1, 2
-_SPECIAL_TOKENS = ("<|end|>", "<|begin|>", "<|turn|>")
+SPECIAL_TOKENS = ("<|end|>", "<|begin|>", "<|turn|>")
 CHAT_TEMPLATE = (
     "<|begin|>{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}<|turn|>\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -159,14 +159,14 @@ def write_tokenizer(folder: Path) -> None:
     merges += [("Ġ", "in"), ("a", "l"), ("Ġt", "o"), ("o", "m"), ("a", "r"), ("Ġ", "h"), ("i", "c"), ("Ġ", "d"), ("l", "e"), ("Ġ", "l")]
     merges += [("Ġth", "at"), ("Ġt", "h"), ("Ġ", "e"), ("Ġ", "g"), ("Ġ", "n"), ("Ġ", "I"), ("v", "e"), ("u", "r"), ("r", "o"), ("i", "on")]
     merges += [("Ġ", "is"), ("s", "t"), ("Ġ", "y"), ("Ġy", "ou"), ("l", "y"), ("Ġ", "it"), ("Ġ", "on"), ("Ġb", "e"), ("i", "d"), ("c", "h")]
-    tokens = [*_SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     ordered = sorted(merges, key=lambda pair: len(pair[0] + pair[1]))
     tokens += [left + right for left, right in ordered]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=ordered))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in _SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -76,7 +76,10 @@ def read_rope(config: Mapping[str, Any], head_dim: int, max_position_embeddings:
             return _yarn(plain, theta, fields, original, max_position_embeddings)
         case "divisors":
             # What GGUF's rope_freqs.weight holds; never in a config.json.
-            return _rope(plain / np.asarray(scaling["divisors"], np.float64))
+            divisors = np.asarray(scaling["divisors"], np.float64)
+            if divisors.shape != plain.shape or not np.all((divisors > 0) & np.isfinite(divisors)):
+                raise UnsupportedModel(f"GGUF: rope_freqs.weight does not hold {len(plain)} positive numbers")
+            return _rope(plain / divisors)
     raise UnsupportedModel(f"config.json: rope_type {kind!r} is not supported (default, linear, dynamic, llama3 and yarn are)")
 
 

@@ -16,6 +16,7 @@ from jaxserve.errors import ModelNotFound, StartupError, UnsupportedModel
 from jaxserve.models import Architecture, Model, ModelConfig
 from jaxserve.models.parameters import Parameter
 from jaxserve.weights.checkpoint import Checkpoint, check_tensors
+from jaxserve.weights.gguf_file import GGUFCheckpoint
 from jaxserve.weights.safetensors_folder import SafetensorsCheckpoint
 from jaxserve.weights.source import ModelSource
 
@@ -35,7 +36,7 @@ def load_model(source: ModelSource, options: ModelOptions, mesh: Mesh, dtype: jn
     _check_mesh(architecture, mesh.shape["tensor"])
     if options.load_format == "dummy":
         return Model(architecture, tuple(_random(parameter, mesh, dtype) for parameter in architecture.parameters))
-    checkpoint: Checkpoint = SafetensorsCheckpoint(source.path)
+    checkpoint: Checkpoint = GGUFCheckpoint(source.path) if source.is_gguf else SafetensorsCheckpoint(source.path)
     check_tensors(architecture.parameters, checkpoint)
     order = {name: i for i, name in enumerate(checkpoint.shapes)}
     by_file = sorted(enumerate(architecture.parameters), key=lambda item: order[item[1].sources[0].name])
@@ -50,6 +51,8 @@ def read_config(source: ModelSource) -> ModelConfig:
         ModelNotFound: no config.json.
         UnsupportedModel: see `ModelConfig.from_hf`.
     """
+    if source.is_gguf:
+        return ModelConfig.from_hf(*GGUFCheckpoint(source.path).read_config())
     config = _read_json(source.path / "config.json")
     if config is None:
         raise ModelNotFound(f"{source.path} has no config.json")

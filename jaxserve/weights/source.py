@@ -5,6 +5,8 @@ from pathlib import Path
 
 from jaxserve.config import ModelOptions
 from jaxserve.errors import ModelNotFound
+from jaxserve.weights.demo import DEMO_MODEL_ID, ensure_demo_model
+from jaxserve.weights.hub import fetch_model
 
 
 @dataclass(frozen=True)
@@ -12,7 +14,7 @@ class ModelSource:
     """A model found.
 
     Attributes:
-        model_id: as given by the user.
+        model_id: as given by the user; the demo model's own where none was given.
         revision: of a hub id, "" if none.
         path: local folder, or .gguf file.
     """
@@ -24,7 +26,7 @@ class ModelSource:
     @property
     def is_gguf(self) -> bool:
         """Whether `path` is one GGUF file instead of a folder."""
-        return self.path.is_file()
+        return self.path.suffix == ".gguf"
 
 
 def resolve_model(options: ModelOptions) -> ModelSource:
@@ -33,8 +35,15 @@ def resolve_model(options: ModelOptions) -> ModelSource:
     Raises:
         ModelNotFound: one line.
     """
-    model_id = options.model_id or ""
+    model_id = options.model_id
+    if model_id is None:
+        return ModelSource(DEMO_MODEL_ID, "", ensure_demo_model())
     path = Path(model_id).expanduser()
-    if path.exists():
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return ModelSource(model_id, "", path)
-    raise ModelNotFound(f"{model_id} is neither a file nor a folder")
+    if path.is_file():
+        raise ModelNotFound(f"{model_id} is a file, but not a .gguf file")
+    if model_id.startswith((".", "/", "~")) or model_id.endswith(".gguf") or model_id.count("/") != 1:
+        raise ModelNotFound(f"there is no file or folder {model_id}")
+    folder = fetch_model(model_id, options.revision, with_weights=options.load_format != "dummy")
+    return ModelSource(model_id, options.revision or "", folder)

@@ -1,0 +1,138 @@
+"""Reading the tensors of a GGUF file under their Hugging Face names, dequantized as they are asked for."""
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxserve.errors import UnsupportedModel, WeightsError
+from jaxserve.gguf_header import GGUFHeader, GGUFTensor, read_gguf_header
+from jaxserve.weights.gguf_config import config_of_gguf
+
+_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_INNER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ROPE_DIVISORS = "rope_freqs.weight"
+_CHUNK_ELEMENTS = 1 << 20
+
+
+class GGUFCheckpoint:
+    """The tensors and the configuration of one file.
+
+    Raises:
+        WeightsError: no GGUF file, a damaged one, or a quantization type that the `gguf` package cannot undo.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.header = read_gguf_header(path)
+        self._tensors = {_hf_name(name): tensor for name, tensor in self.header.tensors.items() if name != _ROPE_DIVISORS}
+        self._check_extents()
+        in_file_order = sorted(self._tensors.items(), key=lambda item: item[1].offset)
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in in_file_order}
+        self._permuted_heads = _permuted_heads(self.header)
+
+    def read_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """See `config_of_gguf`."""
+        divisors = self.header.tensors.get(_ROPE_DIVISORS)
+        return config_of_gguf(self.header, None if divisors is None else self._rows(divisors, 0, 1)[0].tolist())
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Part of a tensor in float32; whole heads of queries and keys, where the file has their rows in another order."""
+        tensor = self._tensors[name]
+        if len(tensor.shape) == 1:
+            part = self._rows(tensor, 0, 1)[0, index[0]]
+        else:
+            part = self._rows(tensor, index[0].start, index[0].stop)[:, index[1]]
+        heads = next((heads for suffix, heads in self._permuted_heads.items() if suffix in name), 0)
+        return _unpermute(part, tensor.shape[0] // heads) if heads else part
+
+    def _rows(self, tensor: GGUFTensor, start: int, stop: int) -> np.ndarray:
+        """Rows of a tensor as float32 [stop - start, K]; a vector is one row. In chunks on all cores, as numpy lets go of the GIL."""
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        columns = tensor.shape[-1]
+        row_bytes = _num_bytes(tensor.type, columns)
+        rows = np.empty((stop - start, columns), np.float32)
+        step = max(_CHUNK_ELEMENTS // columns, 1)
+
+        def fill(first: int) -> None:
+            count = min(step, len(rows) - first)
+            offset = tensor.offset + (start + first) * row_bytes
+            packed = np.fromfile(self.path, np.uint8, count * row_bytes, offset=offset).reshape(count, row_bytes)
+            rows[first : first + count] = dequantize(packed, GGMLQuantizationType(tensor.type)).reshape(count, columns)
+
+        try:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(fill, range(0, len(rows), step)))
+        except (OSError, ValueError, NotImplementedError) as error:
+            raise WeightsError(f"{self.path} cannot be read: {error}") from None
+        return rows
+
+    def _check_extents(self) -> None:
+        """Every tensor must lie within the file, so that no size read from it is believed before."""
+        size = self.path.stat().st_size
+        for name, tensor in self.header.tensors.items():
+            if 0 in tensor.shape:
+                raise WeightsError(f"{self.path} is damaged: {name} is empty")
+            if tensor.offset + math.prod(tensor.shape[:-1]) * _num_bytes(tensor.type, tensor.shape[-1]) > size:
+                raise WeightsError(f"{self.path} is truncated or damaged: {name} goes beyond its end")
+
+
+def _num_bytes(type_number: int, columns: int) -> int:
+    """Bytes of a row."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        kind = GGMLQuantizationType(type_number)
+    except ValueError:
+        raise WeightsError(f"GGUF: unknown quantization type {type_number}") from None
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    if columns % block:
+        raise WeightsError(f"GGUF: rows of {columns} are not made of {kind.name} blocks of {block}")
+    return columns // block * block_bytes
+
+
+def _hf_name(name: str) -> str:
+    """Hugging Face's name of a tensor; one that is not known keeps its own and is refused later."""
+    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
+        block, part, kind = match.groups()
+        return f"model.layers.{block}.{_INNER[part]}.{kind}" if part in _INNER else name
+    part, _, kind = name.rpartition(".")
+    return f"{_OUTER[part]}.{kind}" if part in _OUTER else name
+
+
+def _permuted_heads(header: GGUFHeader) -> dict[str, int]:
+    """Name parts of tensors whose rows llama.cpp's converter reorders, and their number of heads.
+
+    Llama's graph there turns neighbouring elements of a head, Hugging Face's the two halves.
+    """
+    if header.metadata.get("general.architecture") != "llama":
+        return {}
+    heads = header.metadata.get("llama.attention.head_count")
+    kv_heads = header.metadata.get("llama.attention.head_count_kv") or heads
+    if not isinstance(heads, int) or not isinstance(kv_heads, int) or heads < 1 or kv_heads < 1:
+        raise UnsupportedModel("GGUF: llama.attention.head_count must be a positive number, the same for all layers")
+    return {".q_proj.": heads, ".k_proj.": kv_heads}
+
+
+def _unpermute(part: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows (0, D/2, 1, D/2 + 1, ...) of each head back to (0, 1, ... D - 1)."""
+    return part.reshape(-1, head_dim // 2, 2, *part.shape[1:]).swapaxes(1, 2).reshape(part.shape)

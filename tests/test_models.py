@@ -1,0 +1,57 @@
+"""Every family against transformers (tests/goldens/models.json), on one device and sharded."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from plain_forward import logits_of, make_mesh
+from tiny_models import CONFIGS
+
+from jaxserve.config import ModelOptions
+from jaxserve.models import Model
+from jaxserve.weights import resolve_model
+from jaxserve.weights.loader import load_model
+
+GOLDENS: dict[str, list[dict[str, Any]]] = json.loads((Path(__file__).parent / "goldens" / "models.json").read_text())
+BUCKET = 160
+
+
+def load(folder: Path, tensor: int) -> Model:
+    options = ModelOptions(model_id=str(folder))
+    return load_model(resolve_model(options), options, make_mesh(tensor))
+
+
+def check_golden(model: Model, golden: dict[str, Any], tensor: int) -> None:
+    """All tokens at once: fed with the golden ones, each position must choose the next."""
+    prompt, tokens = golden["prompt"], golden["tokens"]
+    logits = logits_of(model, make_mesh(tensor), prompt + tokens[:-1], BUCKET)[len(prompt) - 1 :]
+    assert logits.argmax(axis=1).tolist() == tokens
+    np.testing.assert_allclose(logits[-1], golden["last_logits"], atol=1e-4, rtol=0)
+    wide = logits.astype(np.float64)
+    logprobs = wide - np.log(np.exp(wide - wide.max(axis=1, keepdims=True)).sum(axis=1, keepdims=True)) - wide.max(axis=1, keepdims=True)
+    np.testing.assert_allclose(logprobs[range(len(tokens)), tokens], golden["logprobs"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tokens_and_logits_equal_transformers(name: str, tiny_checkpoint: Callable[[str], Path]) -> None:
+    model = load(tiny_checkpoint(name), 1)
+    for golden in GOLDENS[name]:
+        check_golden(model, golden, 1)
+
+
+@pytest.mark.parametrize(("name", "tensor"), [("llama-bias", 2), ("qwen3-bias", 4), ("llama-mha-tied", 8)])
+def test_tensor_parallel_equals_transformers(name: str, tensor: int, tiny_checkpoint: Callable[[str], Path]) -> None:
+    """Biases, repeated KV heads (2 on 4 shards) and a vocabulary that the shards do not divide (tied, 8 shards)."""
+    check_golden(load(tiny_checkpoint(name), tensor), GOLDENS[name][1], tensor)
+
+
+def test_goldens_can_fail() -> None:
+    assert set(GOLDENS) == set(CONFIGS)
+    for goldens in GOLDENS.values():
+        for golden in goldens:
+            assert len(golden["tokens"]) == 48
+            assert len(set(golden["tokens"])) >= 20
+            assert golden["margin"] > 1e-3
