@@ -1,9 +1,10 @@
 """The demo model on the CPU: jaxserve, transformers' `generate` (float32, static batch) and llama.cpp, in one run.
 
-Each side runs in a process of its own, one after the other, on the same prompts (random token ids), greedy, `ignore_eos`, the same number
-of output tokens. tok/s is output tokens over the wall time of one call that generates them all, after one unmeasured call of the same shape.
+Each side runs in a process of its own, one after the other, on the same prompts (random token ids), greedy, `ignore_eos`, the same
+number of output tokens. tok/s is output tokens over the wall time of one call that generates them all, after one unmeasured call of
+the same shape.
 
-    python benchmarks/cpu_peers.py --gguf MODEL.gguf --reference-python /path/with/torch/bin/python [--llama-python /path/with/xllamacpp/bin/python]
+    python benchmarks/cpu_peers.py --gguf MODEL.gguf --reference-python TORCH_PYTHON [--llama-python XLLAMACPP_PYTHON]
 
 prints one JSON line a side and concurrency. The reference interpreter needs torch, transformers and gguf; the llama.cpp one xllamacpp.
 """

@@ -13,8 +13,8 @@ from jaxserve.weights import ModelSource
 from jaxserve.weights.loader import load_model
 
 SLOTS = 4
-# Room for about three of the longest requests below, so that four at once preempt each other.
-KV_TOKENS = 640
+# Room for about two of the longest requests below, so that four at once preempt each other.
+KV_TOKENS = 384
 
 
 class TinyRunner:

@@ -178,9 +178,7 @@ class AsyncEngine:
             self._inbox.clear()
             self._wake.notify_all()
         for request_id, permit in ended:
-            permit.sink.put(
-                [TokenOutput(request_id, index, [], [], FinishReason.ERROR, error=message) for index in sorted(permit.unfinished)]
-            )
+            permit.sink.put([TokenOutput(request_id, index, [], [], FinishReason.ERROR, error=message) for index in permit.unfinished])
 
     def _check_integrity(self) -> None:
         now = time.monotonic()

@@ -50,7 +50,7 @@ class Step:
         num_rows: of the batch, without padding.
         wants_logprobs: whether any row asked for log probabilities.
         packed: what went up.
-        logits: float32 [R, V], between forward() and sample().
+        logits: float32 [R, V] and the sampler's columns, between forward() and sample().
         sampled: int32 [R, columns], once the sampler was dispatched.
     """
 
@@ -58,7 +58,7 @@ class Step:
     num_rows: int
     wants_logprobs: bool
     packed: jax.Array
-    logits: jax.Array | None = None
+    logits: list[jax.Array] | None = None
     sampled: jax.Array | None = None
 
 
@@ -86,7 +86,7 @@ class ModelRunner:
             use_compilation_cache(config.compilation_cache_dir)
         self._plan = self._plan_kv_cache()
         self._replicated = NamedSharding(mesh, PartitionSpec())
-        self._compiled: dict[tuple[str, Bucket | None], Compiled] = {}
+        self._compiled: dict[tuple[str, Bucket | int | None], Compiled] = {}
         self._compile_events = CompileEvents()
         # From step to step
         self._packer = BatchPacker(config.max_batch_size, len(self._plan.num_pages), config.page_size)
@@ -110,13 +110,18 @@ class ModelRunner:
         """Compile every program that a legal request can hit and run each once, for nobody; from then on nothing is compiled."""
         begin = time.monotonic()
         programs = self._programs(self._plan)
-        todo: dict[tuple[str, Bucket | None], Program] = {}
+        todo: dict[tuple[str, Bucket | int | None], Program] = {}
         for bucket in self._buckets:
             layout = self._layout(bucket)
-            todo["step", bucket] = programs.step(layout)
-            if self._config.split:
+            if self._config.fused:
+                todo["step", bucket] = programs.step(layout)
+            if self._config.masked or not self._config.fused:
                 todo["forward", bucket] = programs.forward(layout)
-                todo["sample", bucket] = programs.sample(layout)
+        for num_rows in sorted({bucket.num_rows for bucket in self._buckets}):
+            if not self._config.fused:
+                todo["sample", num_rows] = programs.sample(num_rows)
+            if self._config.masked:
+                todo["sample_masked", num_rows] = programs.sample_masked(num_rows)
         todo |= {("copy_pages", None): programs.copy_pages(), ("load_slot", None): programs.load_slot()}
         todo["add_page_entries", None] = programs.add_page_entries()
         self._compiled = compile_programs(todo, num_threads=os.cpu_count() or 1)
@@ -125,36 +130,39 @@ class ModelRunner:
         logger.info("%d programs ready after %.1f s", len(todo), time.monotonic() - begin)
 
     def dispatch(self, batch: Batch) -> Step:
-        """Start a step, fused; returns at once.
+        """Start a step and its sampling; returns at once.
 
         Args:
             batch: its page copies are done and its new slots loaded first.
         """
         step = self._prepare(batch)
-        run = self._compiled["step", step.layout.bucket]
-        self._state, sampled = run(self._model.leaves, self._state, step.packed)
-        sampled.copy_to_host_async()
-        step.sampled = sampled
+        self._start(step)
         return step
 
     def forward(self, batch: Batch) -> Step:
-        """Start a step that waits for sample() after its logits; returns at once. Needs RunnerConfig.split."""
+        """Start a step that waits for sample() after its logits; returns at once."""
         step = self._prepare(batch)
-        self._state, step.logits = self._compiled["forward", step.layout.bucket](self._model.leaves, self._state, step.packed)
+        self._start_forward(step)
         return step
 
-    def sample(self, step: Step, masks: np.ndarray) -> None:
+    def sample(self, step: Step, masks: np.ndarray | None = None) -> None:
         """Finish a step that forward() started; returns at once.
 
         Args:
             step: not sampled yet.
-            masks: uint32 [rows of the batch, ceil(V / 32)], bit t % 32 of word t // 32 set where token t is allowed.
+            masks: uint32 [rows of the batch, ceil(V / 32)], bit t % 32 of word t // 32 set where token t is allowed; None allows all.
+                Needs RunnerConfig.masked.
         """
-        bucket = step.layout.bucket
-        padded = np.full((bucket.num_rows, masks.shape[1]), 0xFFFFFFFF, np.uint32)
-        padded[: len(masks)] = masks
-        run = self._compiled["sample", bucket]
-        self._state, sampled = run(step.logits, self._state, step.packed, self._upload(padded))
+        assert step.logits is not None, "sample() of a step that is not between forward() and sample()"
+        logits, columns = step.logits
+        num_rows = step.layout.bucket.num_rows
+        if masks is None:
+            sampling, sampled = self._compiled["sample", num_rows](logits, self._state.sampling, columns)
+        else:
+            padded = np.full((num_rows, masks.shape[1]), 0xFFFFFFFF, np.uint32)
+            padded[: len(masks)] = masks
+            sampling, sampled = self._compiled["sample_masked", num_rows](logits, self._state.sampling, columns, self._upload(padded))
+        self._state = replace(self._state, sampling=sampling)
         sampled.copy_to_host_async()
         step.logits, step.sampled = None, sampled
 
@@ -181,9 +189,11 @@ class ModelRunner:
         """Run what the first requests would otherwise be the first to run. A GPU records a program's CUDA graph in its second run."""
         on_cpu = self._mesh.devices.flat[0].platform == "cpu"
         for bucket in [next(iter(self._buckets))] if on_cpu else [*self._buckets] * 2:
-            packed = self._upload(self._packer.padding(self._layout(bucket)))
-            self._state, sampled = self._compiled["step", bucket](self._model.leaves, self._state, packed)
-            np.asarray(sampled)
+            layout = self._layout(bucket)
+            step = Step(layout, 0, False, self._upload(self._packer.padding(layout)))
+            self._in_flight += 1
+            self._start(step)
+            self.collect(step)
 
     def _prepare(self, batch: Batch) -> Step:
         """Bring the device state to where the step can run, and upload the step."""
@@ -197,6 +207,19 @@ class ModelRunner:
         self._useful_tokens += batch.num_tokens
         self._padded_tokens += layout.bucket.num_tokens - batch.num_tokens
         return Step(layout, len(batch.rows), wants_logprobs, self._upload(packed))
+
+    def _start(self, step: Step) -> None:
+        if not self._config.fused:
+            self._start_forward(step)
+            self.sample(step)
+            return
+        self._state, sampled = self._compiled["step", step.layout.bucket](self._model.leaves, self._state, step.packed)
+        sampled.copy_to_host_async()
+        step.sampled = sampled
+
+    def _start_forward(self, step: Step) -> None:
+        run = self._compiled["forward", step.layout.bucket]
+        self._state, *step.logits = run(self._model.leaves, self._state, step.packed)
 
     def _copy_pages(self, batch: Batch) -> None:
         for begin in range(0, len(batch.page_copies), PAGE_COPIES):

@@ -1,7 +1,8 @@
 """The programs of a runner: functions of the device state, traced once a shape, sharded over the mesh.
 
-Fused step   forward and sampling in one.
-Split step   the same in two, for rows whose token masks depend on the step before: `forward`, then `sample`.
+Fused step   forward and sampling in one: a launch less, and one CUDA graph.
+Split step   the same in two, `forward` a bucket and `sample` a row count: for rows whose token masks depend on the step before, and
+             where compiling the sampler again for each bucket costs more than a launch (CPU).
 The others   change the state between steps: copied pages, page-table entries, slots of the sampler.
 """
 
@@ -17,8 +18,8 @@ from jaxserve.models import Model
 from jaxserve.runner.batch import BatchLayout, add_page_entries, unpack_batch
 from jaxserve.runner.kv_cache import KVCachePlan
 from jaxserve.runner.sampler import pack_sampled, sample
-from jaxserve.runner.sampling_rows import unpack_rows
-from jaxserve.runner.sampling_state import SLOT_LOAD_SIZE, load_slot
+from jaxserve.runner.sampling_rows import NUM_SAMPLING_COLUMNS, unpack_rows
+from jaxserve.runner.sampling_state import SLOT_LOAD_SIZE, SamplingState, load_slot
 from jaxserve.runner.state import STATE_SPEC, DeviceState
 
 PAGE_COPIES = 16  # a call
@@ -57,37 +58,36 @@ class Programs:
 
         def step(leaves: tuple[jax.Array, ...], state: DeviceState, packed: jax.Array) -> tuple[DeviceState, jax.Array]:
             state, logits = self._forward(layout, leaves, state, packed)
-            tokens, sampling = sample(logits, state.sampling, unpack_rows(layout.split(packed).sampling))
-            return replace(state, sampling=sampling), pack_sampled(tokens)
+            sampling, sampled = _sample(logits, state.sampling, layout.split(packed).sampling, None)
+            return replace(state, sampling=sampling), sampled
 
         specs = self.model.specs, STATE_SPEC, _EVERYWHERE
         arguments = self.model.leaves, self.state, self._ints(layout.size)
         return Program(self._jit(step, specs, (STATE_SPEC, _EVERYWHERE), donated=1), arguments)
 
     def forward(self, layout: BatchLayout) -> Program:
-        """(leaves, state, packed) -> (state, logits)."""
+        """(leaves, state, packed) -> (state, logits, the sampler's columns of packed)."""
 
-        def forward(leaves: tuple[jax.Array, ...], state: DeviceState, packed: jax.Array) -> tuple[DeviceState, jax.Array]:
-            return self._forward(layout, leaves, state, packed)
+        def forward(
+            leaves: tuple[jax.Array, ...], state: DeviceState, packed: jax.Array
+        ) -> tuple[DeviceState, jax.Array, jax.Array]:
+            return *self._forward(layout, leaves, state, packed), layout.split(packed).sampling
 
         specs = self.model.specs, STATE_SPEC, _EVERYWHERE
         arguments = self.model.leaves, self.state, self._ints(layout.size)
-        return Program(self._jit(forward, specs, (STATE_SPEC, _EVERYWHERE), donated=1), arguments)
+        return Program(self._jit(forward, specs, (STATE_SPEC, _EVERYWHERE, _EVERYWHERE), donated=1), arguments)
 
-    def sample(self, layout: BatchLayout) -> Program:
-        """(logits, state, packed, masks) -> (state, sampled tokens, packed)."""
+    def sample(self, num_rows: int) -> Program:
+        """(logits, sampling state, columns) -> (sampling state, sampled tokens, packed)."""
 
-        def sample_masked(logits: jax.Array, state: DeviceState, packed: jax.Array, masks: jax.Array) -> tuple[DeviceState, jax.Array]:
-            rows = unpack_rows(layout.split(packed).sampling)
-            tokens, sampling = sample(logits, state.sampling, rows, masks)
-            return replace(state, sampling=sampling), pack_sampled(tokens)
+        def sample_all(logits: jax.Array, state: SamplingState, columns: jax.Array) -> tuple[SamplingState, jax.Array]:
+            return _sample(logits, state, columns, None)
 
-        rows, vocab_size = layout.bucket.num_rows, self.model.config.vocab_size
-        logits = self._array((rows, vocab_size), jnp.float32)
-        masks = self._array((rows, mask_words(vocab_size)), jnp.uint32)
-        specs = _EVERYWHERE, STATE_SPEC, _EVERYWHERE, _EVERYWHERE
-        arguments = logits, self.state, self._ints(layout.size), masks
-        return Program(self._jit(sample_masked, specs, (STATE_SPEC, _EVERYWHERE), donated=1), arguments)
+        return self._sampler(sample_all, num_rows)
+
+    def sample_masked(self, num_rows: int) -> Program:
+        """(logits, sampling state, columns, masks) -> (sampling state, sampled tokens, packed)."""
+        return self._sampler(_sample, num_rows, self._array((num_rows, mask_words(self.model.config.vocab_size)), jnp.uint32))
 
     def copy_pages(self) -> Program:
         """(state, int32 [groups, 2, PAGE_COPIES]) -> state with pages [g, 0] copied to [g, 1]; a target out of range is dropped."""
@@ -126,6 +126,11 @@ class Programs:
         logits, kv = self.model.apply(leaves, batch.token_ids, batch.positions, state.kv, batch.metadata, batch.last)
         return DeviceState(kv, tables, state.sampling), logits
 
+    def _sampler(self, function: Callable[..., Any], num_rows: int, *masks: jax.ShapeDtypeStruct) -> Program:
+        logits = self._array((num_rows, self.model.config.vocab_size), jnp.float32)
+        arguments = logits, self.state.sampling, self._ints(num_rows, NUM_SAMPLING_COLUMNS), *masks
+        return Program(self._jit(function, (_EVERYWHERE,) * len(arguments), (_EVERYWHERE, _EVERYWHERE), donated=1), arguments)
+
     def _state_program(self, function: Callable[..., DeviceState], upload: jax.ShapeDtypeStruct) -> Program:
         return Program(self._jit(function, (STATE_SPEC, _EVERYWHERE), STATE_SPEC, donated=0), (self.state, upload))
 
@@ -139,6 +144,11 @@ class Programs:
 
     def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, _EVERYWHERE))
+
+
+def _sample(logits: jax.Array, state: SamplingState, columns: jax.Array, masks: jax.Array | None) -> tuple[SamplingState, jax.Array]:
+    tokens, state = sample(logits, state, unpack_rows(columns), masks)
+    return state, pack_sampled(tokens)
 
 
 def mask_words(vocab_size: int) -> int:
