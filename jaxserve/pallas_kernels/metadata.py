@@ -1,6 +1,7 @@
 """Where the tokens of a step stand in the KV cache."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 
@@ -17,6 +18,7 @@ class AttentionMetadata:
             query_starts[R] on are padding.
         write_pages: [T] page that takes each token's K and V; padding tokens name a page out of range, which drops them.
         write_offsets: [T] place in that page.
+        plan: the step's work as the device's implementation wants it laid out, by `plan_attention`; None: made anew for each layer.
         decode_only: static; every row has exactly one token: T == R and token i belongs to row i.
     """
 
@@ -25,4 +27,5 @@ class AttentionMetadata:
     query_starts: jax.Array
     write_pages: jax.Array
     write_offsets: jax.Array
+    plan: Any = None
     decode_only: bool = field(default=False, metadata={"static": True})

@@ -1,10 +1,24 @@
 """Attention over a paged KV cache, whatever the device."""
 
+from dataclasses import replace
+
 import jax
 
 from jaxserve.pallas_kernels.layer_kv import LayerKV
 from jaxserve.pallas_kernels.metadata import AttentionMetadata
 from jaxserve.pallas_kernels.paged_attention.xla import paged_attention_xla
+from jaxserve.pallas_kernels.paged_attention.xla_plan import plan_xla
+
+
+def plan_attention(metadata: AttentionMetadata, *, page_size: int, window: int | None) -> AttentionMetadata:
+    """Lay out a step's attention once for all layers of a KV group.
+
+    Args:
+        metadata: of the group.
+        page_size: tokens a page.
+        window: the layers'.
+    """
+    return replace(metadata, plan=plan_xla(metadata, page_size=page_size, window=window))
 
 
 def paged_attention(
@@ -35,4 +49,5 @@ def paged_attention(
         raise ValueError(f"{num_rows} page tables, kv_lens {metadata.kv_lens.shape}, query_starts {metadata.query_starts.shape}")
     if metadata.decode_only and num_tokens != num_rows:
         raise ValueError(f"decode_only, but {num_tokens} tokens of {num_rows} rows")
-    return paged_attention_xla(q, kv, metadata, scale=scale, window=window, soft_cap=soft_cap)
+    plan = metadata.plan or plan_xla(metadata, page_size=kv[0].shape[2], window=window)
+    return paged_attention_xla(q, kv, plan, scale=scale, window=window, soft_cap=soft_cap)

@@ -2,10 +2,6 @@
 
 Loops whose lengths are known on the device only, over blocks of pages, with the running softmax of FlashAttention (Dao 2023,
 arXiv 2307.08691): neither the width of the page tables nor a bucket's padding costs anything, and no score outlives its block.
-
-- Rows of one token (decodes) share one list of work items, each a block of one row's pages; a round takes as many items as
-  there are rows, so that a batch costs the sum of its lengths and not its longest.
-- Longer rows (prefill chunks) are cut into tiles of queries; each tile walks the blocks that it sees.
 """
 
 from typing import NamedTuple
@@ -15,11 +11,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxserve.pallas_kernels.layer_kv import LayerKV
-from jaxserve.pallas_kernels.metadata import AttentionMetadata
+from jaxserve.pallas_kernels.paged_attention.xla_plan import TILE_TOKENS, Items, Tiles, XlaPlan
 
-BLOCK_TOKENS = 128  # keys of a block
-TILE_TOKENS = 64  # queries of a tile
 MASKED = -1e30  # finite: the difference of two masked scores must not be NaN
+
+Softmax = tuple[jax.Array, jax.Array, jax.Array]
+"""Running: the best score, the sum of weights relative to it, the sum of values weighted so."""
 
 
 class _Options(NamedTuple):
@@ -29,126 +26,100 @@ class _Options(NamedTuple):
 
 
 def paged_attention_xla(
-    q: jax.Array, kv: LayerKV, metadata: AttentionMetadata, *, scale: float, window: int | None, soft_cap: float | None
+    q: jax.Array, kv: LayerKV, plan: XlaPlan, *, scale: float, window: int | None, soft_cap: float | None
 ) -> jax.Array:
-    """Attention of each token over its row's pages. Shapes as in `paged_attention`."""
+    """Attention of each token over its row's pages. Shapes as in `paged_attention`, what the rows are says the plan."""
     num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads, page_size = kv[0].shape[1:3]
+    num_kv_heads = kv[0].shape[1]
     options = _Options(scale, window, soft_cap)
     grouped = q.reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    table = _whole_blocks(metadata.page_table, max(1, BLOCK_TOKENS // page_size))
-    if metadata.decode_only:
-        out = _attend_single_tokens(grouped, kv, table, metadata.kv_lens, options)
+    if plan.tiles is None:
+        out = _attend_items(grouped, kv, plan.items, options)
     else:
-        starts, lengths = metadata.query_starts[:-1], jnp.diff(metadata.query_starts)
-        out = _attend_tiles(grouped, kv, table, metadata, options)
-        single_lens = jnp.where(lengths == 1, metadata.kv_lens, 0)
-        single = _attend_single_tokens(grouped[starts], kv, table, single_lens, options)
-        out = out.at[jnp.where(lengths == 1, starts, num_tokens)].set(single, mode="drop", unique_indices=True)
+        out = _attend_tiles(grouped, kv, plan.tiles, options)
+        single = _attend_items(grouped.at[plan.items.tokens].get(mode="clip"), kv, plan.items, options)
+        out = out.at[plan.items.tokens].set(single, mode="drop", unique_indices=True)
     return out.reshape(num_tokens, num_heads, head_dim)
 
 
-def _attend_single_tokens(q: jax.Array, kv: LayerKV, table: jax.Array, kv_lens: jax.Array, options: _Options) -> jax.Array:
-    """One query a row, the row's last position. q [R, KH, G, D], kv_lens [R] with 0 for rows to leave out -> [R, KH, G, D]."""
+def _attend_items(q: jax.Array, kv: LayerKV, items: Items, options: _Options) -> jax.Array:
+    """Rows of one token: q [R, KH, G, D] -> [R, KH, G, D], zeros for the other rows."""
     num_rows, num_kv_heads, group, head_dim = q.shape
-    block_pages = table.shape[2]
-    block_tokens = block_pages * kv[0].shape[2]
-    first_blocks = jnp.zeros_like(kv_lens) if options.window is None else jnp.maximum(kv_lens - options.window, 0) // block_tokens
-    num_blocks = -(-kv_lens // block_tokens) - first_blocks
-    ends = jnp.cumsum(num_blocks)  # of each row's items in the list
-    rows = jnp.arange(num_rows, dtype=jnp.int32)
+    key = jnp.arange(items.pages.shape[1] * kv[0].shape[2], dtype=jnp.int32)[None, :]
+    row = jnp.arange(num_rows, dtype=jnp.int32)[:, None]
 
-    def attend_round(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def attend_round(i: jax.Array, state: Softmax) -> Softmax:
         best, total, acc = state
-        item = i * num_rows + rows
-        belongs = (item[None, :] < ends[:, None]) & (item[None, :] >= (ends - num_blocks)[:, None])  # [row, item]
-        row = jnp.minimum(jnp.searchsorted(ends, item, side="right").astype(jnp.int32), num_rows - 1)
-        block = jnp.clip(first_blocks[row] + item - (ends - num_blocks)[row], 0, table.shape[1] - 1)
-        keys, values = _gather_blocks(kv, table[row, block])
-        scores = _scores(q[row], keys, options)  # [item, KH, G, S]
-        position = block[:, None] * block_tokens + jnp.arange(block_tokens, dtype=jnp.int32)[None, :]
-        visible = position < kv_lens[row][:, None]
+        begin = i * num_rows
+        rows, ends, pages = (_slice(x, begin, num_rows) for x in (items.rows, items.ends, items.pages))
+        keys, values = _gather_blocks(kv, pages)
+        scores = _scores(q.at[rows].get(mode="clip"), keys, options)  # [item, KH, G, S]
+        visible = key < ends[:, None]
         if options.window is not None:
-            visible &= position >= (kv_lens[row] - options.window)[:, None]
+            visible &= key >= _slice(items.begins, begin, num_rows)[:, None]
         scores = jnp.where(visible[:, None, None, :], scores, MASKED)
         item_best = scores.max(axis=-1)
         weights = jnp.exp(scores - item_best[..., None])
-        item_acc = _mix(weights, values)
-
-        # Items of one row may meet in a round, so they are merged by a [row, item] matrix rather than each into its own state.
-        of_row = belongs[:, :, None, None]
-        new_best = jnp.maximum(best, jnp.where(of_row, item_best[None], MASKED).max(axis=1))
-        share = jnp.where(of_row, jnp.exp(jnp.minimum(item_best[None] - new_best[:, None], 0.0)), 0.0)  # [row, item, KH, G]
+        # Items of one row may meet in a round: they are merged by a [row, item] matrix and not each into its row's state.
+        belongs = (rows[None, :] == row)[:, :, None, None]
+        bests = jnp.where(belongs, item_best[None], MASKED)
+        new_best = jnp.maximum(best, bests.max(axis=1))
+        share = jnp.where(belongs, jnp.exp(bests - new_best[:, None]), 0.0)  # [row, item, KH, G]
         keep = jnp.exp(best - new_best)
         total = total * keep + (share * weights.sum(axis=-1)[None]).sum(axis=1)
-        return new_best, total, acc * keep[..., None] + jnp.einsum("rikg,ikgd->rkgd", share, item_acc)
+        return new_best, total, acc * keep[..., None] + jnp.einsum("rikg,ikgd->rkgd", share, _mix(weights, values))
 
-    num_rounds = -(-ends[-1] // num_rows)
-    _, total, acc = lax.fori_loop(0, num_rounds, attend_round, _running_softmax((num_rows, num_kv_heads, group), head_dim))
-    return _normalised(total, acc, q.dtype)
+    num_rounds = lax.div(items.number + (num_rows - 1), jnp.int32(num_rows))
+    return _normalised(lax.fori_loop(0, num_rounds, attend_round, _softmax_start((num_rows, num_kv_heads, group), head_dim)), q.dtype)
 
 
-def _attend_tiles(q: jax.Array, kv: LayerKV, table: jax.Array, metadata: AttentionMetadata, options: _Options) -> jax.Array:
-    """The rows of more than one token. q [T, KH, G, D] -> [T, KH, G, D], zeros for tokens of other rows."""
+def _attend_tiles(q: jax.Array, kv: LayerKV, tiles: Tiles, options: _Options) -> jax.Array:
+    """Rows of several tokens: q [T, KH, G, D] -> [T, KH, G, D], zeros for tokens of the other rows or what a neighbour's tile left."""
     num_tokens, num_kv_heads, group, head_dim = q.shape
-    block_tokens = table.shape[2] * kv[0].shape[2]
-    tile_tokens = min(TILE_TOKENS, num_tokens)
-    starts, lengths = metadata.query_starts[:-1], jnp.diff(metadata.query_starts)
-    num_tiles = jnp.where(lengths > 1, -(-lengths // tile_tokens), 0)
-    ends = jnp.cumsum(num_tiles)
-    padded = jnp.pad(q, ((0, tile_tokens), (0, 0), (0, 0), (0, 0)))  # a row's last tile may reach over the end
-    offsets = jnp.arange(tile_tokens, dtype=jnp.int32)
+    block_tokens = tiles.blocks.shape[2] * kv[0].shape[2]
+    shape = (1, num_kv_heads, group * TILE_TOKENS)
+    # A row's last tile may reach over the end.
+    padded = jnp.pad(q, ((0, TILE_TOKENS), (0, 0), (0, 0), (0, 0)))
+    ahead = jnp.arange(TILE_TOKENS, dtype=jnp.int32)[:, None] - jnp.arange(block_tokens, dtype=jnp.int32)[None, :]
 
     def attend_tile(i: jax.Array, out: jax.Array) -> jax.Array:
-        row = jnp.searchsorted(ends, i, side="right").astype(jnp.int32)
-        done = (i - (ends[row] - num_tiles[row])) * tile_tokens  # tokens of the row before this tile
-        start = starts[row] + done
-        first_position = metadata.kv_lens[row] - lengths[row] + done
-        last_position = jnp.minimum(first_position + tile_tokens, metadata.kv_lens[row]) - 1
-        tile = lax.dynamic_slice_in_dim(padded, start, tile_tokens)
-        tile = tile.transpose(1, 2, 0, 3).reshape(1, num_kv_heads, group * tile_tokens, head_dim)
+        row, start, position, first_block, end_block = _slice(tiles.places, i, 1)[0]
+        queries = _slice(padded, start, TILE_TOKENS).transpose(1, 2, 0, 3).reshape(*shape, head_dim)
+        row_blocks = _slice(tiles.blocks, row, 1)[0]
 
-        def attend_block(b: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def attend_block(b: jax.Array, state: Softmax) -> Softmax:
             best, total, acc = state
-            keys, values = _gather_blocks(kv, table[row, b][None])
-            scores = _scores(tile, keys, options).reshape(1, num_kv_heads, group, tile_tokens, block_tokens)
-            behind = (first_position + offsets)[:, None] - (b * block_tokens + jnp.arange(block_tokens, dtype=jnp.int32))[None, :]
+            keys, values = _gather_blocks(kv, _slice(row_blocks, b, 1))
+            behind = ahead + (position - b * block_tokens)  # positions from key to query
             visible = behind >= 0
             if options.window is not None:
                 visible &= behind < options.window
-            scores = jnp.where(visible[None, None, None], scores, MASKED).reshape(1, num_kv_heads, group * tile_tokens, block_tokens)
+            scores = _scores(queries, keys, options).reshape(num_kv_heads, group, TILE_TOKENS, block_tokens)
+            scores = jnp.where(visible[None, None], scores, MASKED).reshape(*shape, block_tokens)
             new_best = jnp.maximum(best, scores.max(axis=-1))
-            weights = jnp.where(scores > MASKED, jnp.exp(scores - new_best[..., None]), 0.0)  # a window may mask all of a query's block
+            weights = jnp.exp(scores - new_best[..., None])
+            if options.window is not None:
+                weights = jnp.where(scores > MASKED, weights, 0.0)  # of a block that a query does not see at all
             keep = jnp.exp(best - new_best)
             return new_best, total * keep + weights.sum(axis=-1), acc * keep[..., None] + _mix(weights, values)
 
-        first_block = 0 if options.window is None else jnp.maximum(first_position - options.window + 1, 0) // block_tokens
-        state = _running_softmax((1, num_kv_heads, group * tile_tokens), head_dim)
-        _, total, acc = lax.fori_loop(first_block, last_position // block_tokens + 1, attend_block, state)
-        tile_out = _normalised(total, acc, q.dtype).reshape(num_kv_heads, group, tile_tokens, head_dim).transpose(2, 0, 1, 3)
-        # What a tile writes past its row's end is overwritten by the next row's first tile, or is padding.
-        return lax.dynamic_update_slice_in_dim(out, tile_out, start, axis=0)
+        state = lax.fori_loop(first_block, end_block, attend_block, _softmax_start(shape, head_dim))
+        tile_out = _normalised(state, q.dtype).reshape(num_kv_heads, group, TILE_TOKENS, head_dim).transpose(2, 0, 1, 3)
+        # What a tile writes past its row's end is written again by the tile or the item that it belongs to, or is padding.
+        return lax.dynamic_update_slice_in_dim(out, tile_out, start, axis=0, allow_negative_indices=False)
 
-    return lax.fori_loop(0, ends[-1], attend_tile, jnp.zeros_like(padded))[:num_tokens]
+    return lax.fori_loop(0, tiles.number, attend_tile, jnp.zeros_like(padded))[:num_tokens]
 
 
-def _whole_blocks(page_table: jax.Array, block_pages: int) -> jax.Array:
-    """[R, P] -> [R, blocks, block_pages], padded with page 0."""
-    num_rows, num_pages = page_table.shape
-    num_blocks = -(-num_pages // block_pages)
-    padded = jnp.pad(page_table, ((0, 0), (0, num_blocks * block_pages - num_pages)))
-    return padded.reshape(num_rows, num_blocks, block_pages)
-
-
-def _gather_blocks(kv: LayerKV, pages: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """K and V of `pages` [N, block_pages] -> [N, KH, S, D]."""
+def _gather_blocks(kv: LayerKV, pages: jax.Array) -> LayerKV:
+    """K and V of `pages` [N, B] -> [N, KH, S, D]."""
     num_blocks, block_pages = pages.shape
     _, num_kv_heads, page_size, head_dim = kv[0].shape
     heads = jnp.arange(num_kv_heads, dtype=jnp.int32)
     tiles = (pages[:, None, :] * num_kv_heads + heads[None, :, None]).reshape(-1)
 
     def gather(x: jax.Array) -> jax.Array:
-        rows = x.reshape(-1, page_size * head_dim).at[tiles].get(mode="promise_in_bounds")
+        rows = x.reshape(-1, page_size * head_dim).at[tiles].get(mode="promise_in_bounds", wrap_negative_indices=False)
         # Fused into the gather, the reshape would cost a division an element.
         return lax.optimization_barrier(rows).reshape(num_blocks, num_kv_heads, block_pages * page_size, head_dim)
 
@@ -166,11 +137,17 @@ def _mix(weights: jax.Array, values: jax.Array) -> jax.Array:
     return jnp.einsum("nkms,nksd->nkmd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
 
 
-def _running_softmax(shape: tuple[int, ...], head_dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Nothing seen yet: the best score, the sum of weights relative to it, the weighted sum of values."""
+def _softmax_start(shape: tuple[int, ...], head_dim: int) -> Softmax:
     return jnp.full(shape, MASKED, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros((*shape, head_dim), jnp.float32)
 
 
-def _normalised(total: jax.Array, acc: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _normalised(state: Softmax, dtype: jnp.dtype) -> jax.Array:
     """The softmax's result; zero where nothing was visible."""
+    _, total, acc = state
     return (acc / jnp.where(total == 0.0, 1.0, total)[..., None]).astype(dtype)
+
+
+def _slice(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    return lax.dynamic_slice_in_dim(x, start, size, allow_negative_indices=False)
+
+
