@@ -2,7 +2,8 @@
 
 The order of operations is vLLM's: logit bias, bans, penalties (repetition, then presence and frequency), grammar mask; temperature,
 min_p, top_k, top_p, typical_p; Gumbel-max. Raw logprobs are of the logits as the model gave them, processed ones of the distribution
-that is sampled. Each costly part sits under a `lax.cond` on whether any row wants it: a greedy batch pays for an argmax.
+that is sampled (for a greedy row: at temperature 1, nothing truncated). Each costly part sits under a `lax.cond` on whether any row
+wants it: a greedy batch pays for an argmax.
 
 Ties: the lowest token id wins an argmax; a truncation keeps or drops equal logits together.
 """
@@ -14,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.request import MAX_TOP_LOGPROBS
+from jaxserve.runner.distribution import Distribution, sum_masses, truncate, whole_distribution
 from jaxserve.runner.noise import exponential_noise
 from jaxserve.runner.sampling_rows import SamplingRows
 from jaxserve.runner.sampling_state import PROMPT_FLAG, SamplingState
-from jaxserve.runner.thresholds import covering_threshold
 
-_TOP_BLOCK = 128
+_BLOCK = 128
 
 
 @jax.tree_util.register_dataclass
@@ -44,38 +45,6 @@ class SampledTokens:
     top_processed: jax.Array
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _Distribution:
-    """The distribution that each row samples, as bounds on distances from its best logit; every attribute is float32 [R].
-
-    A token's distance is (best - logit) / temperature. It is kept if that is at most `bound` and its information content,
-    distance + log_sum, is at most `typical_bound` away from `entropy`.
-    """
-
-    best: jax.Array
-    temperature: jax.Array
-    bound: jax.Array
-    log_sum: jax.Array
-    entropy: jax.Array
-    typical_bound: jax.Array
-    log_kept: jax.Array
-
-    def distances(self, logits: jax.Array) -> jax.Array:
-        """float32 [R, ...], non-negative, for logits float32 [R, ...]."""
-        return (self.best[:, None] - logits) / self.temperature[:, None]
-
-    def keeps(self, distances: jax.Array) -> jax.Array:
-        """bool [R, ...], whether truncation keeps tokens at these distances."""
-        information = distances + self.log_sum[:, None]
-        return (distances <= self.bound[:, None]) & (jnp.abs(information - self.entropy[:, None]) <= self.typical_bound[:, None])
-
-    def logprobs(self, logits: jax.Array) -> jax.Array:
-        """float32 [R, ...], -inf where truncation removed the token."""
-        distances = self.distances(logits)
-        return jnp.where(self.keeps(distances), -distances - self.log_kept[:, None], -jnp.inf)
-
-
 def sample(
     logits: jax.Array, state: SamplingState, rows: SamplingRows, masks: jax.Array | None = None
 ) -> tuple[SampledTokens, SamplingState]:
@@ -92,28 +61,47 @@ def sample(
     """
     vocab_size = state.token_counts.shape[1]
     raw = logits[:, :vocab_size]
-    raw = jnp.where(jnp.isnan(raw), -jnp.inf, jnp.minimum(raw, jnp.finfo(jnp.float32).max))
     adjusts = jnp.any(rows.has_bias | rows.bans | rows.has_penalties)
     adjusted = jax.lax.cond(adjusts, lambda: _adjust(raw, state, rows), lambda: raw)
     if masks is not None:
         adjusted = jnp.where(unpack_masks(masks, vocab_size), adjusted, -jnp.inf)
-    token_ids, distribution = jax.lax.cond(
-        jnp.any(rows.temperature > jnp.float32(0)), lambda: _draw(adjusted, rows), lambda: _take_best(adjusted, rows)
-    )
+    draws, wants_logprobs = jnp.any(rows.temperature > jnp.float32(0)), jnp.any(rows.wants_logprobs)
+    distribution = _distribution(adjusted, rows, draws, wants_logprobs)
+    token_ids = jax.lax.cond(draws, lambda: _draw(adjusted, distribution, rows), lambda: first_argmax(adjusted))
     return _tokens(raw, adjusted, token_ids, distribution, rows), _remember(state, rows, token_ids)
 
 
 def unpack_masks(masks: jax.Array, vocab_size: int) -> jax.Array:
     """bool [R, V] from uint32 [R, ceil(V / 32)], lowest bit first."""
-    bits = (masks[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & jnp.uint32(1)
+    bits = (masks[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, :]) & jnp.uint32(1)
     return bits.reshape(masks.shape[0], -1)[:, :vocab_size] != jnp.uint32(0)
 
 
 def first_argmax(values: jax.Array) -> jax.Array:
-    """int32 [R]: lowest index of the largest value of each row of float32 [R, V]."""
+    """int32 [R]: lowest index of the largest value of each row of float32 [R, V]; some index if the largest is NaN.
+
+    XLA's own argmax is not vectorised on CPUs (10 times slower); a maximum is. So first the block with the largest one, then it alone.
+    """
+    rows, size = values.shape
+    if size <= _BLOCK:
+        return _first_match(values)
+    blocks = _blocks(values)
+    block = _first_match(jnp.max(blocks, axis=2))
+    chosen = jnp.take_along_axis(blocks, block[:, None, None], axis=1, mode="promise_in_bounds")
+    return jnp.minimum(block * jnp.int32(_BLOCK) + _first_match(chosen.reshape(rows, _BLOCK)), jnp.int32(size - 1))
+
+
+def _first_match(values: jax.Array) -> jax.Array:
     best = jnp.max(values, axis=1, keepdims=True)
     places = jax.lax.broadcasted_iota(jnp.int32, values.shape, 1)
     return jnp.min(jnp.where(values == best, places, jnp.int32(values.shape[1] - 1)), axis=1)
+
+
+def _blocks(values: jax.Array) -> jax.Array:
+    """float32 [R, ceil(V / _BLOCK), _BLOCK], filled up with -inf."""
+    rows, size = values.shape
+    padding = jnp.full((rows, -size % _BLOCK), -jnp.inf, jnp.float32)
+    return jnp.concatenate([values, padding], axis=1).reshape(rows, -1, _BLOCK)
 
 
 def _adjust(raw: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.Array:
@@ -121,10 +109,15 @@ def _adjust(raw: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.Arr
     count, vocab_size = raw.shape
     every_row = jnp.arange(count, dtype=jnp.int32)[:, None]
     nowhere = jnp.int32(vocab_size)
-    bias_ids = jnp.where(rows.has_bias[:, None], state.bias_ids[rows.slots], nowhere)
-    adjusted = raw.at[every_row, bias_ids].add(state.bias_values[rows.slots], mode="drop")
-    ban_ids = jnp.where(rows.bans[:, None], state.ban_ids[rows.slots], nowhere)
-    adjusted = adjusted.at[every_row, ban_ids].set(-jnp.inf, mode="drop")
+    ids = jnp.concatenate(
+        [
+            jnp.where(rows.has_bias[:, None], state.bias_ids[rows.slots], nowhere),
+            jnp.where(rows.bans[:, None], state.ban_ids[rows.slots], nowhere),
+        ],
+        axis=1,
+    )
+    values = jnp.concatenate([state.bias_values[rows.slots], jnp.full((count, state.ban_ids.shape[1]), -jnp.inf, jnp.float32)], axis=1)
+    adjusted = raw.at[every_row, ids].add(values, mode="drop")
 
     def penalize() -> jax.Array:
         counts = jnp.where(rows.has_penalties[:, None], state.token_counts[rows.slots], jnp.int32(0))
@@ -137,89 +130,34 @@ def _adjust(raw: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.Arr
     return jax.lax.cond(jnp.any(rows.has_penalties), penalize, lambda: adjusted)
 
 
-def _distribution(adjusted: jax.Array, rows: SamplingRows) -> _Distribution:
-    """The rows' distributions before any truncation, not yet summed; greedy rows have temperature 1."""
-    best = jnp.max(adjusted, axis=1)
-    neutral = jnp.zeros_like(best)
-    return _Distribution(
-        best=jnp.where(best == -jnp.inf, jnp.float32(0), best),
-        temperature=jnp.where(rows.temperature > jnp.float32(0), rows.temperature, jnp.float32(1)),
-        bound=neutral + jnp.float32(jnp.inf),
-        log_sum=neutral,
-        entropy=neutral,
-        typical_bound=neutral + jnp.float32(jnp.inf),
-        log_kept=neutral,
-    )
-
-
-def _take_best(adjusted: jax.Array, rows: SamplingRows) -> tuple[jax.Array, _Distribution]:
-    distribution = _distribution(adjusted, rows)
-
-    def summed() -> jax.Array:
-        return jnp.log(jnp.sum(jnp.exp(-distribution.distances(adjusted)), axis=1))
-
-    log_kept = jax.lax.cond(jnp.any(rows.wants_logprobs), summed, lambda: distribution.log_kept)
-    return first_argmax(adjusted), replace(distribution, log_kept=log_kept)
-
-
-def _draw(adjusted: jax.Array, rows: SamplingRows) -> tuple[jax.Array, _Distribution]:
-    """Truncate, then Gumbel-max in its exponential form: the token with the largest weight / noise."""
-    plain = _distribution(adjusted, rows)
-    distances = plain.distances(adjusted)
-    weights = jnp.exp(-distances)
+def _distribution(adjusted: jax.Array, rows: SamplingRows, draws: jax.Array, wants_logprobs: jax.Array) -> Distribution:
+    """What each row samples, as far as the batch needs to know: bool scalars say whether any row draws or wants logprobs."""
     truncates = (
         (rows.min_p > jnp.float32(0)) | (rows.top_k > jnp.int32(0)) | (rows.top_p < jnp.float32(1)) | (rows.typical_p < jnp.float32(1))
     )
+    truncates_any = jnp.any(truncates)
 
-    def untruncated() -> _Distribution:
-        return replace(plain, log_kept=jnp.log(jnp.sum(weights, axis=1)))
+    def known() -> Distribution:
+        whole = whole_distribution(adjusted, rows)
+        whole = jax.lax.cond(wants_logprobs | truncates_any, lambda: sum_masses(whole, adjusted), lambda: whole)
+        return jax.lax.cond(truncates_any, lambda: truncate(whole, adjusted, rows), lambda: whole)
 
-    distribution = jax.lax.cond(jnp.any(truncates), lambda: _truncate(plain, distances, weights, rows), untruncated)
+    def unknown() -> Distribution:
+        return Distribution(*[jnp.zeros((adjusted.shape[0],), jnp.float32)] * 6)
+
+    return jax.lax.cond(draws | wants_logprobs, known, unknown)
+
+
+def _draw(adjusted: jax.Array, distribution: Distribution, rows: SamplingRows) -> jax.Array:
+    """Gumbel-max in its exponential form: the token with the largest probability / noise; greedy rows take the nearest."""
+    distances = distribution.distances(adjusted)
     noise = exponential_noise(rows.seed_low, rows.seed_high, rows.positions, jnp.arange(adjusted.shape[1], dtype=jnp.int32))
-    race = jnp.where(distribution.keeps(distances), weights / noise, jnp.float32(-1))
+    race = jnp.where(distribution.keeps(distances), jnp.exp(-distances) / noise, jnp.float32(-1))
     greedy = (rows.temperature == jnp.float32(0))[:, None]
-    return first_argmax(jnp.where(greedy, -distances, race)), distribution
+    return first_argmax(jnp.where(greedy, -distances, race))
 
 
-def _truncate(plain: _Distribution, distances: jax.Array, weights: jax.Array, rows: SamplingRows) -> _Distribution:
-    """min_p, top_k, top_p, then typical_p."""
-    unbounded = plain.bound
-
-    def top_k_bound() -> jax.Array:
-        ones = jnp.ones_like(weights)
-        bound = covering_threshold(distances, ones, rows.top_k.astype(jnp.float32))
-        return jnp.where(rows.top_k > jnp.int32(0), bound, unbounded)
-
-    def mass(bound: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(distances <= bound[:, None], weights, jnp.float32(0)), axis=1)
-
-    bound = -jnp.log(rows.min_p)
-    bound = jnp.minimum(bound, jax.lax.cond(jnp.any(rows.top_k > jnp.int32(0)), top_k_bound, lambda: unbounded))
-
-    def top_p_bound() -> jax.Array:
-        kept = jnp.where(distances <= bound[:, None], weights, jnp.float32(0))
-        nucleus = covering_threshold(distances, kept, rows.top_p * jnp.sum(kept, axis=1))
-        return jnp.where(rows.top_p < jnp.float32(1), jnp.minimum(nucleus, bound), bound)
-
-    bound = jax.lax.cond(jnp.any(rows.top_p < jnp.float32(1)), top_p_bound, lambda: bound)
-    total = mass(bound)
-    truncated = replace(plain, bound=bound, log_kept=jnp.log(total))
-
-    def typical() -> _Distribution:
-        kept = distances <= bound[:, None]
-        mean_distance = jnp.sum(jnp.where(kept, weights * jnp.where(kept, distances, jnp.float32(0)), jnp.float32(0)), axis=1) / total
-        entropy = truncated.log_kept + mean_distance
-        surprises = jnp.where(kept, jnp.abs(distances + truncated.log_kept[:, None] - entropy[:, None]), jnp.inf)
-        threshold = covering_threshold(surprises, jnp.where(kept, weights, jnp.float32(0)), rows.typical_p * total)
-        wanted = rows.typical_p < jnp.float32(1)
-        threshold = jnp.where(wanted, threshold, jnp.inf)
-        total_kept = jnp.sum(jnp.where(kept & (surprises <= threshold[:, None]), weights, jnp.float32(0)), axis=1)
-        return replace(truncated, log_sum=truncated.log_kept, entropy=entropy, typical_bound=threshold, log_kept=jnp.log(total_kept))
-
-    return jax.lax.cond(jnp.any(rows.typical_p < jnp.float32(1)), typical, lambda: truncated)
-
-
-def _tokens(raw: jax.Array, adjusted: jax.Array, token_ids: jax.Array, distribution: _Distribution, rows: SamplingRows) -> SampledTokens:
+def _tokens(raw: jax.Array, adjusted: jax.Array, token_ids: jax.Array, distribution: Distribution, rows: SamplingRows) -> SampledTokens:
     count = raw.shape[0]
 
     def logprobs() -> tuple[jax.Array, ...]:
@@ -259,16 +197,15 @@ def top_tokens(logits: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
     Returns:
         Values float32 [R, number] and ids int32 [R, number].
     """
-    count, vocab_size = logits.shape
-    num_blocks = max(-(-vocab_size // _TOP_BLOCK), number)
-    padding = jnp.full((count, num_blocks * _TOP_BLOCK - vocab_size), -jnp.inf, jnp.float32)
-    blocks = jnp.concatenate([logits, padding], axis=1).reshape(count, num_blocks, _TOP_BLOCK)
+    rows, vocab_size = logits.shape
+    short = max(number * _BLOCK - vocab_size, 0)
+    blocks = _blocks(jnp.concatenate([logits, jnp.full((rows, short), -jnp.inf, jnp.float32)], axis=1))
     _, best_blocks = jax.lax.top_k(jnp.max(blocks, axis=2), number)
     best_blocks = jnp.sort(best_blocks, axis=1)
-    candidates = jnp.take_along_axis(blocks, best_blocks[:, :, None], axis=1).reshape(count, number * _TOP_BLOCK)
+    candidates = jnp.take_along_axis(blocks, best_blocks[:, :, None], axis=1, mode="promise_in_bounds").reshape(rows, number * _BLOCK)
     values, places = jax.lax.top_k(candidates, number)
-    block, offset = places // jnp.int32(_TOP_BLOCK), places % jnp.int32(_TOP_BLOCK)
-    return values, jnp.take_along_axis(best_blocks, block, axis=1) * jnp.int32(_TOP_BLOCK) + offset
+    block, offset = places // jnp.int32(_BLOCK), places % jnp.int32(_BLOCK)
+    return values, jnp.take_along_axis(best_blocks, block, axis=1) * jnp.int32(_BLOCK) + offset
 
 
 def _remember(state: SamplingState, rows: SamplingRows, token_ids: jax.Array) -> SamplingState:
