@@ -5,36 +5,57 @@ from jaxserve.scheduler.batch import StepLogprobs
 from jaxserve.scheduler.sample import Sample
 
 
-def accept(sample: Sample, token_ids: list[int], eos_token_ids: frozenset[int]) -> tuple[list[int], FinishReason | None]:
+def receive(
+    sample: Sample, token_ids: list[int], eos_token_ids: frozenset[int], logprobs: StepLogprobs | None = None, row: int = 0
+) -> TokenOutput:
     """Append sampled tokens to a sample, up to its end.
 
     Args:
         sample: unfinished.
         token_ids: what a step sampled for it, in order.
         eos_token_ids: the model's.
+        logprobs: of the step, told where the request asked for them.
+        row: of the sample in the step.
 
     Returns:
-        the tokens that count, the one that ends the sample included, and why it ends, None if it goes on.
+        the tokens that count, the one that ends the sample included, and why it ends if it does.
     """
-    known = sample.token_ids
-    if len(known) + len(token_ids) < sample.max_num_tokens and sample.stop_token_ids.isdisjoint(token_ids):
-        known += token_ids
-        return token_ids, None
-    params = sample.params
+    reason = None
+    if len(sample.token_ids) + len(token_ids) < sample.max_num_tokens and sample.stop_token_ids.isdisjoint(token_ids):
+        sample.token_ids += token_ids
+    else:
+        token_ids, reason = _append_to_end(sample, token_ids, eos_token_ids)
+    count = len(token_ids)
+    if count > 1:  # schedule() counted one
+        sample.num_tokens += count - 1
+        sample.num_computed_tokens += count - 1
+        sample.num_settled_tokens += count - 1
+    told = [] if logprobs is None else _token_logprobs(logprobs, row, count, sample.params.logprobs)
+    return TokenOutput(sample.request.request_id, sample.index, token_ids, told, reason, sample.num_cached_tokens, sample.queue_time)
+
+
+def error_output(sample: Sample, message: str) -> TokenOutput:
+    """Return the last output of a sample whose step failed."""
+    return TokenOutput(
+        sample.request.request_id, sample.index, [], [], FinishReason.ERROR, sample.num_cached_tokens, max(0.0, sample.queue_time), message
+    )
+
+
+def _append_to_end(sample: Sample, token_ids: list[int], eos_token_ids: frozenset[int]) -> tuple[list[int], FinishReason | None]:
     for i, token in enumerate(token_ids):
-        num_output_tokens = len(known) - sample.num_prompt_tokens
-        known.append(token)
+        num_output_tokens = len(sample.token_ids) - sample.num_prompt_tokens
+        sample.token_ids.append(token)
         # A stop is told before the length: the text is complete.
-        if token in sample.stop_token_ids and num_output_tokens >= params.min_tokens:
-            is_eos = token in eos_token_ids and not params.ignore_eos
+        if token in sample.stop_token_ids and num_output_tokens >= sample.params.min_tokens:
+            is_eos = token in eos_token_ids and not sample.params.ignore_eos
             return token_ids[: i + 1], FinishReason.EOS if is_eos else FinishReason.STOP
-        if len(known) == sample.max_num_tokens:
+        if len(sample.token_ids) == sample.max_num_tokens:
             return token_ids[: i + 1], FinishReason.LENGTH
     return token_ids, None
 
 
-def token_logprobs(logprobs: StepLogprobs, row: int, count: int, num_top: int | None) -> list[TokenLogprobs]:
-    """Return the log probabilities of a row's first `count` tokens, each with its `num_top` most likely ones; none where that is None."""
+def _token_logprobs(logprobs: StepLogprobs, row: int, count: int, num_top: int | None) -> list[TokenLogprobs]:
+    """Return the log probabilities of a row's first `count` tokens, each with its `num_top` most likely ones; none where it is None."""
     if num_top is None:
         return []
     return [
@@ -47,10 +68,3 @@ def token_logprobs(logprobs: StepLogprobs, row: int, count: int, num_top: int | 
         )
         for i in range(count)
     ]
-
-
-def error_output(sample: Sample, message: str) -> TokenOutput:
-    """Return the last output of a sample whose step failed."""
-    return TokenOutput(
-        sample.request.request_id, sample.index, [], [], FinishReason.ERROR, sample.num_cached_tokens, max(0.0, sample.queue_time), message
-    )

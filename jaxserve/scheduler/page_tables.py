@@ -56,38 +56,50 @@ class PageTables:
         pages = [table[i:length] for table, i in zip(source.page_tables, first, strict=True)]
         return Prefix(num_tokens, pages, [table[length] for table in source.page_tables] if rest else (), source)
 
-    def admit(self, sample: Sample, prefix: Prefix, headroom: int) -> list[tuple[int, int, int]] | None:
+    def still_lacks(self, sample: Sample, headroom: int) -> bool:
+        """Whether what admit() last found lacking still is: spares a waiting sample the search for its prefix in every step."""
+        if sample.lacking is None:
+            return False
+        group, needed = sample.lacking
+        return self.pools[group].num_available < needed + headroom
+
+    def admit(self, sample: Sample, prefix: Prefix, headroom: int, page_copies: list[tuple[int, int, int]]) -> bool:
         """Make a sample's page tables from a prefix, if there is memory for all its tokens.
 
         Args:
             sample: holds no pages.
             prefix: what it shares.
-            headroom: pages of each group to leave alone, for those who run already.
+            headroom: pages of each group to leave alone.
+            page_copies: (group, source, target) of the pages to copy are appended.
 
         Returns:
-            (group, source, target) of the pages to copy, or None where memory lacks.
+            False where memory lacks; nothing has changed then.
         """
         length = prefix.num_tokens // self._page_size
-        for pool, pages, window_pages in zip(self.pools, prefix.pages, self._window_pages, strict=True):
+        for group, (pool, pages, window_pages) in enumerate(zip(self.pools, prefix.pages, self._window_pages, strict=True)):
             fresh = self._pages(self._reach(sample, sample.num_tokens)) - length
             if window_pages is not None:
                 fresh = min(fresh, window_pages + self._step_pages)
-            revived = sum(not pool.is_held(page) for page in pages)
-            if min(fresh + revived, pool.num_pages) + headroom > pool.num_available:
-                return None
+            revived = sum([not pool.is_held(page) for page in pages])
+            needed = min(fresh + revived, pool.num_pages)
+            if pool.num_available < needed + headroom:
+                sample.lacking = group, needed
+                return False
         for pool, pages in zip(self.pools, prefix.pages, strict=True):
             for page in pages:
                 pool.share(page)
+        sample.lacking = None
         sample.num_freed_pages = [length - len(pages) for pages in prefix.pages]
         sample.page_tables = [array("i", [0] * (length - len(pages))) + array("i", pages) for pages in prefix.pages]
-        copies = [(group, page, self.pools[group].allocate()) for group, page in enumerate(prefix.partial_pages)]
-        for group, _, target in copies:
+        for group, page in enumerate(prefix.partial_pages):
+            target = self.pools[group].allocate()
             sample.page_tables[group].append(target)
+            page_copies.append((group, page, target))
         sample.num_computed_tokens = sample.num_settled_tokens = prefix.num_tokens
         sample.num_stored_pages = length
         sample.settle_at = (length + 1) * self._page_size
         self._measure_room(sample)
-        return copies
+        return True
 
     def grow(self, sample: Sample, num_tokens: int) -> int:
         """Give a sample the pages for its next tokens.

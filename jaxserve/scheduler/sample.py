@@ -47,6 +47,7 @@ class Sample:
         "arrived_at",
         "constrained",
         "index",
+        "lacking",
         "max_num_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -90,7 +91,9 @@ class Sample:
         self.token_ids: list[int] = list(request.prompt_token_ids)
         self.num_tokens = self.num_prompt_tokens
         self.page_keys: list[bytes] = []  # of its full pages, as far as they were wanted
+        # While it waits
         self.num_passed = 0  # steps in which a later one was admitted before it
+        self.lacking: tuple[int, int] | None = None  # (KV group, pages of it) last found lacking
         # Since it was first scheduled
         self.num_cached_tokens = 0
         self.queue_time = -1.0
@@ -106,3 +109,8 @@ class Sample:
         self.prompt_step = NEVER  # the step that computes the last of the prompt
         # From schedule to update
         self.num_in_flight = 0  # steps
+
+    @property
+    def num_behind(self) -> int:
+        """Tokens still to be computed: one where it has caught up, more in its prompt or after preemption."""
+        return self.num_tokens - self.num_computed_tokens

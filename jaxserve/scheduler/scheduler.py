@@ -8,9 +8,9 @@ from operator import attrgetter
 
 from jaxserve.errors import ContextTooLong, InvalidRequest
 from jaxserve.request import Request, TokenOutput
-from jaxserve.scheduler.batch import IN_FLIGHT, ScheduledBatch, ScheduledRow, StepLogprobs, StepResult
+from jaxserve.scheduler.batch import IN_FLIGHT, ScheduledBatch, ScheduledRow, StepResult
 from jaxserve.scheduler.config import KVGroupPages, SchedulerConfig
-from jaxserve.scheduler.outputs import accept, error_output, token_logprobs
+from jaxserve.scheduler.outputs import error_output, receive
 from jaxserve.scheduler.page_pool import PageEvent
 from jaxserve.scheduler.page_tables import PageTables
 from jaxserve.scheduler.prefix_cache import Prefix
@@ -147,12 +147,13 @@ class Scheduler:
             one output for each unfinished sample that the step sampled for.
         """
         outputs = []
+        eos_token_ids = self._config.eos_token_ids
         sampled = zip(batch.rows, result.token_ids.tolist(), result.counts.tolist(), strict=False)  # the result may be padded
         for i, (row, token_ids, count) in enumerate(sampled):
             sample = row.sample
             sample.num_in_flight -= 1
             if sample.state is not FINISHED:
-                output = self._receive(sample, token_ids[:count], result.logprobs, i) if row.samples else None
+                output = receive(sample, token_ids[:count], eos_token_ids, result.logprobs, i) if row.samples else None
                 sample.num_settled_tokens += row.num_tokens
                 if sample.num_settled_tokens >= sample.settle_at:
                     self._tables.settle(sample)
@@ -162,6 +163,7 @@ class Scheduler:
                         self._finish(sample)
             if sample in self._leaving:
                 self._vacate(sample)
+        self._output_tokens += sum([len(output.token_ids) for output in outputs])
         return outputs
 
     def fail(self, batch: ScheduledBatch, message: str) -> list[TokenOutput]:
@@ -228,7 +230,7 @@ class Scheduler:
         """Return a row for each running sample with one token to compute, and the samples that have more."""
         rows, behind = [], []
         for sample in list(self._running):
-            if sample.num_tokens - sample.num_computed_tokens > 1:
+            if sample.num_tokens - sample.num_computed_tokens > 1:  # num_behind, without the call
                 behind.append(sample)
             elif sample.state is RUNNING and (sample.num_computed_tokens < sample.room or self._make_room(sample, 1)):
                 rows.append(self._take(sample, 1))
@@ -248,102 +250,93 @@ class Scheduler:
         for sample in behind:
             if budget == 0:
                 break
-            if sample.state is RUNNING:
-                wanted = min(budget, sample.num_tokens - sample.num_computed_tokens)
-                if num_tokens := self._make_room(sample, wanted):
-                    rows.append(self._take(sample, num_tokens))
-                    budget -= num_tokens
+            # It may have been preempted for one before it.
+            if sample.state is RUNNING and (num_tokens := self._make_room(sample, min(budget, sample.num_behind))):
+                rows.append(self._take(sample, num_tokens))
+                budget -= num_tokens
         return rows
 
     def _admit_waiting(self, budget: int) -> tuple[list[ScheduledRow], list[tuple[int, int, int]]]:
         """Admit waiting samples while there are slots, budget and memory; return their rows and the pages to copy."""
-        rows, copies = [], []
+        rows, page_copies = [], []
         put_back, skipped, num_passed = [], [], 0
         # While a running sample lacks pages, those that come free are not for others.
         while self._waiting and self._free_slots and budget > 0 and not self._lacks_memory:
             sample = self._waiting.popleft()
-            prefix = self._prefix_of(sample)
-            if prefix is None:
+            if not sample.ready or sample.num_in_flight or self._awaits_sibling(sample):
                 put_back.append(sample)
-                continue
-            # A page each for the running ones, so that what is admitted now is not preempted at once.
-            copied = self._tables.admit(sample, prefix, headroom=len(self._running))
-            if copied is None:
+            elif self._admit(sample, page_copies):
+                rows.append(self._take(sample, self._tables.grow(sample, min(budget, sample.num_behind)), new_slot=True))
+                budget -= rows[-1].num_tokens
+                num_passed = len(skipped)
+            else:
                 put_back.append(sample)
                 skipped.append(sample)
                 if sample.num_passed >= MAX_PASSED or len(skipped) == MAX_SKIPPED:
                     break
-                continue
-            row = self._start(sample, prefix, budget)
-            rows.append(row)
-            copies += copied
-            budget -= row.num_tokens
-            num_passed = len(skipped)
         self._waiting.extendleft(reversed(put_back))
         for sample in skipped[:num_passed]:
             sample.num_passed += 1
-        return rows, copies
+        return rows, page_copies
 
-    # What happens to one sample
+    # What happens to one sample, in order
 
-    def _prefix_of(self, sample: Sample) -> Prefix | None:
-        """Return what a waiting sample need not compute, or None where it must wait for something else than memory."""
-        if not sample.ready or sample.num_in_flight:  # preempted, and its last token is not known yet
-            return None
+    def _awaits_sibling(self, sample: Sample) -> bool:
+        """Whether one of the request's samples is computing the prompt, so that this one can take it over after that step."""
         for sibling in self._requests[sample.request.request_id]:
             if sibling.state is RUNNING:
-                if sibling.prompt_step in (NEVER, self._step):
-                    return None  # the prompt that both need will be there after this step or a later one
-                if prefix := self._tables.prompt_prefix(sample, sibling):
+                return sibling.prompt_step in (NEVER, self._step)
+        return False
+
+    def _admit(self, sample: Sample, page_copies: list[tuple[int, int, int]]) -> bool:
+        """Give a waiting sample a slot and page tables; False where memory lacks."""
+        # A page each is left for the running ones, so that what is admitted now is not preempted at once.
+        headroom = len(self._running)
+        if self._tables.still_lacks(sample, headroom):
+            return False
+        prefix = self._prefix_of(sample)
+        if not self._tables.admit(sample, prefix, headroom, page_copies):
+            return False
+        sample.state = RUNNING
+        sample.slot = self._free_slots.pop()
+        sample.prompt_step = self._step if prefix.num_tokens >= sample.num_prompt_tokens else NEVER
+        insort(self._running, sample, key=ARRIVAL)
+        if sample.queue_time < 0:
+            self._count_start(sample, prefix)
+        return True
+
+    def _prefix_of(self, sample: Sample) -> Prefix:
+        """Return what a waiting sample need not compute: what a running sibling has of the prompt, else what is cached."""
+        for sibling in self._requests[sample.request.request_id]:
+            if sibling.state is RUNNING and sibling.prompt_step not in (NEVER, self._step):
+                prefix = self._tables.prompt_prefix(sample, sibling)
+                if prefix is not None:
                     return prefix
         return self._tables.cached_prefix(sample)
 
-    def _start(self, sample: Sample, prefix: Prefix, budget: int) -> ScheduledRow:
-        """Let an admitted sample run; return its first row."""
-        sample.state = RUNNING
-        sample.slot = self._free_slots.pop()
-        insort(self._running, sample, key=ARRIVAL)
-        sample.prompt_step = self._step if prefix.num_tokens >= sample.num_prompt_tokens else NEVER
-        if sample.queue_time < 0:
-            self._count_start(sample, prefix)
-        num_tokens = self._tables.grow(sample, min(budget, sample.num_tokens - sample.num_computed_tokens))
-        return self._take(sample, num_tokens, new_slot=True)
-
     def _take(self, sample: Sample, num_tokens: int, new_slot: bool = False) -> ScheduledRow:
-        """Return the row of a sample's next tokens, for which it has pages."""
+        """Return the row of a running sample's next tokens, for which it has pages."""
         start = sample.num_computed_tokens
         end = sample.num_computed_tokens = start + num_tokens
-        num_output_tokens = sample.num_tokens - sample.num_prompt_tokens
-        samples = end == sample.num_tokens
+        num_prompt_tokens, total = sample.num_prompt_tokens, sample.num_tokens
+        samples = end == total
+        token_ids = sample.token_ids[start:end] or IN_FLIGHT
         sample.num_in_flight += 1
-        if start < sample.num_prompt_tokens <= end:
+        if start < num_prompt_tokens <= end:
             sample.prompt_step = self._step
         if samples:
-            sample.num_tokens += 1
-            if sample.num_tokens == sample.max_num_tokens:  # nothing is left to schedule: it leaves with its last token
+            sample.num_tokens = total + 1
+            if total + 1 == sample.max_num_tokens:  # nothing is left to schedule: it leaves with its last token
                 self._running.remove(sample)
                 self._leaving.add(sample)
-        return ScheduledRow(sample, start, num_tokens, sample.token_ids[start:end] or IN_FLIGHT, samples, new_slot, num_output_tokens)
-
-    def _receive(self, sample: Sample, token_ids: list[int], logprobs: StepLogprobs | None, row: int) -> TokenOutput:
-        """Append what a step sampled for an unfinished sample, up to its end; return what its client is told."""
-        token_ids, reason = accept(sample, token_ids, self._config.eos_token_ids)
-        count = len(token_ids)
-        self._output_tokens += count
-        if count > 1:  # schedule() counted with one
-            sample.num_tokens += count - 1
-            sample.num_computed_tokens += count - 1
-            sample.num_settled_tokens += count - 1
-        told = [] if logprobs is None else token_logprobs(logprobs, row, count, sample.params.logprobs)
-        request_id = sample.request.request_id
-        return TokenOutput(request_id, sample.index, token_ids, told, reason, sample.num_cached_tokens, sample.queue_time)
+        return ScheduledRow(sample, start, num_tokens, token_ids, samples, new_slot, total - num_prompt_tokens)
 
     def _make_room(self, sample: Sample, num_tokens: int) -> int:
         """Give a running sample pages for its next tokens, at the expense of later ones; return how many it can compute."""
         while not (fitting := self._tables.grow(sample, num_tokens)):
             self._lacks_memory = True
             last = self._running[-1]
-            if self._leaving or last is sample:  # pages come free when the step in flight is collected, or others are done
+            if self._leaving or last is sample:  # pages come free when a step in flight is collected, or others are done
                 return 0
             self._preempt(last)
         return fitting
