@@ -10,7 +10,10 @@ from aiohttp import web
 
 STATIC = Path(__file__).resolve().parent.parent / "jaxserve" / "http" / "static"
 # What the real front end sends with the page (jaxserve.http): nothing from elsewhere, no inline code.
-CONTENT_SECURITY_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'"
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
 
 
 class FakeServer:

@@ -219,7 +219,8 @@ def test_a_finished_run_loads_no_model(tmp_path: Path) -> None:
 
     assert run_batch(BatchOptions(str(source), str(output)), {}, load).resumed == 2
     source.write_text("a\nb\nc\n")  # an input that has grown is continued
-    assert run(source, output) == Summary(2, 1, 0, 1, pytest.approx(0, abs=1))
+    summary = run(source, output)
+    assert (summary.resumed, summary.answered, summary.refused, summary.output_tokens) == (2, 1, 0, 1)
 
 
 def test_two_runs_on_one_output_are_refused(tmp_path: Path) -> None:
