@@ -12,8 +12,7 @@ from jaxserve.runner import ModelRunner, RunnerConfig, make_mesh
 from jaxserve.weights import ModelSource
 from jaxserve.weights.loader import load_model
 
-SLOTS = 4
-# Room for about two of the longest requests below, so that four at once preempt each other.
+# Room for less than two of the longest requests, so that those that run at once preempt each other.
 KV_TOKENS = 384
 
 
@@ -24,13 +23,15 @@ class TinyRunner:
         folder: of the checkpoint.
         tensor_size: devices.
         data_index: which replica.
+        slots: samples that run at once; each size of batch up to it is a program to compile.
+        max_batch_tokens: of a step; likewise.
     """
 
-    def __init__(self, folder: Path, tensor_size: int = 1, data_index: int = 0):
+    def __init__(self, folder: Path, tensor_size: int = 1, data_index: int = 0, slots: int = 4, max_batch_tokens: int = 64):
         mesh = make_mesh(tensor_size, data_index)
         model = load_model(ModelSource(str(folder), "", folder), ModelOptions(), mesh)
         token_bytes = 2 * 4 * model.config.head_dim * model.config.local_kv_heads(tensor_size) * model.config.num_layers
-        self.config = RunnerConfig(max_batch_size=SLOTS, max_batch_tokens=64, max_total_tokens=288, kv_bytes=KV_TOKENS * token_bytes)
+        self.config = RunnerConfig(slots, max_batch_tokens, max_total_tokens=288, kv_bytes=KV_TOKENS * token_bytes)
         self.runner = ModelRunner(model, mesh, self.config)
         self.runner.warmup()
         self._model = model
@@ -57,9 +58,9 @@ class TinyRunner:
 
 
 @functools.cache
-def tiny_runner(folder: Path, tensor_size: int = 1, data_index: int = 0) -> TinyRunner:
+def tiny_runner(folder: Path, **options: int) -> TinyRunner:
     """The runner of a checkpoint and mesh, compiled once a session."""
-    return TinyRunner(folder, tensor_size, data_index)
+    return TinyRunner(folder, **options)
 
 
 def greedy(max_tokens: int, **options: object) -> SamplingParams:

@@ -12,6 +12,7 @@ from jaxserve.request import Request
 
 NUM_REQUESTS = 32
 OUTPUT_TOKENS = 24
+FEW_PROGRAMS = {"slots": 2, "max_batch_tokens": 32}
 
 
 def make_prompts() -> list[tuple[int, ...]]:
@@ -90,11 +91,11 @@ def test_bounded_decode_gap_gives_the_same_tokens(runner: TinyRunner, alone: lis
 
 @pytest.mark.parametrize("tensor_size", [2, 4])
 def test_tensor_parallel_gives_the_same_tokens(tiny_checkpoint: Callable[[str], Path], alone: list[list[int]], tensor_size: int):
-    check_under_load(tiny_runner(tiny_checkpoint("llama"), tensor_size).engine(), alone)
+    check_under_load(tiny_runner(tiny_checkpoint("llama"), tensor_size=tensor_size, **FEW_PROGRAMS).engine(), alone)
 
 
 def test_second_replica_gives_the_same_tokens(tiny_checkpoint: Callable[[str], Path], alone: list[list[int]]):
-    check_under_load(tiny_runner(tiny_checkpoint("llama"), data_index=1).engine(), alone)
+    check_under_load(tiny_runner(tiny_checkpoint("llama"), data_index=1, **FEW_PROGRAMS).engine(), alone)
 
 
 def test_samples_of_one_prompt_share_its_pages(runner: TinyRunner, alone: list[list[int]]):
