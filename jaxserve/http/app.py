@@ -1,0 +1,70 @@
+"""The ASGI application: routes, errors, who may ask."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.responses import FileResponse
+from starlette.middleware.cors import CORSMiddleware
+from starlette.staticfiles import StaticFiles
+
+from jaxserve.http import VERSION
+from jaxserve.http.auth import ApiKey
+from jaxserve.http.errors import add_error_handlers
+from jaxserve.http.openai_routes import openai_routes
+from jaxserve.http.service import Service
+from jaxserve.http.status_routes import status_routes
+from jaxserve.http.tgi_routes import tgi_routes
+
+STATIC = Path(__file__).parent / "static"
+# The chat page runs no code but its own and talks to nobody but this server.
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+
+
+def build_app(service: Service, lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None) -> FastAPI:
+    """Put the application together.
+
+    Args:
+        service: what the routes work with.
+        lifespan: entered before the first request and left after the last.
+    """
+    options = service.options
+    app = FastAPI(
+        title="jaxserve",
+        version=VERSION,
+        description="Serves language models on JAX, with the APIs of OpenAI and of Text Generation Inference.",
+        redoc_url=None,
+        lifespan=lifespan or _no_lifespan,
+        max_body_size=options.payload_limit,
+    )
+    add_error_handlers(app, service.metrics)
+    app.include_router(openai_routes(service))
+    app.include_router(tgi_routes(service))
+    app.include_router(status_routes(service))
+
+    @app.get("/chat", include_in_schema=False)
+    async def chat_page() -> FileResponse:
+        return FileResponse(
+            STATIC / "chat.html",
+            headers={"content-security-policy": PAGE_POLICY, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"},
+        )
+
+    app.mount("/chat", StaticFiles(directory=STATIC))
+    if options.api_key is not None:
+        app.add_middleware(ApiKey, key=options.api_key)
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=list(options.cors_allow_origin) or ["*"],
+        allow_methods=["GET", "POST"],
+        allow_headers=["content-type", "authorization"],
+    )
+    return app
+
+
+@asynccontextmanager
+async def _no_lifespan(app: FastAPI) -> AsyncIterator[None]:
+    yield

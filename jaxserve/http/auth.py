@@ -1,0 +1,59 @@
+"""The API key: every route asks for it but the few that are listed here.
+
+Open are the probes, the metrics, the description of the API and the chat page itself (which sends the key that its user types in).
+TGI leaves /info and /v1/models open too; here they tell nothing without the key.
+"""
+
+import hmac
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+OPEN_PATHS = frozenset(
+    {
+        "/",
+        "/ping",
+        "/health",
+        "/health/live",
+        "/health/ready",
+        "/metrics",
+        "/docs",
+        "/openapi.json",
+        "/chat",
+        "/chat/chat.css",
+        "/chat/chat.js",
+    }
+)
+_WRONG_KEY = {"message": "Incorrect API key provided.", "type": "invalid_request_error", "param": None, "code": "invalid_api_key"}
+
+
+class ApiKey:
+    """Middleware that answers 401 to requests without the key.
+
+    Args:
+        app: what it guards.
+        key: as in `Authorization: Bearer KEY`.
+        open_paths: may be read without it.
+    """
+
+    def __init__(self, app: ASGIApp, key: str, open_paths: Iterable[str] = OPEN_PATHS):
+        self._app = app
+        self._key = key.encode()
+        self._open_paths = frozenset(open_paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or self._allows(scope):
+            await self._app(scope, receive, send)
+            return
+        headers = {"www-authenticate": "Bearer"}
+        is_openai = scope["path"].startswith("/v1/")
+        response = JSONResponse({"error": _WRONG_KEY}, 401, headers) if is_openai else Response(None, 401, headers)
+        await response(scope, receive, send)
+
+    def _allows(self, scope: Scope) -> bool:
+        if scope["method"] in ("GET", "HEAD") and scope["path"] in self._open_paths:
+            return True
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self._key)

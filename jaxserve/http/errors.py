@@ -1,0 +1,138 @@
+"""Errors to HTTP answers, in one place: OpenAI's shape under /v1/, TGI's everywhere else.
+
+| error             | /v1/*                          | TGI's routes                      |
+|-------------------|--------------------------------|-----------------------------------|
+| body is not JSON  | 400 invalid_request_error      | 400 validation                    |
+| not sent as JSON  | 415 invalid_request_error      | 415 validation                    |
+| body too large    | 413 invalid_request_error      | 413 validation                    |
+| bad or no field   | 400 invalid_request_error      | 422 validation                    |
+| InvalidRequest    | 400 invalid_request_error      | 422 validation                    |
+| ContextTooLong    | 400, context_length_exceeded   | 422 validation                    |
+| ModelNotServed    | 404, model_not_found           | (their body names no model)       |
+| wrong API key     | 401, invalid_api_key           | 401, no body                      |
+| Overloaded        | 429 overloaded, Retry-After    | 429 overloaded, Retry-After       |
+| GenerationFailed  | 500 server_error               | 424 generation                    |
+| EngineUnavailable | 503 server_error, Retry-After  | 503 unavailable, Retry-After      |
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from jaxserve.errors import ContextTooLong, EngineUnavailable, GenerationFailed, InvalidRequest, JaxserveError, Overloaded
+from jaxserve.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+
+class ModelNotServed(InvalidRequest):
+    """The request names a model that is not the one served here."""
+
+    def __init__(self, name: str):
+        super().__init__(f"The model `{name}` does not exist.", "model")
+
+
+def openai_error(error: Exception) -> tuple[int, dict[str, Any]]:
+    """Status and body in OpenAI's shape."""
+    match error:
+        case ModelNotServed():
+            return 404, _openai(error, "invalid_request_error", "model_not_found", error.param)
+        case ContextTooLong():
+            return 400, _openai(error, "invalid_request_error", "context_length_exceeded", error.param)
+        case InvalidRequest():
+            return 400, _openai(error, "invalid_request_error", None, error.param)
+        case Overloaded():
+            return 429, _openai(error, "overloaded", "overloaded")
+        case EngineUnavailable():
+            return 503, _openai(error, "server_error", "engine_unavailable")
+        case GenerationFailed():
+            return 500, _openai(error, "server_error", "generation_failed")
+        case HTTPException():
+            return error.status_code, _openai(error.detail, "invalid_request_error", None)
+    return 500, _openai("internal error", "server_error", "internal_error")
+
+
+def tgi_error(error: Exception) -> tuple[int, dict[str, Any]]:
+    """Status and body in TGI's shape."""
+    match error:
+        case InvalidRequest():
+            return 422, _tgi(f"Input validation error: {error}", "validation")
+        case Overloaded():
+            return 429, _tgi("Model is overloaded", "overloaded")
+        case EngineUnavailable():
+            return 503, _tgi(str(error), "unavailable")
+        case GenerationFailed():
+            return 424, _tgi(f"Request failed during generation: {error}", "generation")
+        case HTTPException():
+            return error.status_code, _tgi(str(error.detail), "validation")
+    return 500, _tgi("internal error", "internal")
+
+
+def _openai(message: object, kind: str, code: str | None, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": str(message), "type": kind, "param": param, "code": code}}
+
+
+def _tgi(message: str, kind: str) -> dict[str, Any]:
+    return {"error": message, "error_type": kind}
+
+
+def error_body(path: str, error: Exception) -> tuple[int, dict[str, Any]]:
+    """Status and body in the shape of the path's API."""
+    return openai_error(error) if path.startswith("/v1/") else tgi_error(error)
+
+
+def error_event(path: str, error: Exception) -> str:
+    """A server-sent event that tells of an error after the stream began."""
+    return f"data: {json.dumps(error_body(path, error)[1])}\n\n"
+
+
+def retry_header(error: Exception) -> Mapping[str, str]:
+    """Retry-After where a retry makes sense."""
+    return {"retry-after": str(error.retry_after)} if isinstance(error, Overloaded | EngineUnavailable) else {}
+
+
+def failure_kind(error: Exception) -> str:
+    """TGI's name for it in the metric tgi_request_failure."""
+    match error:
+        case Overloaded():
+            return "overloaded"
+        case InvalidRequest() | HTTPException():
+            return "validation"
+    return "generation"
+
+
+def field_error(error: RequestValidationError) -> InvalidRequest | HTTPException:
+    """The first thing that is wrong with a body, as one line that names the field."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return HTTPException(400, f"the body is not valid JSON: {first['ctx']['error']}")
+    place = [part for part in first["loc"] if part != "body"]
+    if not place:
+        return InvalidRequest("the body must be a JSON object")
+    name = str(place[0]) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place[1:])
+    if isinstance(cause := first.get("ctx", {}).get("error"), InvalidRequest | ValueError):
+        return InvalidRequest(str(cause), name)
+    return InvalidRequest(f"`{name}`: {first['msg']}", name)
+
+
+def add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
+    """Answer every error of every route."""
+
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        told = field_error(error) if isinstance(error, RequestValidationError) else error
+        if not isinstance(told, JaxserveError | HTTPException):
+            logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        if request.method == "POST":
+            metrics.tgi_failure.labels(failure_kind(told)).inc()
+        path = request.url.path
+        status, body = error_body(path, told)
+        return JSONResponse(body, status, headers=dict(retry_header(told)))
+
+    for kind in (JaxserveError, HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, answer)

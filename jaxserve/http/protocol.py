@@ -1,0 +1,123 @@
+"""HTTP/1.1 with the limits that uvicorn lacks: on headers, on the time a request takes to arrive, on clients that do not read.
+
+uvicorn takes headers of megabytes and waits for ever for half a request or for a client that does not read.
+"""
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+MAX_HEAD_BYTES = 65536
+HEAD_TIMEOUT = 10.0  # seconds from the first byte, or from connecting, to the end of the headers
+BODY_TIMEOUT = 60.0  # seconds from there to the end of the body
+STALL_TIMEOUT = 30.0  # seconds that written data may wait for the client to read
+# A chunked body of small chunks is longer on the wire than what it carries.
+MAX_CHUNKED_OVERHEAD = 8
+
+
+class LimitedProtocol(HttpToolsProtocol):
+    """Closes connections that exceed a limit; 431 or 408 where a response can still be sent.
+
+    Args:
+        payload_limit: bytes of a body that the application takes; it answers 413 itself. Only what goes far beyond is cut off here.
+    """
+
+    def __init__(self, *args: Any, payload_limit: int, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._most_bytes = MAX_HEAD_BYTES + MAX_CHUNKED_OVERHEAD * payload_limit
+        # Of the connection.
+        self._stall_timer: asyncio.TimerHandle | None = None
+        # Of the request that is arriving.
+        self._receive_timer: asyncio.TimerHandle | None = None
+        self._in_head = True
+        self._num_bytes = 0
+        self._refused = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._arm_receive_timer(HEAD_TIMEOUT)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm_receive_timer()
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        self._num_bytes += len(data)
+        if self._receive_timer is None and (self.cycle is None or self.cycle.response_complete):
+            self._arm_receive_timer(HEAD_TIMEOUT)
+        super().data_received(data)
+        if self._in_head and self._num_bytes > MAX_HEAD_BYTES:
+            self._refuse(b"431 Request Header Fields Too Large")
+        elif self._num_bytes > self._most_bytes:
+            self.transport.abort()
+
+    def on_message_begin(self) -> None:
+        self._in_head = True
+        self._arm_receive_timer(HEAD_TIMEOUT)
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # what comes after the body is nobody's
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > MAX_HEAD_BYTES:
+            self._refuse(b"431 Request Header Fields Too Large")
+        if self._refused:
+            return
+        self._arm_receive_timer(BODY_TIMEOUT)
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if not self._refused:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._disarm_receive_timer()
+        self._in_head = True
+        self._num_bytes = 0
+        if not self._refused:
+            super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._stall_timer is None:
+            self._stall_timer = self.loop.call_later(STALL_TIMEOUT, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
+        super().resume_writing()
+
+    def _arm_receive_timer(self, seconds: float) -> None:
+        self._disarm_receive_timer()
+        self._receive_timer = self.loop.call_later(seconds, self._timed_out)
+
+    def _disarm_receive_timer(self) -> None:
+        if self._receive_timer is not None:
+            self._receive_timer.cancel()
+            self._receive_timer = None
+
+    def _timed_out(self) -> None:
+        self._receive_timer = None
+        if self.pipeline:  # reading is paused until the responses before are complete
+            self._arm_receive_timer(BODY_TIMEOUT)
+        elif self._num_bytes == 0:
+            self.transport.close()
+        elif self._in_head:
+            self._refuse(b"408 Request Timeout")
+        else:  # the application waits for the body; it learns that the client is gone
+            self.transport.abort()
+
+    def _refuse(self, status: bytes) -> None:
+        self._refused = True
+        self._disarm_receive_timer()
+        self.transport.write(b"HTTP/1.1 " + status + b"\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+        self.transport.close()

@@ -1,0 +1,176 @@
+"""Service: what every route needs to turn a request into answers."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from jaxserve.config import ServerOptions
+from jaxserve.errors import EngineUnavailable, InvalidRequest, Overloaded
+from jaxserve.http.answer import Answer, Answers
+from jaxserve.http.errors import ModelNotServed
+from jaxserve.metrics import Metrics, RequestMeter
+from jaxserve.request import EngineInfo, Request, SamplingParams
+from jaxserve.rpc.router import Router
+from jaxserve.tokenizer import Tokenizer, load_tokenizer
+
+TOKENIZER_THREADS = 2
+# Texts that may wait for a tokenizer thread; beyond, requests are refused.
+MAX_PENDING_TEXTS = 512
+MAX_STOP_CHARACTERS = 1000
+
+
+class Service:
+    """The engines, the tokenizer and the limits of one http process.
+
+    Args:
+        router: to the engines.
+        metrics: where requests are counted.
+        options: limits and names.
+        tokenizer_config_path: a tokenizer_config.json whose chat template replaces the model's.
+        max_concurrent_requests: of an engine, for /info.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        metrics: Metrics,
+        options: ServerOptions,
+        tokenizer_config_path: str | None = None,
+        max_concurrent_requests: int = 0,
+    ):
+        self.router = router
+        self.metrics = metrics
+        self.options = options
+        self.max_concurrent_requests = max_concurrent_requests
+        self.started_at = int(time.time())
+        self._tokenizer: Tokenizer | None = None
+        self._tokenizer_config_path = tokenizer_config_path
+        self._threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenizer")
+        self._num_pending_texts = 0
+
+    async def load_tokenizer(self) -> None:
+        """Wait for an engine to tell which model it serves, then load its tokenizer.
+
+        Raises:
+            StartupError: it cannot be loaded.
+        """
+        loop = asyncio.get_running_loop()
+        # It takes seconds: better while the engine loads.
+        await loop.run_in_executor(self._threads, import_module, "transformers.models.auto.tokenization_auto")
+        while not self.router.available:
+            await asyncio.sleep(0.05)
+        path = Path(self.info.model_path)
+        self._tokenizer = await loop.run_in_executor(self._threads, load_tokenizer, path, self._tokenizer_config_path)
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests can be answered now."""
+        return self._tokenizer is not None and self.router.available
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engines have in common. Raises EngineUnavailable while the model loads."""
+        return self.router.info
+
+    @property
+    def model_name(self) -> str:
+        """The name in answers."""
+        return self.options.served_model_name or self.info.model_id
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's. Raises EngineUnavailable while the model loads."""
+        if self._tokenizer is None:
+            raise EngineUnavailable("the model is still loading")
+        return self._tokenizer
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ModelNotServed unless it is a name of the model served here; "tgi" is what TGI's clients send."""
+        if name and name not in (self.model_name, self.info.model_id, "tgi"):
+            raise ModelNotServed(name)
+
+    def check_stop(self, stop: Sequence[str]) -> None:
+        """Raise InvalidRequest for too many or too long stop strings."""
+        if len(stop) > self.options.max_stop_sequences:
+            raise InvalidRequest(f"`stop` supports up to {self.options.max_stop_sequences} stop sequences. Given: {len(stop)}", "stop")
+        if any(len(text) > MAX_STOP_CHARACTERS for text in stop):
+            raise InvalidRequest(f"`stop` supports stop sequences of up to {MAX_STOP_CHARACTERS} characters", "stop")
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Raises:
+            InvalidRequest: the text cannot be tokenized.
+            Overloaded: too many texts wait already.
+        """
+        return await self.in_thread(self.tokenizer.encode, text, add_special_tokens)
+
+    async def render_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> tuple[str, list[int]]:
+        """Text and token ids of a conversation, by the model's chat template.
+
+        Raises:
+            InvalidRequest: the template refuses the messages.
+            Overloaded: too many texts wait already.
+        """
+        return await self.in_thread(lambda: self.tokenizer.apply_chat_template(messages, **variables))
+
+    async def in_thread[T](self, work: Callable[..., T], *arguments: Any) -> T:
+        """Run tokenizer work in one of the few threads for it."""
+        if self._num_pending_texts >= MAX_PENDING_TEXTS:
+            raise Overloaded
+        self._num_pending_texts += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+        finally:
+            self._num_pending_texts -= 1
+
+    def answers(
+        self,
+        request_id: str,
+        prompts: Sequence[tuple[Sequence[int], SamplingParams]],
+        arrived: float,
+        *,
+        cache_salt: str = "",
+        keep_pieces: bool = False,
+    ) -> Answers:
+        """Validate prompts and send them to the engines.
+
+        Args:
+            request_id: unique; where there are several prompts, each gets its number behind it.
+            prompts: token ids and how to go on with them; max_tokens None is filled in with what the context leaves.
+            arrived: time.perf_counter() when the HTTP request came in.
+            keep_pieces: the text of each token will be shown.
+
+        Raises:
+            InvalidRequest, ContextTooLong: naming what is wrong; nothing was sent.
+            EngineUnavailable: no engine can be asked.
+        """
+        requests = [
+            Request(f"{request_id}-{number}" if number else request_id, tuple(token_ids), self._filled_in(params, token_ids), cache_salt)
+            for number, (token_ids, params) in enumerate(prompts)
+        ]
+        for request in requests:
+            request.validate(self.info)
+        answers = Answers()
+        try:
+            for request in requests:
+                meter = RequestMeter(self.metrics, arrived, request)
+                answers.add(Answer(self.router.submit(request), self.tokenizer, meter, len(answers.samples), keep_pieces))
+        except BaseException:
+            answers.abort()
+            raise
+        return answers
+
+    def _filled_in(self, params: SamplingParams, token_ids: Sequence[int]) -> SamplingParams:
+        if params.max_tokens is not None:
+            return params
+        return replace(params, max_tokens=max(self.info.max_total_tokens - len(token_ids), 1))
+
+    def close(self) -> None:
+        """Let the threads go."""
+        self._threads.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,68 @@
+"""What a server tells of itself: health, info, metrics.
+
+The port is open from the start. /health/live answers 200 as soon as it is; /health, /health/ready, /ping and GET / answer 503 until the
+model is loaded and whenever no engine can be asked.
+"""
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+
+from jaxserve.http import VERSION
+from jaxserve.http.service import TOKENIZER_THREADS, Service
+from jaxserve.metrics import CONTENT_TYPE
+
+RETRY_AFTER = 5  # seconds
+
+
+def status_routes(service: Service) -> APIRouter:
+    """Routes that generate nothing."""
+    router = APIRouter(tags=["status"])
+
+    @router.get("/", include_in_schema=False)
+    @router.get("/ping")
+    @router.get("/health")
+    @router.get("/health/ready")
+    async def ready() -> Response:
+        """Whether requests can be answered now."""
+        if service.ready:
+            return Response()
+        body = {"error": "unhealthy", "error_type": "healthcheck"}
+        return JSONResponse(body, 503, headers={"retry-after": str(RETRY_AFTER)})
+
+    @router.get("/health/live")
+    async def live() -> Response:
+        """Whether this process answers at all."""
+        return Response()
+
+    @router.get("/info")
+    async def info() -> dict[str, Any]:
+        """Model and limits, as TGI tells them, and the device."""
+        told, options = service.info, service.options
+        return {
+            "model_id": told.model_id,
+            "model_sha": told.revision or None,
+            "model_pipeline_tag": "text-generation",
+            "model_dtype": told.dtype,
+            "model_device_type": told.device,
+            "mesh": told.mesh,
+            "max_concurrent_requests": service.max_concurrent_requests,
+            "max_best_of": options.max_best_of,
+            "max_stop_sequences": options.max_stop_sequences,
+            "max_input_tokens": told.max_input_tokens,
+            "max_total_tokens": told.max_total_tokens,
+            "validation_workers": TOKENIZER_THREADS,
+            "max_client_batch_size": options.max_client_batch_size,
+            "router": "jaxserve",
+            "version": VERSION,
+            "sha": None,
+            "docker_label": None,
+        }
+
+    @router.get("/metrics")
+    def metrics() -> Response:
+        """Prometheus metrics of the whole server."""
+        return PlainTextResponse(service.metrics.exposition(), media_type=CONTENT_TYPE)
+
+    return router

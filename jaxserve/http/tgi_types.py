@@ -1,0 +1,174 @@
+"""Bodies of TGI's routes, and what they mean as SamplingParams, with TGI's messages where a value is refused."""
+
+import random
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import FailFast, Field
+
+from jaxserve.config import ServerOptions
+from jaxserve.errors import ContextTooLong, InvalidRequest
+from jaxserve.http.body import Body
+from jaxserve.request import EngineInfo, SamplingParams
+
+# TGI computes long answers in pieces of this many tokens and holds only the first against the context.
+CHECKED_NEW_TOKENS = 1024
+
+
+class GenerateParameters(Body):
+    """TGI's `parameters`."""
+
+    best_of: int | None = None
+    temperature: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    typical_p: float | None = None
+    do_sample: bool = False
+    max_new_tokens: int | None = None
+    return_full_text: bool | None = None
+    stop: Annotated[list[str], FailFast()] = Field(default_factory=list)
+    truncate: int | None = None
+    watermark: bool = False
+    details: bool = False
+    decoder_input_details: bool = False
+    seed: int | None = None
+    top_n_tokens: int | None = None
+    grammar: Any = None
+    adapter_id: str | None = None
+
+
+class GenerateBody(Body):
+    """POST /generate and /generate_stream."""
+
+    inputs: str
+    # Without any parameters TGI samples; with parameters that do not say `do_sample` it is greedy.
+    parameters: GenerateParameters = Field(default_factory=lambda: GenerateParameters(do_sample=True))
+
+
+class CompatGenerateBody(GenerateBody):
+    """POST /, which streams where asked to."""
+
+    stream: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateTask:
+    """A validated request.
+
+    Attributes:
+        params: one for each of the `best_of` candidates, with seeds of their own.
+        sampling: whether tokens are drawn; where not, no seed is told.
+        top_n_tokens: most likely tokens to tell.
+    """
+
+    params: tuple[SamplingParams, ...]
+    sampling: bool
+    top_n_tokens: int
+
+
+def generate_task(parameters: GenerateParameters, options: ServerOptions, stream: bool) -> GenerateTask:
+    """Check parameters as TGI does.
+
+    Raises:
+        InvalidRequest: with TGI's message.
+    """
+    best_of = parameters.best_of if parameters.best_of is not None else 1
+    has_warper = any(value is not None for value in (parameters.temperature, parameters.top_k, parameters.top_p, parameters.typical_p))
+    refusals = (
+        ("best_of", not 0 < best_of <= options.max_best_of, f"must be > 0 and <= {options.max_best_of}. Given: {best_of}"),
+        ("best_of", best_of != 1 and stream, "!= 1 is not supported when streaming tokens"),
+        ("decoder_input_details", parameters.decoder_input_details and stream, "== true is not supported when streaming tokens"),
+        ("temperature", not _above(parameters.temperature, 0.0), "must be strictly positive"),
+        ("repetition_penalty", not _above(parameters.repetition_penalty, 0.0), "must be strictly positive"),
+        ("frequency_penalty", abs(parameters.frequency_penalty or 0.0) > 2.0, "must be >= -2.0 and <= 2.0"),
+        ("top_p", not _inside(parameters.top_p), "must be > 0.0 and < 1.0"),
+        ("typical_p", not _inside(parameters.typical_p), "must be > 0.0 and < 1.0"),
+        ("top_k", not _above(parameters.top_k, 0), "must be strictly positive"),
+        ("max_new_tokens", not _above(parameters.max_new_tokens, 0), "must be strictly positive"),
+        (
+            "stop",
+            len(parameters.stop) > options.max_stop_sequences,
+            f"supports up to {options.max_stop_sequences} stop sequences. Given: {len(parameters.stop)}",
+        ),
+        (
+            "top_n_tokens",
+            not 0 <= (parameters.top_n_tokens or 0) <= options.max_top_n_tokens,
+            f"must be >= 0 and <= {options.max_top_n_tokens}. Given: {parameters.top_n_tokens}",
+        ),
+        ("seed", not 0 <= (parameters.seed or 0) < 2**64, "must be >= 0 and < 2^64"),
+        ("watermark", parameters.watermark, "is not supported"),
+        ("adapter_id", bool(parameters.adapter_id), "is not supported"),
+    )
+    for name, refused, reason in refusals:
+        if refused:
+            raise InvalidRequest(f"`{name}` {reason}", name)
+    if parameters.grammar is not None:
+        raise InvalidRequest("grammar is not supported", "grammar")
+    if best_of > 1 and not (parameters.do_sample or has_warper):
+        raise InvalidRequest("you must use sampling when `best_of` is > 1", "best_of")
+    if best_of > 1 and parameters.seed is not None:
+        raise InvalidRequest("`seed` must not be set when `best_of` > 1", "seed")
+    sampling = parameters.do_sample or _warps(parameters)
+    seeds = [random.getrandbits(64) if parameters.seed is None else parameters.seed for _ in range(best_of)]
+    return GenerateTask(tuple(_params(parameters, sampling, seed) for seed in seeds), sampling, parameters.top_n_tokens or 0)
+
+
+def _above(value: float | None, low: float) -> bool:
+    return value is None or value > low
+
+
+def _inside(value: float | None) -> bool:
+    return value is None or 0.0 < value < 1.0
+
+
+def _warps(parameters: GenerateParameters) -> bool:
+    """Whether anything but the default distribution was asked for: TGI samples then, whatever `do_sample` says."""
+    temperature = parameters.temperature if parameters.temperature is not None else 1.0
+    return temperature != 1.0 or any(value is not None for value in (parameters.top_k, parameters.top_p, parameters.typical_p))
+
+
+def _params(parameters: GenerateParameters, sampling: bool, seed: int) -> SamplingParams:
+    given = {
+        "top_k": parameters.top_k,
+        "top_p": parameters.top_p,
+        "typical_p": parameters.typical_p,
+        "repetition_penalty": parameters.repetition_penalty,
+        "frequency_penalty": parameters.frequency_penalty,
+    }
+    values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return SamplingParams(
+        temperature=(parameters.temperature if parameters.temperature is not None else 1.0) if sampling else 0.0,
+        seed=seed,
+        max_tokens=parameters.max_new_tokens,
+        stop=tuple(parameters.stop),
+        logprobs=parameters.top_n_tokens or 0,
+        include_stop_str_in_output=True,  # TGI keeps the stop string in the text
+        **values,
+    )
+
+
+def checked_prompt(token_ids: list[int], parameters: GenerateParameters, info: EngineInfo) -> list[int]:
+    """The prompt, cut on its left where `truncate` says so, held against the limits as TGI does.
+
+    Raises:
+        InvalidRequest, ContextTooLong: with TGI's message.
+    """
+    if (truncate := parameters.truncate) is not None:
+        if not 0 < truncate <= info.max_input_tokens:
+            raise InvalidRequest(
+                f"`truncate` must be strictly positive and less than {info.max_input_tokens}. Given: {truncate}", "truncate"
+            )
+        token_ids = token_ids[-truncate:]
+    length = len(token_ids)
+    if length > info.max_input_tokens:
+        raise ContextTooLong(f"`inputs` must have less than {info.max_input_tokens} tokens. Given: {length}", "inputs")
+    checked = min(parameters.max_new_tokens or 1, CHECKED_NEW_TOKENS)
+    if length + checked > info.max_total_tokens:
+        raise ContextTooLong(
+            f"`inputs` tokens + `max_new_tokens` must be <= {info.max_total_tokens}. "
+            f"Given: {length} `inputs` tokens and {checked} `max_new_tokens`",
+            "max_new_tokens",
+        )
+    return token_ids

@@ -1,0 +1,135 @@
+"""What a child process shares with the launcher: a socket pair, over which options come as JSON and news go as JSON lines.
+
+The end of the socket tells a child that the launcher is gone, however it died: it removes the run folder and ends at once.
+"""
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NoReturn
+
+from jaxserve.config import EngineOptions, ModelOptions, ServerOptions
+from jaxserve.errors import GenerationFailed, StartupError
+from jaxserve.launcher.logs import set_up_logging
+
+PR_SET_PDEATHSIG = 1
+EXIT_STARTUP_ERROR = 3  # the reason was told; starting again would not help
+EXIT_FAILED = 4  # the reason was told; starting again may help
+EXIT_ORPHANED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class ChildOptions:
+    """All that a child is told.
+
+    Attributes:
+        run_folder: sockets and metrics.
+        index: replica of an engine, number of an http process.
+    """
+
+    run_folder: str
+    index: int
+    model: ModelOptions
+    engine: EngineOptions
+    server: ServerOptions
+
+    def to_json(self) -> bytes:
+        """One line."""
+        return json.dumps(asdict(self)).encode() + b"\n"
+
+    @staticmethod
+    def from_json(line: bytes) -> "ChildOptions":
+        """Read what to_json() wrote."""
+        values: dict[str, Any] = json.loads(line)
+        server = values["server"] | {"cors_allow_origin": tuple(values["server"]["cors_allow_origin"])}
+        return ChildOptions(
+            values["run_folder"],
+            values["index"],
+            ModelOptions(**values["model"]),
+            EngineOptions(**values["engine"]),
+            ServerOptions(**server),
+        )
+
+
+class Control:
+    """A child's end of the socket pair.
+
+    Args:
+        descriptor: inherited from the launcher.
+
+    Attributes:
+        options: what the launcher told.
+    """
+
+    def __init__(self, descriptor: int):
+        self._socket = socket.socket(fileno=descriptor)
+        reader = self._socket.makefile("rb")
+        line = reader.readline()
+        if not line:
+            os._exit(EXIT_ORPHANED)
+        self.options = ChildOptions.from_json(line)
+        self._watching = threading.Thread(target=self._watch, args=(reader,), name="launcher-watch", daemon=True)
+        self._watching.start()
+
+    def tell_ready(self, **news: Any) -> None:
+        """The process can do its work."""
+        self._tell(event="ready", **news)
+
+    def tell_failed(self, reason: str) -> None:
+        """The process cannot start or go on; one line."""
+        self._tell(event="failed", reason=reason)
+
+    def _tell(self, **news: Any) -> None:
+        try:
+            self._socket.sendall(json.dumps(news).encode() + b"\n")
+        except OSError:
+            self._orphaned()
+
+    def _watch(self, reader: Any) -> None:
+        try:
+            while reader.readline():
+                pass
+        except OSError:
+            pass
+        self._orphaned()
+
+    def _orphaned(self) -> NoReturn:
+        shutil.rmtree(self.options.run_folder, ignore_errors=True)
+        os._exit(EXIT_ORPHANED)
+
+
+def run_child(arguments: Sequence[str], run: Callable[[Control], None]) -> int:
+    """Be a child process: take the options, run, and tell the launcher why it could not be.
+
+    Args:
+        arguments: of the command line: the descriptor of the socket.
+        run: the process's work; SIGINT is left to the launcher.
+
+    Returns:
+        the exit code.
+    """
+    control = Control(int(arguments[0]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    set_up_logging(control.options.server.json_output)
+    try:
+        run(control)
+    except StartupError as error:
+        control.tell_failed(" ".join(str(error).split()))
+        return EXIT_STARTUP_ERROR
+    except GenerationFailed as error:
+        control.tell_failed(" ".join(str(error).split()))
+        return EXIT_FAILED
+    return 0
+
+
+def die_with_parent() -> None:
+    """Let the kernel kill this process when the launcher ends, even where it is stuck in native code (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

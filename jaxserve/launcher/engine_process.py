@@ -1,0 +1,88 @@
+"""An engine process: one replica of the engine behind a unix socket. `python -m jaxserve.launcher.engine_process DESCRIPTOR`."""
+
+import asyncio
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from jaxserve.config import EngineOptions, ModelOptions
+from jaxserve.errors import GenerationFailed
+from jaxserve.launcher.child import Control, die_with_parent, run_child
+from jaxserve.launcher.run_folder import engine_socket
+from jaxserve.rpc.server import EngineServer, ServedEngine
+
+FAILURE_POLL_INTERVAL = 0.1  # seconds
+FLUSH_TIME = 0.5  # seconds that http processes have to hear the last outputs
+
+
+class RunningEngine(ServedEngine, Protocol):
+    """An engine that can end (engine.AsyncEngine is one)."""
+
+    failure: str | None
+
+    def drain(self, timeout: float) -> bool:
+        """Wait until nothing runs."""
+        ...
+
+    def close(self) -> None:
+        """End what runs."""
+        ...
+
+
+type BuildEngine = Callable[[ModelOptions, EngineOptions, int], RunningEngine]
+
+
+def main(arguments: Sequence[str], build: BuildEngine | None = None) -> int:
+    """Run an engine process.
+
+    Args:
+        arguments: of the command line, see child.run_child.
+        build: makes the engine; None for the real one.
+
+    Returns:
+        the exit code.
+    """
+    return run_child(arguments, lambda control: _run(control, build or _build_engine))
+
+
+def _build_engine(model: ModelOptions, engine: EngineOptions, replica: int) -> RunningEngine:
+    from jaxserve.engine import build_async_engine  # late: it imports jax
+
+    return build_async_engine(model, engine, replica)
+
+
+def _run(control: Control, build: BuildEngine) -> None:
+    die_with_parent()
+    options = control.options
+    # The launcher showed this process only its own devices, so their numbers begin at 0.
+    engine = build(options.model, options.engine, 0)
+    try:
+        asyncio.run(_serve(control, engine))
+    finally:
+        engine.close()
+
+
+async def _serve(control: Control, engine: RunningEngine) -> None:
+    told_to_end = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_end.set)
+    server = EngineServer(engine, engine_socket(Path(control.options.run_folder), control.options.index))
+    await server.start()
+    control.tell_ready()
+    while engine.failure is None and not told_to_end.is_set():
+        try:
+            await asyncio.wait_for(told_to_end.wait(), FAILURE_POLL_INTERVAL)
+        except TimeoutError:
+            continue
+    if engine.failure is None:
+        await asyncio.to_thread(engine.drain, FLUSH_TIME)
+    else:
+        await asyncio.sleep(FLUSH_TIME)
+    await server.stop(FLUSH_TIME)
+    if engine.failure is not None:
+        raise GenerationFailed(engine.failure)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,196 @@
+"""The launcher: starts the processes, waits until they are ready, restarts those that die, and ends them."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxserve.config import EngineOptions, ModelOptions, ServerOptions
+from jaxserve.errors import StartupError
+from jaxserve.launcher.child import ChildOptions
+from jaxserve.launcher.devices import device_environment
+from jaxserve.launcher.listening import listen
+from jaxserve.launcher.logs import set_up_logging
+from jaxserve.launcher.process import ChildProcess
+from jaxserve.launcher.run_folder import make_run_folder, metrics_folder
+
+logger = logging.getLogger(__name__)
+
+MAX_DEATHS = 3
+DEATH_WINDOW = 300.0  # seconds
+FIRST_BACKOFF = 0.5  # seconds, doubled with every death in the window
+END_TIME = 10.0  # seconds an engine has to end
+EXTRA_TIME = 5.0  # seconds beyond the graceful termination timeout before http processes are killed
+
+ENGINE_COMMAND = (sys.executable, "-m", "jaxserve.launcher.engine_process")
+HTTP_COMMAND = (sys.executable, "-m", "jaxserve.launcher.http_process")
+
+
+def launch(model: ModelOptions, engine: EngineOptions, server: ServerOptions, engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
+    """Serve until told to stop.
+
+    Args:
+        engine_command: what runs an engine process.
+
+    Returns:
+        the exit code: 0 after SIGTERM or SIGINT, 1 where serving became impossible (one line on stderr says why), 128 + the signal
+        where a second one cut the end short.
+    """
+    set_up_logging(server.json_output)
+    try:
+        listening = listen(server.hostname, server.port, server.http_workers)
+        environments = [device_environment(engine, replica, os.environ) for replica in range(engine.data_size)]
+    except StartupError as error:
+        return _fail(str(error))
+    folder, lock = make_run_folder()
+    try:
+        metrics_folder(folder).mkdir()
+        return asyncio.run(_Launcher(folder, listening, model, engine, server, engine_command, environments).run())
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+class _Launcher:
+    def __init__(
+        self,
+        folder: Path,
+        listening: Sequence[socket.socket],
+        model: ModelOptions,
+        engine: EngineOptions,
+        server: ServerOptions,
+        engine_command: Sequence[str],
+        engine_environments: Sequence[dict[str, str]],
+    ):
+        self._started_at = time.monotonic()
+        self._listening = listening
+        self._server = server
+        self._mesh = engine.mesh
+        self._http = [
+            ChildProcess(
+                f"http process {index}",
+                HTTP_COMMAND,
+                ChildOptions(str(folder), index, model, engine, server),
+                {"PROMETHEUS_MULTIPROC_DIR": str(metrics_folder(folder))},
+                [each.fileno()],
+            )
+            for index, each in enumerate(listening)
+        ]
+        self._engines = [
+            ChildProcess(f"engine {replica}", engine_command, ChildOptions(str(folder), replica, model, engine, server), environment)
+            for replica, environment in enumerate(engine_environments)
+        ]
+        self._signals: list[signal.Signals] = []
+        self._signalled = asyncio.Event()
+        self._gave_up = asyncio.Event()
+        self._reason = ""
+
+    async def run(self) -> int:
+        """Serve; returns the exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._take_signal, number)
+        children = [*self._http, *self._engines]
+        tasks = [asyncio.create_task(self._supervise(child)) for child in children]
+        tasks.append(asyncio.create_task(self._tell_ready()))
+        try:
+            await _first(self._signalled.wait(), self._gave_up.wait())
+            if self._gave_up.is_set():
+                return _fail(self._reason)
+            self._signalled.clear()
+            await _first(self._drain(), self._signalled.wait())
+            return 128 + self._signals[1] if self._signalled.is_set() else 0
+        finally:
+            for task in tasks[len(children) :]:
+                task.cancel()
+            for child in children:
+                child.signal(signal.SIGKILL)
+            for child in children:
+                await child.ended.wait()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _take_signal(self, number: signal.Signals) -> None:
+        self._signals.append(number)
+        self._signalled.set()
+
+    @property
+    def _ending(self) -> bool:
+        return bool(self._signals) or self._gave_up.is_set()
+
+    async def _drain(self) -> None:
+        """Accept no more, let what runs finish, then end the engines."""
+        logger.info("ending: no more requests are accepted; those that run may take %d s", self._server.graceful_termination_timeout)
+        for child in self._http:
+            child.signal(signal.SIGTERM)
+        for each in self._listening:
+            each.close()
+        await _all_ended(self._http, self._server.graceful_termination_timeout + EXTRA_TIME)
+        for child in self._engines:
+            child.signal(signal.SIGTERM)
+        await _all_ended(self._engines, END_TIME)
+
+    async def _supervise(self, child: ChildProcess) -> None:
+        deaths: deque[float] = deque(maxlen=MAX_DEATHS)
+        while not self._ending:
+            try:
+                fate = await child.run()
+            except OSError as error:
+                fate = f"cannot be started: {error}"
+            if self._ending:
+                return
+            if not child.ever_ready:
+                return self._give_up(fate if child.told_reason else f"{child.name} {fate} before it was ready")
+            deaths.append(time.monotonic())
+            recent = [at for at in deaths if at > deaths[-1] - DEATH_WINDOW]
+            if len(recent) >= MAX_DEATHS:
+                return self._give_up(f"{child.name} died {MAX_DEATHS} times in {DEATH_WINDOW / 60:.0f} minutes; the last time it {fate}")
+            backoff = FIRST_BACKOFF * 2 ** (len(recent) - 1)
+            logger.error("%s %s; it is started again in %.1f s", child.name, fate, backoff)
+            await asyncio.sleep(backoff)
+
+    def _give_up(self, reason: str) -> None:
+        self._reason = self._reason or reason
+        self._gave_up.set()
+
+    async def _tell_ready(self) -> None:
+        for child in [*self._engines, *self._http]:
+            await child.ready.wait()
+        news = self._http[0].news
+        host, port = self._listening[0].getsockname()[:2]
+        logger.info(
+            "ready: %s on %s (mesh %s, %s) at http://%s:%d after %.1f s",
+            *(news["model"], news["device"], self._mesh, news["dtype"], f"[{host}]" if ":" in host else host, port),
+            time.monotonic() - self._started_at,
+        )
+
+
+async def _first(*awaitables: Coroutine[Any, Any, Any]) -> None:
+    """Wait for the first and cancel the others."""
+    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _all_ended(children: Sequence[ChildProcess], timeout: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout):
+            for child in children:
+                await child.ended.wait()
+
+
+def _fail(reason: str) -> int:
+    print(f"jaxserve: error: {reason}", file=sys.stderr, flush=True)
+    return 1

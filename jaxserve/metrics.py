@@ -1,0 +1,294 @@
+"""What /metrics tells: vLLM's core names, which routers know, TGI's names, which its dashboards know, and jaxserve's own.
+
+Two kinds of value are joined in one answer. What http processes count of requests is kept per process by prometheus-client, in memory
+files of the folder in PROMETHEUS_MULTIPROC_DIR (the launcher sets it), so that any http process answers for all of them, and a worker
+that died still counts. What engines count comes with the statistics each engine sends to every http process, labelled by `replica`;
+a replica that is down keeps its last counters and reports no running requests.
+
+TGI's counters end without `_total`; they are exposed under TGI's names, untyped.
+"""
+
+import os
+import time
+from bisect import bisect_left
+from collections import Counter as TallyCounter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Protocol
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from jaxserve.request import EngineInfo, EngineStats, FinishReason, Request, TokenOutput
+
+prometheus_client.disable_created_metrics()
+
+CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
+SECONDS = tuple(1.5**k * 1e-3 for k in range(30))  # 1 ms to 128 s
+TGI_SECONDS = tuple(1.5**k * 0.00015 for k in range(35))
+TOKENS = tuple(float(2**k) for k in range(18))
+GAPS_AT_ONCE = 32
+SAMPLES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+
+# Name in EngineStats -> metric, help.
+_ENGINE_GAUGES = {
+    "num_running": ("vllm:num_requests_running", "Samples that are in the running batch."),
+    "num_waiting": ("vllm:num_requests_waiting", "Samples that wait to be scheduled."),
+}
+_ENGINE_COUNTERS = {
+    "prefix_queries": ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
+    "prefix_hits": ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache."),
+    "num_preemptions": ("vllm:num_preemptions", "Samples that gave up their pages and were computed again."),
+    "prompt_tokens": ("vllm:prompt_tokens", "Prompt tokens, computed or cached."),
+    "output_tokens": ("vllm:generation_tokens", "Output tokens."),
+    "num_steps": ("jaxserve_steps", "Steps dispatched."),
+    "padded_tokens": ("jaxserve_padded_tokens", "Tokens computed in vain because of bucket sizes."),
+    "useful_tokens": ("jaxserve_useful_tokens", "Tokens computed that a request needed."),
+    "compile_events": ("jaxserve_compile_events", "Programs compiled after ready; must stay 0."),
+    "schedule_seconds": ("jaxserve_schedule_seconds", "Host time spent in scheduling."),
+    "dispatch_seconds": ("jaxserve_dispatch_seconds", "Host time spent in dispatching steps."),
+    "collect_seconds": ("jaxserve_collect_seconds", "Host time spent waiting for steps."),
+}
+# As vLLM calls them.
+_REASONS = {
+    FinishReason.EOS: "stop",
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.ABORT: "abort",
+    FinishReason.ERROR: "error",
+}
+
+
+class MeasuredEngine(Protocol):
+    """What is read of an engine (rpc.EngineClient has it)."""
+
+    replica: int
+    available: bool
+    info: EngineInfo | None
+    stats: EngineStats
+
+
+class BulkHistogram(Histogram):
+    """A histogram that takes many values at once, for what happens with every token."""
+
+    def observe_many(self, values: Sequence[float]) -> None:
+        """Observe each value; costs 0.2 us a value where observe() costs 2.4."""
+        self._sum.inc(sum(values))
+        for bucket, count in TallyCounter([bisect_left(self._upper_bounds, value) for value in values]).items():
+            self._buckets[bucket].inc(count)
+
+
+class Metrics:
+    """Everything this http process counts; one a process.
+
+    Args:
+        engines: whose statistics /metrics tells.
+        served_model_name: label `model_name` of all vllm: metrics; None for the model id that the engines tell.
+    """
+
+    def __init__(self, engines: Sequence[MeasuredEngine], served_model_name: str | None):
+        self._engines = engines
+        self._served_model_name = served_model_name
+        self._registry = CollectorRegistry(auto_describe=False)
+
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(name, text, buckets=buckets, registry=self._registry)
+
+        self.time_to_first_token = histogram("vllm:time_to_first_token_seconds", "From arrival to the first token.", SECONDS)
+        self.inter_token_latency = BulkHistogram(
+            "vllm:inter_token_latency_seconds", "Between two outputs of a sample.", buckets=SECONDS, registry=self._registry
+        )
+        self.time_per_output_token = histogram("vllm:request_time_per_output_token_seconds", "Mean of a request after its first.", SECONDS)
+        self.e2e_latency = histogram("vllm:e2e_request_latency_seconds", "From arrival to the last token.", SECONDS)
+        self.queue_time = histogram("vllm:request_queue_time_seconds", "From arrival in the engine to the first step.", SECONDS)
+        self.request_prompt_tokens = histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", TOKENS)
+        self.request_generation_tokens = histogram("vllm:request_generation_tokens", "Output tokens of a request.", TOKENS)
+        self.request_n = histogram("vllm:request_params_n", "Samples of a request.", SAMPLES)
+        self.request_max_tokens = histogram("vllm:request_params_max_tokens", "Wanted output tokens, where given.", TOKENS)
+        self._success = Counter("vllm:request_success", "Samples that ended, by reason.", ["finished_reason"], registry=self._registry)
+        self.tgi_count = Counter("tgi_request_count", "Requests.", registry=self._registry)
+        self.tgi_success = Counter("tgi_request_success", "Requests that ended well.", registry=self._registry)
+        self.tgi_failure = Counter("tgi_request_failure", "Requests that were refused or failed.", ["err"], registry=self._registry)
+        self.tgi_duration = histogram("tgi_request_duration", "Seconds from arrival to the end.", TGI_SECONDS)
+        self.tgi_validation = histogram("tgi_request_validation_duration", "Seconds of parsing and tokenizing.", TGI_SECONDS)
+        self.tgi_queue = histogram("tgi_request_queue_duration", "Seconds waiting in the engine.", TGI_SECONDS)
+        self.tgi_inference = histogram("tgi_request_inference_duration", "Seconds of computing.", TGI_SECONDS)
+        self.tgi_per_token = histogram("tgi_request_mean_time_per_token_duration", "Seconds a token.", TGI_SECONDS)
+        self.tgi_generated = histogram("tgi_request_generated_tokens", "Output tokens.", TOKENS)
+        self.tgi_input = histogram("tgi_request_input_length", "Prompt tokens.", TOKENS)
+        self.tgi_max_new = histogram("tgi_request_max_new_tokens", "Wanted output tokens.", TOKENS)
+
+    def ended(self, reason: str) -> None:
+        """Count a sample's end."""
+        self._success.labels(reason).inc()
+
+    def exposition(self) -> bytes:
+        """The whole server's values in Prometheus' text format."""
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+            requests = CollectorRegistry(auto_describe=False)
+            MultiProcessCollector(requests)
+        else:
+            requests = self._registry
+        joined = CollectorRegistry(auto_describe=False)
+        joined.register(_Joined(requests, self))  # type: ignore[arg-type]
+        return generate_latest(joined)
+
+    def engine_families(self) -> Iterator[Metric]:
+        """What the engines told, by replica."""
+        for field, (name, text) in _ENGINE_GAUGES.items():
+            gauge = GaugeMetricFamily(name, text, labels=("replica",))
+            for engine in self._engines:
+                gauge.add_metric((str(engine.replica),), getattr(engine.stats, field) if engine.available else 0)
+            yield gauge
+        for field, (name, text) in _ENGINE_COUNTERS.items():
+            counter = CounterMetricFamily(name, text, labels=("replica",))
+            for engine in self._engines:
+                counter.add_metric((str(engine.replica),), getattr(engine.stats, field))
+            yield counter
+        usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", labels=("replica",))
+        up = GaugeMetricFamily("jaxserve_engine_up", "Whether the engine can be asked.", labels=("replica",))
+        cache = GaugeMetricFamily("vllm:cache_config_info", "Sizes of the KV cache.", labels=("block_size", "num_gpu_blocks", "replica"))
+        for engine in self._engines:
+            stats = engine.stats
+            usage.add_metric((str(engine.replica),), stats.num_pages_used / stats.num_pages if stats.num_pages and engine.available else 0)
+            up.add_metric((str(engine.replica),), int(engine.available))
+            if (info := engine.info) is not None:
+                cache.add_metric((str(info.page_size), str(info.num_pages), str(engine.replica)), 1)
+        yield from (usage, up, cache)
+        live = [engine.stats for engine in self._engines if engine.available]
+        yield GaugeMetricFamily("tgi_queue_size", "Samples that wait.", value=sum(stats.num_waiting for stats in live))
+        yield GaugeMetricFamily("tgi_batch_current_size", "Samples that run.", value=sum(stats.num_running for stats in live))
+        capacity = sum(engine.info.page_size * engine.info.num_pages for engine in self._engines if engine.info)
+        yield GaugeMetricFamily("tgi_batch_max_total_tokens", "Tokens that the KV caches hold.", value=capacity)
+
+    @property
+    def model_name(self) -> str:
+        """Label of the vllm: metrics."""
+        return self._served_model_name or next((engine.info.model_id for engine in self._engines if engine.info is not None), "")
+
+
+class _Joined:
+    """Collector of request and engine values: vllm: metrics get their model name, TGI's counters their name."""
+
+    def __init__(self, requests: CollectorRegistry, metrics: Metrics):
+        self._requests = requests
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        name = self._metrics.model_name
+        for family in chain(self._requests.collect(), self._metrics.engine_families()):
+            if family.name.startswith("vllm:"):
+                labelled = Metric(family.name, family.documentation, family.type)
+                for sample in family.samples:
+                    labelled.add_sample(sample.name, {"model_name": name, **sample.labels}, sample.value)
+                yield labelled
+            elif family.name.startswith("tgi_") and family.type == "counter":
+                renamed = Metric(family.name, family.documentation, "untyped")
+                for sample in family.samples:
+                    renamed.add_sample(sample.name.removesuffix("_total"), sample.labels, sample.value)
+                yield renamed
+            else:
+                yield family
+
+
+@dataclass(slots=True)
+class RequestTimes:
+    """Seconds of one request, as response headers tell them."""
+
+    total: float = 0.0
+    validation: float = 0.0
+    queue: float = 0.0
+    inference: float = 0.0
+
+
+class RequestMeter:
+    """Measures one request from arrival to end.
+
+    Args:
+        metrics: where it counts.
+        arrived: time.perf_counter() when the HTTP request came in.
+        request: as sent to the engine, just now.
+    """
+
+    def __init__(self, metrics: Metrics, arrived: float, request: Request):
+        now = time.perf_counter()
+        self._metrics = metrics
+        self._arrived = arrived
+        self._submitted = now
+        self._request = request
+        self._last_output: list[float] = [0.0] * request.params.n
+        self._gaps: list[float] = []
+        self._first_token = 0.0
+        self._queue_time = 0.0
+        self._num_unfinished = request.params.n
+        self.num_output_tokens = 0
+        self.num_cached_tokens = 0
+        metrics.tgi_count.inc()
+        metrics.tgi_validation.observe(now - arrived)
+        metrics.request_prompt_tokens.observe(len(request.prompt_token_ids))
+        metrics.tgi_input.observe(len(request.prompt_token_ids))
+        metrics.request_n.observe(request.params.n)
+        if request.params.max_tokens is not None:
+            metrics.request_max_tokens.observe(request.params.max_tokens)
+            metrics.tgi_max_new.observe(request.params.max_tokens)
+
+    def output(self, output: TokenOutput, now: float) -> None:
+        """Count an output that was read just now."""
+        last = self._last_output[output.index]
+        self._last_output[output.index] = now
+        if last:
+            self._gaps.append(now - last)
+            if len(self._gaps) == GAPS_AT_ONCE:
+                self._tell_gaps()
+            return
+        if not self._first_token:
+            self._first_token = now
+            self._queue_time = output.queue_time
+            self.num_cached_tokens = output.num_cached_tokens
+            self._metrics.time_to_first_token.observe(now - self._arrived)
+            self._metrics.queue_time.observe(output.queue_time)
+            self._metrics.tgi_queue.observe(output.queue_time)
+
+    def _tell_gaps(self) -> None:
+        self._metrics.inter_token_latency.observe_many(self._gaps)
+        self._gaps.clear()
+
+    def sample_ended(self, reason: FinishReason, num_tokens: int) -> None:
+        """Count a sample's end and its output tokens."""
+        self.num_output_tokens += num_tokens
+        self._num_unfinished -= 1
+        self._tell_gaps()
+        self._metrics.ended(_REASONS[reason])
+
+    def succeeded(self) -> RequestTimes:
+        """Count the request's end, once all samples have ended; returns what it took."""
+        now = time.perf_counter()
+        metrics, tokens = self._metrics, self.num_output_tokens
+        times = RequestTimes(
+            now - self._arrived, self._submitted - self._arrived, self._queue_time, now - self._submitted - self._queue_time
+        )
+        metrics.e2e_latency.observe(times.total)
+        metrics.request_generation_tokens.observe(tokens)
+        if tokens > 1:
+            metrics.time_per_output_token.observe((now - self._first_token) / (tokens - 1))
+        metrics.tgi_success.inc()
+        metrics.tgi_duration.observe(times.total)
+        metrics.tgi_inference.observe(times.inference)
+        metrics.tgi_per_token.observe(times.inference / max(tokens, 1))
+        metrics.tgi_generated.observe(tokens)
+        return times
+
+    def dropped(self) -> None:
+        """Count what still ran when the client hung up."""
+        self._metrics.tgi_failure.labels("dropped").inc()
+        self._tell_gaps()
+        for _ in range(self._num_unfinished):
+            self._metrics.ended("abort")
+
+    def failed(self) -> None:
+        """Count what still ran when the engine failed; the failure itself is counted where it is answered."""
+        for _ in range(self._num_unfinished):
+            self._metrics.ended("error")
