@@ -99,6 +99,13 @@ def test_a_prefix_is_what_all_groups_can_serve():
     assert cache.match(keys).num_tokens == 3 * PAGE_SIZE
 
 
+def test_a_group_is_asked_again_about_what_the_others_leave():
+    keys = keys_of(range(24))
+    # With windows of 5 the first serves 2 and 4 pages, the second 1, 2 and 3.
+    cache, _ = cache_with([{1, 3}, {0, 1, 2}], [5, 5], keys)
+    assert cache.match(keys).num_tokens == 2 * PAGE_SIZE
+
+
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(st.data())
 def test_no_longer_prefix_could_be_served(data: st.DataObject):

@@ -347,6 +347,16 @@ def test_samples_that_found_no_slot_take_the_prompt_over_later():
     assert sum(batch.num_tokens for batch in batches) == 10 + 4 + 5 * 2
 
 
+def test_a_prompt_counts_once_whatever_its_samples_find():
+    # The window is past the prompt when the second sample comes, which therefore finds the prompt in the prefix cache.
+    scheduler = make_scheduler(groups=[KVGroupPages(40), KVGroupPages(40, window=5)], max_batch_size=1)
+    scheduler.add(request("a", 10, 9, n=2), 0.0)
+    _, outputs = run(scheduler)
+    stats = scheduler.stats()
+    assert (stats["prompt_tokens"], stats["prefix_queries"], stats["prefix_hits"]) == (10, 10, 0)
+    assert {output.num_cached_tokens for output in outputs} == {0}
+
+
 def test_one_sample_can_be_aborted_alone():
     scheduler = make_scheduler()
     scheduler.add(request("a", 10, 3, n=3), 0.0)

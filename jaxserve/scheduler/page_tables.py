@@ -54,7 +54,7 @@ class PageTables:
         if any(freed > i for freed, i in zip(source.num_freed_pages, first, strict=True)):
             return None
         pages = [table[i:length] for table, i in zip(source.page_tables, first, strict=True)]
-        return Prefix(num_tokens, pages, [table[length] for table in source.page_tables] if rest else (), source)
+        return Prefix(num_tokens, pages, [table[length] for table in source.page_tables] if rest else ())
 
     def still_lacks(self, sample: Sample, headroom: int) -> bool:
         """Whether what admit() last found lacking still is: spares a waiting sample the search for its prefix in every step."""

@@ -7,7 +7,6 @@ from hashlib import sha256
 
 from jaxserve.request import Request
 from jaxserve.scheduler.page_pool import PagePool
-from jaxserve.scheduler.sample import Sample
 
 ROOT = bytes(32)  # the parent of a first page
 
@@ -39,13 +38,11 @@ class Prefix:
         num_tokens: of positions 0 ... num_tokens - 1.
         pages: for each KV group the full pages to share, in logical order; those that the next token does not see are left out.
         partial_pages: for each KV group the page to copy, which holds the tokens after the full pages; empty where there are none.
-        source: the running sample that they are taken from, None for the prefix cache.
     """
 
     num_tokens: int
     pages: Sequence[Sequence[int]]
     partial_pages: Sequence[int] = ()
-    source: Sample | None = None
 
 
 class PrefixCache:

@@ -40,7 +40,7 @@ class Sample:
         slot: row of the running batch on the device, -1 while it has none.
         page_tables: for each KV group the page ids in logical order, equally long; a page freed behind the window is 0.
         token_ids: prompt, then the output tokens that are known on the host.
-        num_cached_tokens: prompt tokens taken from the prefix cache when it was first scheduled.
+        num_cached_tokens: prompt tokens taken from the prefix cache when its request was first scheduled.
     """
 
     __slots__ = (
@@ -62,6 +62,7 @@ class Sample:
         "page_keys",
         "page_tables",
         "params",
+        "prompt_counted",
         "prompt_step",
         "queue_time",
         "ready",
@@ -94,7 +95,8 @@ class Sample:
         # While it waits
         self.num_passed = 0  # steps in which a later one was admitted before it
         self.lacking: tuple[int, int] | None = None  # (KV group, pages of it) last found lacking
-        # Since it was first scheduled
+        # Since its request was first scheduled
+        self.prompt_counted = False
         self.num_cached_tokens = 0
         self.queue_time = -1.0
         # From admission to release

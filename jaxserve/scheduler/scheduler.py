@@ -302,7 +302,7 @@ class Scheduler:
         sample.prompt_step = self._step if prefix.num_tokens >= sample.num_prompt_tokens else NEVER
         insort(self._running, sample, key=ARRIVAL)
         if sample.queue_time < 0:
-            self._count_start(sample, prefix)
+            self._count_start(sample, prefix.num_tokens)
         return True
 
     def _prefix_of(self, sample: Sample) -> Prefix:
@@ -373,17 +373,18 @@ class Scheduler:
             self._free_slots.append(sample.slot)
             sample.slot = -1
 
-    def _count_start(self, sample: Sample, prefix: Prefix) -> None:
-        """Count a sample that is scheduled for the first time; a prompt that n samples share counts once."""
+    def _count_start(self, sample: Sample, num_cached_tokens: int) -> None:
+        """Count a sample that is scheduled for the first time; the prompt counts with the first of its request."""
         sample.queue_time = max(0.0, self._clock() - sample.arrived_at)
-        if prefix.source is not None:
-            sample.num_cached_tokens = prefix.source.num_cached_tokens
+        if sample.prompt_counted:
             return
-        sample.num_cached_tokens = prefix.num_tokens
+        for sibling in self._requests[sample.request.request_id]:
+            sibling.prompt_counted = True
+            sibling.num_cached_tokens = num_cached_tokens
         self._prompt_tokens += sample.num_prompt_tokens
         if self._config.prefix_caching:
             self._prefix_queries += sample.num_prompt_tokens
-            self._prefix_hits += prefix.num_tokens
+            self._prefix_hits += num_cached_tokens
 
 
 def _is_long(row: ScheduledRow) -> bool:
