@@ -1,6 +1,6 @@
 """What a loader needs of a checkpoint, whatever its format, and the check that it holds what the model declares."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Protocol
 
 import numpy as np
@@ -8,7 +8,9 @@ import numpy as np
 from jaxserve.errors import WeightsError
 from jaxserve.models.parameters import Parameter
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _NAMES_SHOWN = 3
+_ROWS_COMPARED = 4096
 
 
 class Checkpoint(Protocol):
@@ -28,15 +30,29 @@ class Checkpoint(Protocol):
         ...
 
 
-def check_tensors(parameters: Iterable[Parameter], checkpoint: Checkpoint) -> None:
+def embeddings_are_tied(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint whose config.json ties the head to the embeddings means it: some hold both, and as in transformers they
+    are tied only where both are the same."""
+    shape = checkpoint.shapes.get(EMBEDDING, ())
+    if checkpoint.shapes.get(HEAD) != shape or len(shape) != 2:
+        return True
+    chunks = (slice(i, min(i + _ROWS_COMPARED, shape[0])) for i in range(0, shape[0], _ROWS_COMPARED))
+    pairs = ((checkpoint.read(EMBEDDING, (rows, slice(0, shape[1]))), checkpoint.read(HEAD, (rows, slice(0, shape[1])))) for rows in chunks)
+    return all(np.array_equal(one, other) for one, other in pairs)
+
+
+def check_tensors(parameters: Iterable[Parameter], checkpoint: Checkpoint, ignored: Set[str] = frozenset()) -> None:
     """Compare declaration and checkpoint.
+
+    Args:
+        ignored: tensors that may be there although the model does not declare them.
 
     Raises:
         WeightsError: naming tensors that are missing, extra or of another shape, all in one line.
     """
     declared = {source.name: source.shape for parameter in parameters for source in parameter.sources}
     missing = [name for name in declared if name not in checkpoint.shapes]
-    extra = [name for name in checkpoint.shapes if name not in declared and not _is_ignored(name)]
+    extra = [name for name in checkpoint.shapes if name not in declared and name not in ignored and not _is_derived(name)]
     misshapen = [
         f"{name} is {list(checkpoint.shapes[name])}, not {list(shape)}"
         for name, shape in declared.items()
@@ -51,6 +67,6 @@ def check_tensors(parameters: Iterable[Parameter], checkpoint: Checkpoint) -> No
         raise WeightsError(f"the checkpoint's tensors do not fit config.json: {'. '.join(problems)}")
 
 
-def _is_ignored(name: str) -> bool:
+def _is_derived(name: str) -> bool:
     """Old Llama checkpoints store the rotary frequencies, which follow from config.json."""
     return name.endswith(".rotary_emb.inv_freq")

@@ -3,6 +3,7 @@
 import json
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxserve.config import ModelOptions
 from jaxserve.errors import ModelNotFound, StartupError, UnsupportedModel
 from jaxserve.models import Architecture, Model, ModelConfig
 from jaxserve.models.parameters import Parameter
-from jaxserve.weights.checkpoint import Checkpoint, check_tensors
+from jaxserve.weights.checkpoint import HEAD, Checkpoint, check_tensors, embeddings_are_tied
 from jaxserve.weights.gguf_file import GGUFCheckpoint
 from jaxserve.weights.safetensors_folder import SafetensorsCheckpoint
 from jaxserve.weights.source import ModelSource
@@ -32,12 +33,15 @@ def load_model(source: ModelSource, options: ModelOptions, mesh: Mesh, dtype: jn
     """
     config = read_config(source)
     dtype = jnp.dtype(dtype or resolve_dtype(options.dtype, config, mesh.devices.flat[0].platform))
-    architecture = Architecture.of(config)
-    _check_mesh(architecture, mesh.shape["tensor"])
     if options.load_format == "dummy":
+        architecture = Architecture.of(config)
+        _check_mesh(architecture, mesh.shape["tensor"])
         return Model(architecture, tuple(_random(parameter, mesh, dtype) for parameter in architecture.parameters))
     checkpoint: Checkpoint = GGUFCheckpoint(source.path) if source.is_gguf else SafetensorsCheckpoint(source.path)
-    check_tensors(architecture.parameters, checkpoint)
+    tied = config.tie_embeddings and embeddings_are_tied(checkpoint)
+    architecture = Architecture.of(replace(config, tie_embeddings=tied))
+    _check_mesh(architecture, mesh.shape["tensor"])
+    check_tensors(architecture.parameters, checkpoint, ignored={HEAD} if tied else set())
     order = {name: i for i, name in enumerate(checkpoint.shapes)}
     by_file = sorted(enumerate(architecture.parameters), key=lambda item: order[item[1].sources[0].name])
     leaves = {i: _load(parameter, checkpoint, mesh, dtype) for i, parameter in by_file}
