@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.pallas_kernels import AttentionMetadata
+from jaxserve.pallas_kernels import AttentionMetadata, plan_attention
 from jaxserve.request import Request, SamplingParams
 from jaxserve.runner.buckets import Bucket
+from jaxserve.runner.kv_cache import KVCachePlan
 from jaxserve.runner.sampling_rows import NUM_SAMPLING_COLUMNS, RowPacker, SamplingRows, unpack_rows
 
 
@@ -114,8 +115,7 @@ def unpack_batch(
     layout: BatchLayout,
     page_tables: tuple[jax.Array, ...],
     last_tokens: jax.Array,
-    page_size: int,
-    num_pages: tuple[int, ...],
+    plan: KVCachePlan,
 ) -> tuple[DeviceBatch, tuple[jax.Array, ...]]:
     """Turn a packed array into what the model takes.
 
@@ -124,8 +124,7 @@ def unpack_batch(
         layout: of the bucket.
         page_tables: for each KV group int32 [slots, pages a request], before this step.
         last_tokens: int32 [slots, 1 + K].
-        page_size: tokens a page.
-        num_pages: of each KV group.
+        plan: of the KV cache.
 
     Returns:
         the batch, and the page tables with the new entries.
@@ -146,17 +145,19 @@ def unpack_batch(
     slots = sampling.slots
     token_ids = jnp.where(fields.token_ids < 0, last_tokens[slots[row], 0], fields.token_ids)
     kv_lens = jnp.where(fields.lengths > 0, fields.starts + fields.lengths, 0)
-    metadata = tuple(
-        AttentionMetadata(
+
+    def group_metadata(table: jax.Array, num_pages: int, window: int | None) -> AttentionMetadata:
+        metadata = AttentionMetadata(
             page_table=table.at[slots].get(mode="promise_in_bounds"),
             kv_lens=kv_lens,
             query_starts=query_starts,
-            write_pages=jnp.where(real, table[slots[row], positions // page_size], pages),
-            write_offsets=positions % page_size,
+            write_pages=jnp.where(real, table[slots[row], positions // plan.page_size], num_pages),
+            write_offsets=positions % plan.page_size,
             decode_only=decode_only,
         )
-        for table, pages in zip(page_tables, num_pages, strict=True)
-    )
+        return plan_attention(metadata, page_size=plan.page_size, window=window)
+
+    metadata = tuple(map(group_metadata, page_tables, plan.num_pages, plan.windows))
     return DeviceBatch(token_ids, positions, metadata, last, sampling), page_tables
 
 

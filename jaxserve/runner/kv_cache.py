@@ -20,7 +20,7 @@ class KVCachePlan:
     """Sizes of a KV cache.
 
     Attributes:
-        num_pages: pages of each KV group.
+        num_pages, windows: of each KV group.
         page_size: tokens a page.
         max_total_tokens: most tokens of a request: one alone always fits.
         group_of_layer: for each layer its KV group.
@@ -30,6 +30,7 @@ class KVCachePlan:
     """
 
     num_pages: tuple[int, ...]
+    windows: tuple[int | None, ...]
     page_size: int
     max_total_tokens: int
     group_of_layer: tuple[int, ...]
@@ -102,6 +103,7 @@ def plan_kv_cache(model: ModelConfig, config: RunnerConfig, tensor_size: int, dt
     requests = min(kv_bytes / bytes_needed(longest), config.max_batch_size)
     return KVCachePlan(
         num_pages=tuple(int(pages * requests) for pages in pages_needed(longest)),
+        windows=tuple(group.window for group in model.kv_groups),
         page_size=page_size,
         max_total_tokens=longest,
         group_of_layer=model.group_of_layer,

@@ -98,8 +98,7 @@ class ModelRunner:
     @property
     def kv_groups(self) -> list[tuple[int, int | None]]:
         """(number of pages, window) of each KV group."""
-        windows = (group.window for group in self._model.config.kv_groups)
-        return list(zip(self._plan.num_pages, windows, strict=True))
+        return list(zip(self._plan.num_pages, self._plan.windows, strict=True))
 
     @property
     def max_total_tokens(self) -> int:

@@ -68,9 +68,7 @@ class Programs:
     def forward(self, layout: BatchLayout) -> Program:
         """(leaves, state, packed) -> (state, logits, the sampler's columns of packed)."""
 
-        def forward(
-            leaves: tuple[jax.Array, ...], state: DeviceState, packed: jax.Array
-        ) -> tuple[DeviceState, jax.Array, jax.Array]:
+        def forward(leaves: tuple[jax.Array, ...], state: DeviceState, packed: jax.Array) -> tuple[DeviceState, jax.Array, jax.Array]:
             return *self._forward(layout, leaves, state, packed), layout.split(packed).sampling
 
         specs = self.model.specs, STATE_SPEC, _EVERYWHERE
@@ -121,8 +119,7 @@ class Programs:
     def _forward(
         self, layout: BatchLayout, leaves: tuple[jax.Array, ...], state: DeviceState, packed: jax.Array
     ) -> tuple[DeviceState, jax.Array]:
-        plan = self.plan
-        batch, tables = unpack_batch(packed, layout, state.page_tables, state.sampling.last_tokens, plan.page_size, plan.num_pages)
+        batch, tables = unpack_batch(packed, layout, state.page_tables, state.sampling.last_tokens, self.plan)
         logits, kv = self.model.apply(leaves, batch.token_ids, batch.positions, state.kv, batch.metadata, batch.last)
         return DeviceState(kv, tables, state.sampling), logits
 
