@@ -49,7 +49,7 @@ class Conversation:
             ServerError: from the client.
         """
         body: dict[str, Any] = {
-            "model": self._options.model or await client.model(),
+            "model": self._options.model or (await client.models())[0]["id"],
             "messages": [*self.messages, {"role": "user", "content": text}],
             "temperature": self._options.temperature,
             "max_tokens": self._options.max_tokens,

@@ -41,12 +41,15 @@ class Client:
                 await _check(response)
                 return await response.json(content_type=None)
 
-    async def model(self) -> str:
-        """Id of the first model that the server offers."""
+    async def models(self) -> list[dict[str, Any]]:
+        """The models that the server offers: at least one, each with an "id"."""
         try:
-            return (await self.get("/v1/models"))["data"][0]["id"]
+            models = (await self.get("/v1/models"))["data"]
+            if models[0]["id"]:
+                return models
         except (LookupError, TypeError):
-            raise ServerError(f"{self._url}/v1/models names no model") from None
+            pass
+        raise ServerError(f"{self._url}/v1/models names no model")
 
     async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """POST a request with "stream": true.

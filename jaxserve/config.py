@@ -115,7 +115,7 @@ def check(options: Any) -> None:
         if meta["choices"] and value not in meta["choices"]:
             raise StartupError(f"{flag} must be one of {', '.join(meta['choices'])}. Given: {value}")
         low, high = meta["low"], meta["high"]
-        if (low is not None or high is not None) and not math.isfinite(value):
+        if (low is not None or high is not None) and not math.isfinite(value) and value != declared.default:
             raise StartupError(f"{flag} must be a finite number. Given: {value}")
         if low is not None and value < low:
             raise StartupError(f"{flag} must be at least {low:g}. Given: {value:g}")

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,11 +160,40 @@ def test_no_server_is_one_line() -> None:
     async def go(url: str) -> None:
         async with connect(url) as client:
             assert (await measure_request(client, {})).error == f"no server answers at {url}"
-            await client.model()
+            await client.models()
 
     for url in ("http://127.0.0.1:9", "nonsense"):
         with pytest.raises(ServerError, match="no server answers"):
             asyncio.run(go(url))
+
+
+def test_the_command(
+    fake_server: FakeServer, tiny_checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = tmp_path / "figures.json"
+    line = f"bench serve --url {fake_server.url} --tokenizer {tiny_checkpoint('llama')} --output-json {saved} --api-key hidden"
+    line += " --num-prompts 6 --num-warmups 2 --random-input-len 20 --random-output-len 4 --request-rate 200 --temperature 0 --ignore-eos"
+    assert cli.main(line.split()) == 0
+    assert len(fake_server.bodies) == 1 + 2 + 6  # one to try the server, the warm-ups, the measured ones
+    body = fake_server.bodies[-1]
+    assert (body["max_tokens"], body["temperature"], body["ignore_eos"], body["model"]) == (4, 0.0, True, "fake-model")
+    assert len({b["prompt"] for b in fake_server.bodies}) == 6
+    document = json.loads(saved.read_text())
+    assert document["figures"]["completed"] == 6 and document["figures"]["total_output_tokens"] == 24
+    assert (
+        document["options"]["request_rate"] == 200
+        and document["system"]["model_id"] == "fake-model"
+        and "hidden" not in str(document["options"])
+    )
+    assert "output_throughput" in capsys.readouterr().out
+
+
+def test_a_server_that_fails_the_trial_is_one_line(
+    fake_server: FakeServer, tiny_checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_server.status = 401
+    assert cli.main(["bench", "serve", "--url", fake_server.url, "--tokenizer", str(tiny_checkpoint("llama")), "--num-prompts", "1"]) == 1
+    assert capsys.readouterr().err == "jaxserve: the server failed the first request: 401: no\n"
 
 
 def test_a_report_says_what_ran_on_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,14 +1,13 @@
-"""How figures are shown and kept: a table on the terminal, a JSON file that says what ran on what."""
+"""How figures are shown and kept: lines on the terminal, a JSON file that says what ran on what."""
 
 import json
+import math
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from jaxserve.environment import describe_environment
 from jaxserve.errors import StartupError
@@ -31,14 +30,16 @@ class Report:
     options: Mapping[str, Any]
 
     def show(self) -> None:
-        """Print a table of the figures."""
-        told = ", ".join(str(self.system[name]) for name in ("model_id", "device", "mesh", "dtype") if name in self.system)
-        table = Table("figure", title=f"{self.benchmark}: {told}")
-        table.add_column("value", justify="right")
+        """Print the figures, a line each."""
+        told = [
+            self.system[name] for name in ("model_id", "device", "model_device_type", "mesh", "dtype", "model_dtype") if name in self.system
+        ]
+        print(f"{self.benchmark}: {', '.join(map(str, told))}")
         for name, value in self.figures.items():
             if isinstance(value, int | float):
-                table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:,.2f}")
-        Console().print(table)
+                print(f"  {name:<28}{value:>14,}" if isinstance(value, int) else f"  {name:<28}{value:>14,.2f}")
+            elif name == "errors":
+                print(*(f"  error: {error}" for error in value), sep="\n")
 
     def save(self, path: str) -> None:
         """Write everything, with date, command and versions.
@@ -49,7 +50,7 @@ class Report:
         document = {
             "benchmark": self.benchmark,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": " ".join(sys.argv),
+            "command": shlex.join(sys.argv),
             "figures": self.figures,
             "system": self.system,
             "options": self.options,
@@ -64,5 +65,6 @@ class Report:
 
 
 def describe_options(*options: Any) -> dict[str, Any]:
-    """All fields of several options dataclasses; no secrets."""
-    return {name: value for part in options for name, value in asdict(part).items() if name != "api_key"}
+    """All fields of several options dataclasses, fit for JSON; no secrets."""
+    given = {name: value for part in options for name, value in asdict(part).items() if name != "api_key"}
+    return {name: "inf" if value == math.inf else value for name, value in given.items()}

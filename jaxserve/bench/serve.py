@@ -14,8 +14,9 @@ from jaxserve.bench.report import Report, describe_options
 from jaxserve.bench.workload import WorkItem, as_text, make_workload
 from jaxserve.client import Client, ServerError, connect
 from jaxserve.config import ModelOptions
-from jaxserve.tokenizer import load_tokenizer
+from jaxserve.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.weights import resolve_model
+from jaxserve.weights.demo import DEMO_MODEL_ID
 
 PATH = "/v1/completions"
 
@@ -28,8 +29,9 @@ async def bench_serve(options: ServeOptions, workload: WorkloadOptions) -> Repor
         StartupError: the tokenizer cannot be had.
     """
     async with connect(options.url, options.api_key) as client:
-        model = options.model or await client.model()
-        tokenizer = load_tokenizer(resolve_model(ModelOptions(model_id=options.tokenizer or model)).path)
+        served = await client.models()
+        model = options.model or served[0]["id"]
+        tokenizer = _load_tokenizer(options.tokenizer or served[0].get("root") or served[0]["id"])
         items = make_workload(workload, tokenizer.vocab_size, tokenizer)
         bodies = [_body(item, as_text(item, tokenizer), model, options) for item in items]
         trial = await measure_request(client, bodies[0])
@@ -113,6 +115,12 @@ def _body(item: WorkItem, text: str, model: str, options: ServeOptions) -> dict[
     if options.ignore_eos:
         body["ignore_eos"] = True
     return body
+
+
+def _load_tokenizer(model_id: str) -> Tokenizer:
+    # The demo model is served under its hub name, but comes from elsewhere; of any other model the weights are not wanted.
+    options = ModelOptions() if model_id == DEMO_MODEL_ID else ModelOptions(model_id=model_id, load_format="dummy")
+    return load_tokenizer(resolve_model(options).path)
 
 
 async def _server_info(client: Client) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from jaxserve.bench.options import LatencyOptions, ServeOptions, ThroughputOptions, WorkloadOptions
-from jaxserve.bench.report import Report
+from jaxserve.bench.report import Report, describe_options
 from jaxserve.cli.flags import Parser, add_flags, parse, read_flags
 from jaxserve.config import EngineOptions, ModelOptions
 
@@ -85,7 +85,7 @@ BENCHMARKS = {
 
 
 def _with_options(report: Report, *options: Any) -> Report:
-    return replace(report, options={name: value for part in options for name, value in asdict(part).items()} | dict(report.options))
+    return replace(report, options=describe_options(*options) | dict(report.options))
 
 
 def _overview() -> Parser:
