@@ -22,15 +22,19 @@ class DecodePlan:
 
     Attributes:
         row_starts: [R + 1] where each row's blocks begin in the line of all blocks; the last entry is their number.
-        worker_starts: [W + 1] where each worker's share begins.
-        worker_rows: [W] row in which a worker's share begins.
         first_blocks: [R] first KV block that the row's window touches.
+        worker_starts: [W + 1] where each worker's share begins.
+        worker_rows: [W + 1] row in which each worker's share begins.
+        begun_pairs: [W] (row, KV head), as row * KH + head, that the worker begins and hands on unfinished; -1: none.
+        last_workers: [W] the worker that finishes it.
     """
 
     row_starts: jax.Array
+    first_blocks: jax.Array
     worker_starts: jax.Array
     worker_rows: jax.Array
-    first_blocks: jax.Array
+    begun_pairs: jax.Array
+    last_workers: jax.Array
 
 
 def plan_decode(kv_lens: jax.Array, *, num_kv_heads: int, block_kv: int, window: int | None, num_workers: int) -> DecodePlan:
@@ -44,17 +48,25 @@ def plan_decode(kv_lens: jax.Array, *, num_kv_heads: int, block_kv: int, window:
     row_blocks = ((kv_lens + block_kv - 1) // block_kv - first_blocks) * num_kv_heads
     row = jnp.arange(kv_lens.shape[0] + 1, dtype=jnp.int32)
     row_starts = jnp.sum(jnp.where(row[None, :-1] < row[:, None], row_blocks[None, :], 0), axis=1, dtype=jnp.int32)
+    num_blocks = row_starts[-1]
     worker = jnp.arange(num_workers + 1, dtype=jnp.int32)
-    share, larger_shares = row_starts[-1] // num_workers, row_starts[-1] % num_workers
+    share, larger_shares = num_blocks // num_workers, num_blocks % num_workers
     worker_starts = worker * share + jnp.minimum(worker, larger_shares)
-    worker_rows = jnp.sum(row_starts[None, 1:] <= worker_starts[:-1, None], axis=1, dtype=jnp.int32)
-    return DecodePlan(row_starts, worker_starts, worker_rows, first_blocks)
+    worker_rows = jnp.sum(row_starts[None, 1:] <= worker_starts[:, None], axis=1, dtype=jnp.int32)
+
+    ends, rows = worker_starts[1:], jnp.minimum(worker_rows[1:], kv_lens.shape[0] - 1)  # the block after a share, and its row
+    head_blocks = jnp.maximum(row_blocks[rows] // num_kv_heads, 1)
+    heads = (ends - row_starts[rows]) // head_blocks
+    pair_starts = row_starts[rows] + heads * head_blocks
+    begun = (ends < num_blocks) & (worker_starts[:-1] <= pair_starts) & (pair_starts < ends)
+    last_workers = worker_of_block(pair_starts + head_blocks - 1, num_blocks, num_workers)
+    begun_pairs = jnp.where(begun, rows * num_kv_heads + heads, -1)
+    return DecodePlan(row_starts, first_blocks, worker_starts, worker_rows, begun_pairs, last_workers)
 
 
 def worker_of_block(block: jax.Array, num_blocks: jax.Array, num_workers: int) -> jax.Array:
-    """Worker whose share holds a block of the line (scalars int32; the inverse of `worker_starts`)."""
+    """Worker whose share holds a block of the line (int32; the inverse of `worker_starts`)."""
     share, larger_shares = num_blocks // num_workers, num_blocks % num_workers
     boundary = larger_shares * (share + 1)
-    in_larger = block // (share + 1)
     in_smaller = larger_shares + (block - boundary) // jnp.maximum(share, 1)
-    return jnp.where(block < boundary, in_larger, in_smaller)
+    return jnp.where(block < boundary, block // (share + 1), in_smaller)

@@ -1,0 +1,134 @@
+"""Adding up the partial results of (row, KV head) pairs that several workers of a decode kernel shared, in Pallas-Triton."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from jaxserve.pallas_kernels.paged_attention.decode_plan import DecodePlan, worker_of_block
+
+MASKED = -1e30  # a score that counts for nothing; finite: a maximum over masked scores alone must not make NaN
+DIMS = 32  # head dimensions a program, so that few pairs keep many multiprocessors busy
+
+
+def combine_partials(
+    whole: jax.Array, sums: jax.Array, maxima: jax.Array, weights: jax.Array, plan: DecodePlan, *, interpret: bool
+) -> jax.Array:
+    """Complete `whole` [R, KH, G, D] in place: the pairs that W workers began and handed on.
+
+    Args:
+        sums: float32 [W, 2, G, D] values weighted by exp2(score - maximum), of the pair that each worker took over, and the one it began.
+        maxima, weights: float32 [W, 2, G] their maxima and sums of weights.
+    """
+    padded_dim = pl.next_power_of_2(whole.shape[3])
+    return pl.pallas_call(
+        _combine_begun_kernel,
+        grid=(sums.shape[0], padded_dim // DIMS),
+        in_specs=[pl.no_block_spec] * 6,
+        out_specs=pl.no_block_spec,
+        out_shape=jax.ShapeDtypeStruct(whole.shape, whole.dtype),
+        input_output_aliases={0: 0},
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="paged_decode_combine",
+    )(whole, sums, maxima, weights, plan.begun_pairs, plan.last_workers)
+
+
+def _combine_begun_kernel(whole_ref, sums_ref, maxima_ref, weights_ref, begun_ref, last_ref, out_ref):
+    del whole_ref  # the same memory as out_ref
+    _, num_kv_heads, group, head_dim = out_ref.shape
+    first = pl.program_id(0)
+    pair, last = begun_ref[first], last_ref[first]
+    member = jnp.minimum(jnp.arange(pl.next_power_of_2(group), dtype=jnp.int32), group - 1)
+    dim = jnp.minimum(pl.program_id(1) * DIMS + jnp.arange(DIMS, dtype=jnp.int32), head_dim - 1)
+
+    def read(worker):
+        place = jnp.where(worker == first, 1, 0)
+        sums = sums_ref[worker[:, None, None], place[:, None, None], member[None, :, None], dim[None, None, :]]
+        stats = worker[:, None], place[:, None], member[None, :]
+        return sums, maxima_ref[stats], weights_ref[stats]
+
+    @pl.when(pair >= 0)
+    def _():
+        out = _add_up(read, first, last, member.size)
+        out_ref[pair // num_kv_heads, pair % num_kv_heads, member[:, None], dim[None, :]] = out.astype(out_ref.dtype)
+
+
+def combine_transposed(
+    out: jax.ShapeDtypeStruct,
+    sums: jax.Array,
+    maxima: jax.Array,
+    weights: jax.Array,
+    plan: DecodePlan,
+    *,
+    pairs_per_tile: int,
+    interpret: bool,
+) -> jax.Array:
+    """The output [R, KH, G, D] from results of W workers, partial and whole.
+
+    Args:
+        sums: float32 [2 W + R KH, D, L] values weighted by exp2(score - maximum): two places a worker (see decode_plan.py), then one
+            for each pair that a worker computed alone. L lanes hold the query heads of `pairs_per_tile` pairs.
+        maxima, weights: float32 [2 W + R KH, L] their maxima and sums of weights.
+    """
+    num_rows, num_kv_heads, _, head_dim = out.shape
+    return pl.pallas_call(
+        functools.partial(_combine_all_kernel, pairs_per_tile=pairs_per_tile),
+        grid=(num_rows, num_kv_heads, head_dim // DIMS),
+        in_specs=[pl.no_block_spec] * 5,
+        out_specs=pl.no_block_spec,
+        out_shape=out,
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="paged_decode_combine",
+    )(sums, maxima, weights, plan.row_starts, plan.worker_starts)
+
+
+def _combine_all_kernel(sums_ref, maxima_ref, weights_ref, row_starts_ref, worker_starts_ref, out_ref, *, pairs_per_tile: int):
+    num_rows, num_kv_heads, group, _ = out_ref.shape
+    num_workers = worker_starts_ref.shape[0] - 1
+    row, head = pl.program_id(0), pl.program_id(1)
+    dim = pl.program_id(2) * DIMS + jnp.arange(DIMS, dtype=jnp.int32)
+    row_start, num_blocks = row_starts_ref[row], row_starts_ref[num_rows]
+    blocks = (row_starts_ref[row + 1] - row_start) // num_kv_heads
+    first = worker_of_block(row_start + head * blocks, num_blocks, num_workers)
+    last = worker_of_block(row_start + head * blocks + jnp.maximum(blocks - 1, 0), num_blocks, num_workers)
+    pair = row * num_kv_heads + head
+    lane = pair % pairs_per_tile * group + jnp.minimum(jnp.arange(pl.next_power_of_2(group), dtype=jnp.int32), group - 1)
+
+    def read(worker):
+        place = jnp.where(first == last, 2 * num_workers + pair, 2 * worker + jnp.where(worker == first, 1, 0))
+        stats = place[:, None], lane[None, :]
+        return sums_ref[place[:, None, None], dim[None, None, :], lane[None, :, None]], maxima_ref[stats], weights_ref[stats]
+
+    result = _add_up(read, first, jnp.where(blocks == 0, first - 1, last), lane.size)
+    member = lane - pair % pairs_per_tile * group
+    out_ref[row, head, member[:, None], dim[None, :]] = result.astype(out_ref.dtype)
+
+
+def _add_up(read, first: jax.Array, last: jax.Array, group: int) -> jax.Array:
+    """Attention [G, DIMS] from the results of workers first to last; zeros where there are none.
+
+    Args:
+        read: workers int32 [N] -> sums [N, G, DIMS], maxima [N, G], weights [N, G].
+    """
+    splits = max(8, 256 // pl.next_power_of_2(group))
+
+    def add(i, carry):
+        total, maximum, weight = carry
+        worker = first + i * splits + jnp.arange(splits, dtype=jnp.int32)
+        sums, maxima, weights = read(jnp.minimum(worker, last))
+        present = (worker <= last)[:, None]
+        maxima = jnp.where(present, maxima, MASKED)
+        new_maximum = jnp.maximum(maximum, maxima.max(axis=0))
+        share = jnp.where(present, jnp.exp2(maxima - new_maximum[None, :]), 0.0)
+        decay = jnp.exp2(maximum - new_maximum)
+        total = total * decay[:, None] + (sums * share[:, :, None]).sum(axis=0)
+        return total, new_maximum, weight * decay + (weights * share).sum(axis=0)
+
+    nothing = jnp.zeros((group, DIMS), jnp.float32), jnp.full((group,), MASKED, jnp.float32), jnp.zeros((group,), jnp.float32)
+    total, _, weight = lax.fori_loop(0, pl.cdiv(last - first + 1, splits), add, nothing)
+    return total / jnp.maximum(weight, 1e-30)[:, None]

@@ -1,0 +1,269 @@
+"""Decode attention over a paged KV cache for sm_90 (Hopper), in Pallas Mosaic GPU.
+
+A worker is a block of two warpgroups, one that fetches pages by TMA and one that computes, over a share of the plan (see decode_plan.py);
+the fetching one runs ahead over the borders of rows, so that the memory never waits for a softmax. Scores are computed transposed,
+K Qᵀ and Vᵀ Pᵀ: the 64 rows that a wgmma wants are then tokens, or head dimensions, and the few query heads of a KV head
+are its narrow side.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxserve.pallas_kernels import layer_kv
+from jaxserve.pallas_kernels.layer_kv import LayerKV
+from jaxserve.pallas_kernels.paged_attention.combine import MASKED, combine_transposed
+from jaxserve.pallas_kernels.paged_attention.decode_plan import DecodePlan, plan_decode
+from jaxserve.pallas_kernels.paged_attention.triton_decode import FLOAT8, soft_capped
+
+HEIGHT = 64  # of a wgmma
+
+
+@dataclass(frozen=True)
+class MosaicDecodeConfig:
+    """How the kernel is cut: KV tokens a block, blocks in flight a worker, workers of the whole grid."""
+
+    block_kv: int = 64
+    num_stages: int = 3
+    num_workers: int = 132 * 2
+
+
+def decode_attention_mosaic(
+    q: jax.Array,
+    kv: LayerKV,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    config: MosaicDecodeConfig,
+    interpret: bool = False,
+) -> jax.Array:
+    """Attention of one token a row: q [R, H, D], page_table int32 [R, P], kv_lens int32 [R] -> [R, H, D]; zeros for a padding row.
+
+    A float8 cache is widened to float16, which holds every float8 value, on its way to the tensor cores.
+    """
+    num_rows, num_heads, head_dim = q.shape
+    num_kv_heads, page_size = kv[0].shape[layer_kv.KV_HEADS_AXIS], kv[0].shape[3 - layer_kv.KV_HEADS_AXIS]
+    group = num_heads // num_kv_heads
+    block_kv, stages = config.block_kv, config.num_stages
+    plan = plan_decode(kv_lens, num_kv_heads=num_kv_heads, block_kv=block_kv, window=window, num_workers=config.num_workers)
+    queries = _query_tiles(q, group, num_rows * num_kv_heads)
+    unit = scale
+    widen = kv[0].dtype in FLOAT8
+    if widen:
+        queries, unit = (queries.astype(jnp.float32) * scale).astype(jnp.float16), 1.0
+    lanes = queries.shape[1]
+    kv_tiles = plgpu.SMEM((stages, block_kv, head_dim), kv[0].dtype, transforms=_swizzled(head_dim, kv[0].dtype))
+    wide_tile = plgpu.SMEM((block_kv, head_dim), queries.dtype, transforms=_swizzled(head_dim, queries.dtype))
+    filled = plgpu.Barrier(num_arrivals=block_kv // page_size, num_barriers=stages)
+    emptied = plgpu.Barrier(num_barriers=stages)
+    places = 2 * config.num_workers + num_rows * num_kv_heads
+    sums, maxima, weights = plgpu.kernel(
+        functools.partial(
+            _decode_kernel, scale=unit, window=window, soft_cap=soft_cap, config=config, page_size=page_size
+        ),
+        out_type=(
+            jax.ShapeDtypeStruct((places, head_dim, lanes), jnp.float32),
+            jax.ShapeDtypeStruct((places, lanes), jnp.float32),
+            jax.ShapeDtypeStruct((places, lanes), jnp.float32),
+        ),
+        scratch_types=(
+            plgpu.SMEM((2, lanes, head_dim), queries.dtype, transforms=_swizzled(head_dim, queries.dtype)),
+            kv_tiles,
+            kv_tiles,
+            plgpu.SMEM((lanes, block_kv), queries.dtype, transforms=_swizzled(block_kv, queries.dtype)),
+            plgpu.SMEM((2, lanes), jnp.float32),
+            plgpu.Barrier(num_barriers=2),
+            plgpu.Barrier(num_barriers=2),
+            filled,
+            filled,
+            emptied,
+            emptied,
+            *([wide_tile, wide_tile] if widen else []),
+        ),
+        grid=(config.num_workers,),
+        grid_names=("worker",),
+        num_threads=2,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )(queries, *kv, page_table, kv_lens, plan.row_starts, plan.first_blocks, plan.worker_starts, plan.worker_rows)
+    pairs_per_tile = num_rows * num_kv_heads // queries.shape[0]
+    out = jax.ShapeDtypeStruct((num_rows, num_kv_heads, group, head_dim), q.dtype)
+    return combine_transposed(out, sums, maxima, weights, plan, pairs_per_tile=pairs_per_tile, interpret=interpret).reshape(q.shape)
+
+
+def _swizzled(columns: int, dtype) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+    width = min(128, columns * jnp.dtype(dtype).itemsize)
+    return plgpu.TilingTransform((8, width // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(width)
+
+
+def _query_tiles(q: jax.Array, group: int, num_pairs: int) -> jax.Array:
+    """[tiles, lanes, D]: a tile holds the query heads of one (row, KV head) pair, or of several where they fill it exactly."""
+    if 8 % group == 0 and num_pairs * group % 8 == 0:
+        return q.reshape(-1, 8, q.shape[-1])
+    lanes = max(8, pl.next_power_of_2(group))
+    return jnp.pad(q.reshape(num_pairs, group, q.shape[-1]), ((0, 0), (0, lanes - group), (0, 0)))
+
+
+def _pairs(worker, num_kv_heads: int, plan: DecodePlan, visit, carry):
+    """Call visit(row, head, begin, stop, blocks, carry) -> carry for each (row, KV head) of a worker's share."""
+    end = plan.worker_starts[worker + 1]
+
+    def pair(state):
+        position, row, carry = state
+        row_start, row_end = plan.row_starts[row], plan.row_starts[row + 1]
+        blocks = lax.div(row_end - row_start, jnp.int32(num_kv_heads))
+        head = lax.div(position - row_start, jnp.maximum(blocks, 1))
+        begin = position - row_start - head * blocks
+        stop = jnp.minimum(begin + end - position, blocks)
+        carry = visit(row, head, begin, stop, blocks, carry)
+        position += stop - begin
+        return position, jnp.where(position == row_end, row + 1, row), carry
+
+    state = plan.worker_starts[worker], plan.worker_rows[worker], carry
+    return lax.while_loop(lambda state: state[0] < end, pair, state)[2]
+
+
+def _decode_kernel(
+    q_ref, keys_ref, values_ref, table_ref, lens_ref, row_starts_ref, first_blocks_ref, worker_starts_ref, worker_rows_ref,
+    sums_ref, maxima_ref, weights_ref,
+    q_smem, keys_smem, values_smem, p_smem, stats_smem,
+    q_ready, q_free, keys_ready, values_ready, keys_free, values_free,
+    wide_keys=None, wide_values=None,
+    *, scale: float, window: int | None, soft_cap: float | None, config: MosaicDecodeConfig, page_size: int,
+):  # fmt: skip
+    lanes, head_dim = q_ref.shape[1:]
+    num_kv_heads = keys_ref.shape[layer_kv.KV_HEADS_AXIS]
+    pairs_per_tile = lens_ref.shape[0] * num_kv_heads // q_ref.shape[0]
+    block_kv, stages = config.block_kv, config.num_stages
+    pages_per_block, num_pages = block_kv // page_size, table_ref.shape[1]
+    plan = DecodePlan(row_starts_ref, first_blocks_ref, worker_starts_ref, worker_rows_ref, None, None)
+    worker = lax.axis_index("worker")
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == 1)
+    def _fetch():
+        def visit(row, head, begin, stop, blocks, carry):
+            del blocks
+            count, pairs = carry
+            q_slot = lax.rem(pairs, jnp.int32(2))
+
+            @pl.when(pairs >= 2)
+            def _():
+                plgpu.barrier_wait(q_free.at[q_slot])
+
+            tile = lax.div(row * num_kv_heads + head, jnp.int32(pairs_per_tile))
+            plgpu.copy_gmem_to_smem(q_ref.at[tile], q_smem.at[q_slot], q_ready.at[q_slot])
+            first = plan.first_blocks[row]
+
+            def block(i, count):
+                slot = lax.rem(count, jnp.int32(stages))
+                pages = [table_ref[row, jnp.minimum((first + i) * pages_per_block + p, num_pages - 1)] for p in range(pages_per_block)]
+                for pages_ref, tiles, ready, free in (
+                    (keys_ref, keys_smem, keys_ready, keys_free),
+                    (values_ref, values_smem, values_ready, values_free),
+                ):
+
+                    @pl.when(count >= stages)
+                    def _(free=free):
+                        plgpu.barrier_wait(free.at[slot])
+
+                    for p, page in enumerate(pages):
+                        place = (page, head) if layer_kv.KV_HEADS_AXIS == 1 else (page, slice(None), head)
+                        plgpu.copy_gmem_to_smem(pages_ref.at[place], tiles.at[slot, pl.ds(p * page_size, page_size)], ready.at[slot])
+                return count + 1
+
+            return lax.fori_loop(begin, stop, block, count), pairs + 1
+
+        count, pairs = _pairs(worker, num_kv_heads, plan, visit, (jnp.int32(0), jnp.int32(0)))
+        for barriers, used in ((q_free, pairs), (keys_free, count), (values_free, count)):
+            for slot in range(barriers.shape[0]):  # see every phase of a barrier out, as the interpreter demands
+
+                @pl.when(slot < used)
+                def _(barrier=barriers.at[slot]):
+                    plgpu.barrier_wait(barrier)
+
+    @pl.when(warpgroup == 0)
+    def _compute():
+        wgmma = plgpu.Layout.WGMMA
+        by_head = wgmma.reduce(0)
+
+        def per_head(x, rows: int):
+            return lax.broadcast_in_dim(x, (rows, lanes), [1])
+
+        def full(shape, value, layout):
+            return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+        def operand(tiles, slot, wide):
+            """The tile in the type of the queries; where it is widened, its slot can be filled again at once."""
+            if wide is None:
+                return tiles.at[slot]
+            wide[...] = plgpu.load(tiles.at[slot], layout=plgpu.Layout.WGMMA_UPCAST_2X).astype(wide.dtype)
+            plgpu.commit_smem()
+            return wide
+
+        def visit(row, head, begin, stop, blocks, carry):
+            count, pairs = carry
+            q_slot = lax.rem(pairs, jnp.int32(2))
+            kv_len = lens_ref[row]
+            first = plan.first_blocks[row]
+            plgpu.barrier_wait(q_ready.at[q_slot])
+
+            def block(i, carry):
+                total, maximum, weight, count = carry
+                slot = lax.rem(count, jnp.int32(stages))
+                plgpu.barrier_wait(keys_ready.at[slot])
+                keys = operand(keys_smem, slot, wide_keys)
+
+                def qk(acc):
+                    plgpu.wgmma(acc, keys, q_smem.at[q_slot].transpose((1, 0)))
+                    return acc[...]
+
+                scores = pl.run_scoped(qk, plgpu.ACC((block_kv, lanes), jnp.float32))
+                plgpu.barrier_arrive(keys_free.at[slot])
+                scores = soft_capped(scores, soft_cap, scale)
+                token = plgpu.broadcasted_iota(jnp.int32, (block_kv, lanes), 0, layout=wgmma) + (first + i) * block_kv
+                scores = jnp.where(token < kv_len, scores, MASKED)
+                if window is not None:
+                    scores = jnp.where(token >= kv_len - window, scores, MASKED)
+                new_maximum = jnp.maximum(maximum, scores.max(axis=0))
+                decay = jnp.exp2(maximum - new_maximum)
+                p = jnp.exp2(scores - per_head(new_maximum, block_kv))
+                p_smem.transpose((1, 0))[...] = p.astype(p_smem.dtype)
+                weight = weight * per_head(decay, block_kv) + p
+                plgpu.commit_smem()
+                plgpu.barrier_wait(values_ready.at[slot])
+                values = operand(values_smem, slot, wide_values)
+
+                def pv(acc):
+                    plgpu.wgmma(acc, values.transpose((1, 0)), p_smem.transpose((1, 0)))
+                    return acc[...]
+
+                product = pl.run_scoped(pv, plgpu.ACC((head_dim, lanes), jnp.float32))
+                plgpu.barrier_arrive(values_free.at[slot])
+                return total * per_head(decay, head_dim) + product, new_maximum, weight, count + 1
+
+            nothing = full((head_dim, lanes), 0.0, wgmma), full((lanes,), MASKED, by_head), full((block_kv, lanes), 0.0, wgmma), count
+            total, maximum, weight, count = lax.fori_loop(begin, stop, block, nothing)
+            plgpu.barrier_arrive(q_free.at[q_slot])
+            whole = 2 * config.num_workers + row * num_kv_heads + head
+            place = jnp.where(stop - begin == blocks, whole, 2 * worker + jnp.where(begin == 0, 1, 0))
+            sums_ref.at[place][...] = total
+            plgpu.wait_smem_to_gmem(0)
+            stats_smem[0] = maximum
+            stats_smem[1] = weight.sum(axis=0)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(stats_smem.at[0], maxima_ref.at[place])
+            plgpu.copy_smem_to_gmem(stats_smem.at[1], weights_ref.at[place])
+            return count, pairs + 1
+
+        _pairs(worker, num_kv_heads, plan, visit, (jnp.int32(0), jnp.int32(0)))
+        plgpu.wait_smem_to_gmem(0)

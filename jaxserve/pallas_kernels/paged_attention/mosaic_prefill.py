@@ -1,0 +1,247 @@
+"""Attention of prompt chunks over a paged KV cache for sm_90 (Hopper), in Pallas Mosaic GPU.
+
+A block of threads computes one tile of the flat token axis for one query head: two warpgroups hold half of its tokens each and
+take turns at the tensor cores while the other does its softmax, a third fetches pages by TMA (FlashAttention-3,
+https://arxiv.org/abs/2407.08608). Tiles lie on the axis itself and not on the rows, so that loads and stores are whole and
+aligned: a tile with tokens of several rows walks the pages of one after the other, each time with the other rows' tokens masked.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxserve.pallas_kernels import layer_kv
+from jaxserve.pallas_kernels.layer_kv import LayerKV
+from jaxserve.pallas_kernels.metadata import AttentionMetadata
+from jaxserve.pallas_kernels.paged_attention.prefill_plan import PrefillPlan, plan_prefill
+from jaxserve.pallas_kernels.paged_attention.triton_decode import MASKED, soft_capped
+
+HALF = 64  # tokens of a warpgroup: the height of a wgmma
+BLOCK_Q = 2 * HALF
+
+
+@dataclass(frozen=True)
+class MosaicPrefillConfig:
+    """How the kernel is cut: KV tokens a block, and blocks in flight."""
+
+    block_kv: int = 128
+    num_stages: int = 2
+
+
+def prefill_attention_mosaic(
+    q: jax.Array,
+    kv: LayerKV,
+    metadata: AttentionMetadata,
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    config: MosaicPrefillConfig,
+    interpret: bool = False,
+) -> jax.Array:
+    """Bottom-right causal attention of each token over its row's pages: q [T, H, D] -> [T, H, D]; finite for padding tokens."""
+    num_tokens, num_heads, head_dim = q.shape
+    page_size = kv[0].shape[3 - layer_kv.KV_HEADS_AXIS]
+    plan = plan_prefill(metadata, num_tokens=num_tokens, block_q=BLOCK_Q)
+    num_tiles = plan.tiles.shape[0]
+    padded = jnp.pad(q, ((0, num_tiles * BLOCK_Q - num_tokens), (0, 0), (0, 0)))
+    tiled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+    stages = config.num_stages
+    kv_tiles = plgpu.SMEM((stages, config.block_kv, head_dim), q.dtype, transforms=tiled)
+    filled = plgpu.Barrier(num_arrivals=config.block_kv // page_size, num_barriers=stages)
+    emptied = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
+    # The interpreter knows neither wgmma with its left side in registers nor accumulators with a first value: weights pass through SMEM.
+    weights_smem = [plgpu.SMEM((2, HALF, config.block_kv), q.dtype, transforms=tiled)] if interpret else []
+    out = plgpu.kernel(
+        functools.partial(
+            _prefill_kernel, scale=scale, window=window, soft_cap=soft_cap, config=config, page_size=page_size
+        ),
+        out_type=jax.ShapeDtypeStruct(padded.shape, q.dtype),
+        scratch_types=(
+            plgpu.SMEM((2, HALF, head_dim), q.dtype, transforms=tiled),
+            kv_tiles,
+            kv_tiles,
+            plgpu.Barrier(num_barriers=2),
+            filled,
+            filled,
+            emptied,
+            emptied,
+            plgpu.Barrier(num_arrivals=2),
+            *weights_smem,
+        ),
+        grid=(num_tiles, num_heads),
+        grid_names=("tile", "head"),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )(padded, *kv, metadata.page_table, metadata.kv_lens, metadata.query_starts, plan.tiles, plan.first_rows, plan.end_rows)
+    return out[:num_tokens]
+
+
+def _prefill_kernel(
+    q_ref, keys_ref, values_ref, table_ref, lens_ref, starts_ref, tiles_ref, first_rows_ref, end_rows_ref,
+    out_ref,
+    q_smem, keys_smem, values_smem,
+    q_ready, keys_ready, values_ready, keys_free, values_free, turn,
+    weights_smem=None,
+    *, scale: float, window: int | None, soft_cap: float | None, config: MosaicPrefillConfig, page_size: int,
+):  # fmt: skip
+    block_kv, stages = config.block_kv, config.num_stages
+    num_heads, head_dim = q_ref.shape[1:]
+    num_kv_heads = keys_ref.shape[layer_kv.KV_HEADS_AXIS]
+    pages_per_block, num_pages = block_kv // page_size, table_ref.shape[1]
+    warpgroup = lax.axis_index("warpgroup")
+    head = lax.axis_index("head")
+    tile = tiles_ref[lax.axis_index("tile")]
+    tile_start = tile * BLOCK_Q
+
+    def span(row):
+        """Of a row's part in this tile: offset of token to position, first and end token, and the KV blocks: begin, full begin, full end, end."""
+        start, end = starts_ref[row], starts_ref[row + 1]
+        offset = lens_ref[row] - end
+        first, stop = jnp.maximum(start, tile_start), jnp.minimum(end, tile_start + BLOCK_Q)
+        stop_block = lax.div(stop + offset + block_kv - 1, jnp.int32(block_kv))
+        whole = (first == tile_start) & (stop == tile_start + BLOCK_Q)
+        full_end = lax.div(first + offset + 1, jnp.int32(block_kv))
+        if window is None:
+            begin = full_begin = jnp.int32(0)
+        else:
+            begin = lax.div(jnp.maximum(first + offset - window + 1, 0), jnp.int32(block_kv))
+            full_begin = lax.div(jnp.maximum(stop + offset - window, 0) + block_kv - 1, jnp.int32(block_kv))
+        full_begin = jnp.clip(full_begin, begin, stop_block)
+        full_end = jnp.where(whole, jnp.maximum(full_end, full_begin), full_begin)
+        return offset, start, end, begin, full_begin, full_end, jnp.maximum(stop_block, begin)
+
+    first_row, end_row = first_rows_ref[tile], end_rows_ref[tile]
+
+    @pl.when(warpgroup == 2)
+    def _fetch():
+        plgpu.set_max_registers(40, action="decrease")
+        kv_head = lax.div(head, jnp.int32(num_heads // num_kv_heads))
+
+        def fetch_row(row, count):
+            _, _, _, begin, _, _, stop = span(row)
+
+            def block(i, count):
+                slot = lax.rem(count, jnp.int32(stages))
+                for pages_ref, tiles, ready, free in (
+                    (keys_ref, keys_smem, keys_ready, keys_free),
+                    (values_ref, values_smem, values_ready, values_free),
+                ):
+
+                    @pl.when(count >= stages)
+                    def _(free=free):
+                        plgpu.barrier_wait(free.at[slot])
+
+                    for p in range(pages_per_block):
+                        page = table_ref[row, jnp.minimum(i * pages_per_block + p, num_pages - 1)]
+                        place = (page, kv_head) if layer_kv.KV_HEADS_AXIS == 1 else (page, slice(None), kv_head)
+                        plgpu.copy_gmem_to_smem(
+                            pages_ref.at[place], tiles.at[slot, pl.ds(p * page_size, page_size)], ready.at[slot]
+                        )
+                return count + 1
+
+            return lax.fori_loop(begin, stop, block, count)
+
+        count = lax.fori_loop(first_row, end_row, fetch_row, jnp.int32(0))
+        for slot in range(stages):  # see every phase of a barrier out, as the interpreter demands
+
+            @pl.when(slot < count)
+            def _(slot=slot):
+                plgpu.barrier_wait(keys_free.at[slot])
+                plgpu.barrier_wait(values_free.at[slot])
+
+    @pl.when(warpgroup < 2)
+    def _compute():
+        plgpu.set_max_registers(232, action="increase")
+        wgmma = plgpu.Layout.WGMMA
+        by_token = wgmma.reduce(1)
+        token_start = tile_start + warpgroup * HALF
+        plgpu.copy_gmem_to_smem(q_ref.at[pl.ds(token_start, HALF), head], q_smem.at[warpgroup], q_ready.at[warpgroup])
+        plgpu.barrier_wait(q_ready.at[warpgroup])
+
+        def take_turn():
+            plgpu.barrier_arrive(turn)
+            plgpu.barrier_wait(turn)
+
+        def per_token(x, columns: int):
+            return lax.broadcast_in_dim(x, (HALF, columns), [0])
+
+        def full(shape, value, layout):
+            return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+        def attend_row(row, carry):
+            offset, start, end, begin, full_begin, full_end, stop = span(row)
+            token = plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=by_token) + token_start
+            latest = jnp.where((token >= start) & (token < end), token + offset, -1)
+
+            def block(masked: bool, i, carry):
+                total, maximum, weight, count = carry
+                slot = lax.rem(count, jnp.int32(stages))
+                plgpu.barrier_wait(keys_ready.at[slot])
+
+                def qk(acc):
+                    plgpu.wgmma(acc, q_smem.at[warpgroup], keys_smem.at[slot].transpose((1, 0)))
+                    take_turn()
+                    return acc[...]
+
+                scores = pl.run_scoped(qk, plgpu.ACC((HALF, block_kv), jnp.float32))
+                plgpu.barrier_arrive(keys_free.at[slot])
+                unit = scale * math.log2(math.e)
+                if soft_cap is not None:
+                    scores, unit = soft_capped(scores, soft_cap, scale), 1.0
+                if masked:
+                    position = plgpu.broadcasted_iota(jnp.int32, (HALF, block_kv), 1, layout=wgmma) + i * block_kv
+                    scores = jnp.where(position <= per_token(latest, block_kv), scores, MASKED)
+                    if window is not None:
+                        scores = jnp.where(position > per_token(latest - window, block_kv), scores, MASKED)
+                new_maximum = jnp.maximum(maximum, scores.max(axis=1) * unit)
+                decay = jnp.exp2(maximum - new_maximum)
+                p = jnp.exp2(scores * unit - per_token(new_maximum, block_kv))
+                total = total * per_token(decay, head_dim)
+                weight = weight * decay + p.sum(axis=1)
+                p = p.astype(q_smem.dtype)
+                if weights_smem is None:
+                    total, weight, new_maximum, p = lax.optimization_barrier((total, weight, new_maximum, p))
+                plgpu.barrier_arrive(turn)
+                plgpu.barrier_wait(values_ready.at[slot])
+                plgpu.barrier_wait(turn)
+                if weights_smem is None:
+
+                    def pv(acc):
+                        plgpu.wgmma(acc, p, values_smem.at[slot])
+
+                    total = pl.run_state(pv)(plgpu.ACC.init(total))
+                else:
+                    weights_smem[warpgroup] = p
+                    plgpu.commit_smem()
+
+                    def pv_staged(acc):
+                        plgpu.wgmma(acc, weights_smem.at[warpgroup], values_smem.at[slot])
+                        return acc[...]
+
+                    total = total + pl.run_scoped(pv_staged, plgpu.ACC((HALF, head_dim), jnp.float32))
+                plgpu.barrier_arrive(values_free.at[slot])
+                return total, new_maximum, weight, count + 1
+
+            if window is not None:
+                carry = lax.fori_loop(begin, full_begin, functools.partial(block, True), carry)
+            carry = lax.fori_loop(full_begin, full_end, functools.partial(block, False), carry)
+            return lax.fori_loop(full_end, stop, functools.partial(block, True), carry)
+
+        pl.when(warpgroup == 1)(take_turn)
+        nothing = full((HALF, head_dim), 0.0, wgmma), full((HALF,), MASKED, by_token), full((HALF,), 0.0, by_token), jnp.int32(0)
+        total, _, weight, _ = lax.fori_loop(first_row, end_row, attend_row, nothing)
+        pl.when(warpgroup == 0)(take_turn)
+        total = total / per_token(jnp.maximum(weight, 1e-30), head_dim)
+        q_smem[warpgroup] = total.astype(q_smem.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_smem.at[warpgroup], out_ref.at[pl.ds(token_start, HALF), head])
+        plgpu.wait_smem_to_gmem(0)
