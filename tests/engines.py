@@ -4,6 +4,8 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from jaxserve.config import EngineOptions, ModelOptions
 from jaxserve.engine.build import join
 from jaxserve.engine.engine import Engine
@@ -12,6 +14,7 @@ from jaxserve.runner import ModelRunner, RunnerConfig, make_mesh
 from jaxserve.weights import ModelSource
 from jaxserve.weights.loader import load_model
 
+NUM_REQUESTS = 32
 # Room for less than two of the longest requests, so that those that run at once preempt each other.
 KV_TOKENS = 384
 
@@ -87,3 +90,15 @@ def run_alone(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> 
     """Tokens of one request with the engine to itself."""
     engine.add_request(Request("alone", tuple(prompt), params))
     return tokens_of(finish(engine)["alone", 0])
+
+
+def make_prompts() -> list[tuple[int, ...]]:
+    """32 prompts of 1 to 200 tokens; every third begins with the same 70 tokens."""
+    random = np.random.default_rng(7)
+    prefix = random.integers(3, 310, 70).tolist()
+    prompts = []
+    for i in range(NUM_REQUESTS):
+        length = (1, 2, 15, 16, 17, 31, 33, 64, 65, 100, 150, 200)[i % 12]
+        own = random.integers(3, 310, length).tolist()
+        prompts.append(tuple(prefix + own[:60] if i % 3 == 0 else own))
+    return prompts

@@ -3,28 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from engines import TinyRunner, finish, greedy, run_alone, tiny_runner, tokens_of
+from engines import NUM_REQUESTS, TinyRunner, finish, greedy, make_prompts, run_alone, tiny_runner, tokens_of
 
 from jaxserve.engine.engine import Engine
 from jaxserve.request import Request
 
-NUM_REQUESTS = 32
 OUTPUT_TOKENS = 24
 FEW_PROGRAMS = {"slots": 2, "max_batch_tokens": 32}
-
-
-def make_prompts() -> list[tuple[int, ...]]:
-    """32 prompts of 1 to 200 tokens; every third begins with the same 70 tokens."""
-    random = np.random.default_rng(7)
-    prefix = random.integers(3, 310, 70).tolist()
-    prompts = []
-    for i in range(NUM_REQUESTS):
-        length = (1, 2, 15, 16, 17, 31, 33, 64, 65, 100, 150, 200)[i % 12]
-        own = random.integers(3, 310, length).tolist()
-        prompts.append(tuple(prefix + own[:60] if i % 3 == 0 else own))
-    return prompts
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +78,6 @@ def test_bounded_decode_gap_gives_the_same_tokens(runner: TinyRunner, alone: lis
 @pytest.mark.parametrize("tensor_size", [2, 4])
 def test_tensor_parallel_gives_the_same_tokens(tiny_checkpoint: Callable[[str], Path], alone: list[list[int]], tensor_size: int):
     check_under_load(tiny_runner(tiny_checkpoint("llama"), tensor_size=tensor_size, **FEW_PROGRAMS).engine(), alone)
-
-
-def test_second_replica_gives_the_same_tokens(tiny_checkpoint: Callable[[str], Path], alone: list[list[int]]):
-    check_under_load(tiny_runner(tiny_checkpoint("llama"), data_index=1, **FEW_PROGRAMS).engine(), alone)
 
 
 def test_samples_of_one_prompt_share_its_pages(runner: TinyRunner, alone: list[list[int]]):

@@ -129,6 +129,7 @@ class AsyncEngine:
         try:
             while self._take_inbox():
                 self._deliver(self._engine.step())
+            self._engine.close()
         except Exception as error:  # A step that raised took the device state with it: nothing can go on.
             logger.exception("the engine's step failed")
             with self._wake:

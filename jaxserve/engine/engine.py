@@ -118,6 +118,12 @@ class Engine:
             self._in_flight = None
         return outputs
 
+    def close(self) -> None:
+        """Collect what is still in flight, for nobody: the runner is idle afterwards and can serve another engine."""
+        if self._in_flight is not None:
+            self._finish(self._in_flight)
+            self._in_flight = None
+
     def stats(self) -> EngineStats:
         """Counters and gauges as of now."""
         return replace(
