@@ -255,16 +255,22 @@ def test_too_many_bans_are_refused():
         list(slot_loads(0, SamplingParams(min_tokens=1), [1], [], range(1000), VOCAB))
 
 
-def test_masks_allow_only_their_bits():
-    allowed = np.random.default_rng(1).random((8, VOCAB)) < 0.001
-    allowed[0] = False
-    allowed[0, [5, 31, 32]] = True
-    words = np.zeros((8, -(-VOCAB // 32)), np.uint32)
+def packed_masks(allowed: np.ndarray) -> np.ndarray:
+    """uint32 [rows, ceil(VOCAB / 32)] of bool [rows, VOCAB]."""
+    words = np.zeros((len(allowed), -(-VOCAB // 32)), np.uint32)
     for row, token in zip(*np.nonzero(allowed), strict=True):
         words[row, token // 32] |= np.uint32(1 << (token % 32))
-    params = [replace(p, seed=row, logprobs=0) for row, p in enumerate([*TRUNCATIONS[:7], SamplingParams(temperature=0.0)])]
-    logits = random_logits(8)
-    tokens = Batch(params).step(logits, masks=words)
+    return words
+
+
+@pytest.mark.parametrize("first", [0, 2, 4, 6])
+def test_masks_allow_only_their_bits(first: int):
+    allowed = np.random.default_rng(first).random((2, VOCAB)) < 0.001
+    if first == 0:
+        allowed[0] = np.isin(np.arange(VOCAB), [5, 31, 32])
+    params = [replace(p, seed=row, logprobs=0) for row, p in enumerate(TRUNCATIONS[first : first + 2])]
+    logits = random_logits(2)
+    tokens = Batch(params).step(logits, masks=packed_masks(allowed))
     for row, p in enumerate(params):
         token = int(tokens.token_ids[row, 0])
         masked = np.where(allowed[row], logits[row, :VOCAB].astype(np.float64), -np.inf)
@@ -280,9 +286,10 @@ def test_the_same_seed_gives_the_same_tokens_in_any_bucket_row_and_slot():
     others = [SamplingParams(seed=i, top_k=9, logprobs=2) for i in range(7)]
     alone = Batch([params], slots=[0])
     crowd = Batch([*others[:5], params, *others[5:]], slots=[3, 1, 0, 2, 4, 11, 5, 6])
+    everything = packed_masks(np.ones((2, VOCAB), bool))
     for number in range(10):
         logits = random_logits(8, seed=number)
-        alone.step(np.repeat(logits[5:6], 3, axis=0))
+        alone.step(np.repeat(logits[5:6], 2, axis=0), masks=everything)
         crowd.step(logits)
     assert alone.outputs[0] == crowd.outputs[5]
     assert len(set(alone.outputs[0])) > 5

@@ -94,7 +94,7 @@ def test_noise_is_that_of_the_reference_and_independent_of_the_part_of_the_vocab
         small = expected < 1  # the large end is coarse: float32 has few numbers close below 1
         np.testing.assert_allclose(whole[row][small], expected[small], rtol=1e-5)
         np.testing.assert_allclose(np.exp(-whole[row]), np.exp(-expected), atol=1e-6)
-    shard = exponential_noise(halves[:, 0], halves[:, 1], jnp.array(positions, jnp.int32), jnp.arange(2500, 5000, dtype=jnp.int32))
+    shard = make(halves[:, 0], halves[:, 1], jnp.array(positions, jnp.int32), jnp.arange(2500, 5000, dtype=jnp.int32))
     np.testing.assert_allclose(np.asarray(shard), whole[:, 2500:], rtol=1e-4)
 
 

@@ -83,18 +83,11 @@ def first_argmax(values: jax.Array) -> jax.Array:
     XLA's own argmax is not vectorised on CPUs (10 times slower); a maximum is. So first the block with the largest one, then it alone.
     """
     rows, size = values.shape
-    if size <= _BLOCK:
-        return _first_match(values)
     blocks = _blocks(values)
-    block = _first_match(jnp.max(blocks, axis=2))
-    chosen = jnp.take_along_axis(blocks, block[:, None, None], axis=1, mode="promise_in_bounds")
-    return jnp.minimum(block * jnp.int32(_BLOCK) + _first_match(chosen.reshape(rows, _BLOCK)), jnp.int32(size - 1))
-
-
-def _first_match(values: jax.Array) -> jax.Array:
-    best = jnp.max(values, axis=1, keepdims=True)
-    places = jax.lax.broadcasted_iota(jnp.int32, values.shape, 1)
-    return jnp.min(jnp.where(values == best, places, jnp.int32(values.shape[1] - 1)), axis=1)
+    block = jnp.argmax(jnp.max(blocks, axis=2), axis=1).astype(jnp.int32)
+    chosen = jnp.take_along_axis(blocks, block[:, None, None], axis=1, mode="promise_in_bounds").reshape(rows, _BLOCK)
+    place = jnp.argmax(chosen, axis=1).astype(jnp.int32)
+    return jnp.minimum(block * jnp.int32(_BLOCK) + place, jnp.int32(size - 1))
 
 
 def _blocks(values: jax.Array) -> jax.Array:
