@@ -177,7 +177,7 @@ function render(element, text) {
   const parts = [];
   text.split(/^[ \t]*```/m).forEach((part, index, all) => {
     if (index % 2 === 0) {
-      const around = part.slice(index && part.startsWith("\n") ? 1 : 0); // the blocks have margins of their own
+      const around = index ? part.replace(/^\n+/, "") : part; // the blocks have margins of their own
       parts.push(...inline(index < all.length - 1 ? around.trimEnd() : around));
       return;
     }
