@@ -1,7 +1,6 @@
 """Putting a model's weights on a mesh: each tensor straight to its shards, never the whole model twice in host memory."""
 
 import json
-import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from jaxserve.errors import ModelNotFound, StartupError, UnsupportedModel
 from jaxserve.models import Architecture, Model, ModelConfig
 from jaxserve.models.parameters import Parameter
 from jaxserve.weights.checkpoint import HEAD, Checkpoint, check_tensors, embeddings_are_tied
+from jaxserve.weights.dummy import random_array
 from jaxserve.weights.gguf_file import GGUFCheckpoint
 from jaxserve.weights.safetensors_folder import SafetensorsCheckpoint
 from jaxserve.weights.source import ModelSource
@@ -36,7 +36,7 @@ def load_model(source: ModelSource, options: ModelOptions, mesh: Mesh, dtype: jn
     if options.load_format == "dummy":
         architecture = Architecture.of(config)
         _check_mesh(architecture, mesh.shape["tensor"])
-        return Model(architecture, tuple(_random(parameter, mesh, dtype) for parameter in architecture.parameters))
+        return Model(architecture, tuple(random_array(parameter, mesh, dtype) for parameter in architecture.parameters))
     checkpoint: Checkpoint = GGUFCheckpoint(source.path) if source.is_gguf else SafetensorsCheckpoint(source.path)
     tied = config.tie_embeddings and embeddings_are_tied(checkpoint)
     architecture = Architecture.of(replace(config, tie_embeddings=tied))
@@ -101,17 +101,3 @@ def _load(parameter: Parameter, checkpoint: Checkpoint, mesh: Mesh, dtype: jnp.d
         return parameter.read(checkpoint.read, 0 if axis is None else start // local[axis], shards, dtype)
 
     return jax.make_array_from_callback(parameter.shape(shards), NamedSharding(mesh, parameter.spec), shard)
-
-
-def _random(parameter: Parameter, mesh: Mesh, dtype: jnp.dtype) -> jax.Array:
-    """Weights of standard deviation 0.02, norms of one; the same in every run, made on the devices."""
-    shape, sharding = parameter.shape(mesh.shape["tensor"]), NamedSharding(mesh, parameter.spec)
-    if parameter.initializer == "ones":
-        return jnp.ones(shape, dtype, device=sharding)
-    make = jax.jit(_uniform, static_argnums=(1, 2), out_shardings=sharding)
-    return make(jax.random.key(zlib.crc32(parameter.sources[0].name.encode())), shape, dtype)
-
-
-def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    bound = 0.02 * 3**0.5
-    return jax.random.uniform(key, shape, dtype, -bound, bound)

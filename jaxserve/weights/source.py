@@ -1,5 +1,6 @@
 """Where a model's files are. Imports no JAX."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,12 +39,14 @@ def resolve_model(options: ModelOptions) -> ModelSource:
     model_id = options.model_id
     if model_id is None:
         return ModelSource(DEMO_MODEL_ID, "", ensure_demo_model())
-    path = Path(model_id).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    # An empty id, as from an unset variable, would mean the working directory.
+    path = Path(os.path.expanduser(model_id or os.devnull))
+    is_file = os.path.isfile(path)
+    if os.path.isdir(path) or (is_file and path.suffix == ".gguf"):
         return ModelSource(model_id, "", path)
-    if path.is_file():
+    if is_file:
         raise ModelNotFound(f"{model_id} is a file, but not a .gguf file")
     if model_id.startswith((".", "/", "~")) or model_id.endswith(".gguf") or model_id.count("/") != 1:
-        raise ModelNotFound(f"there is no file or folder {model_id}")
+        raise ModelNotFound(f"there is no file or folder {model_id!r}")
     folder = fetch_model(model_id, options.revision, with_weights=options.load_format != "dummy")
     return ModelSource(model_id, options.revision or "", folder)

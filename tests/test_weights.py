@@ -1,0 +1,241 @@
+"""Safetensors folders: what ends up where, and what is said of a damaged checkpoint."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from plain_forward import make_mesh
+from safetensors.numpy import load_file, save_file
+from tiny_models import CONFIGS, write_checkpoint
+
+from jaxserve.config import ModelOptions
+from jaxserve.errors import ModelNotFound, StartupError, UnsupportedModel, WeightsError
+from jaxserve.models import Model, ModelConfig
+from jaxserve.weights import ModelSource, resolve_model
+from jaxserve.weights.loader import load_model, resolve_dtype
+
+
+def load(folder: Path, tensor: int = 1, load_format: str = "auto") -> Model:
+    options = ModelOptions(model_id=str(folder), load_format=load_format)
+    return load_model(resolve_model(options), options, make_mesh(tensor))
+
+
+def by_name(model: Model) -> dict[str, jax.Array]:
+    """Leaves by the name of their first source."""
+    pairs = zip(model.architecture.parameters, model.leaves, strict=True)
+    return {parameter.sources[0].name: leaf for parameter, leaf in pairs}
+
+
+def shards(leaf: jax.Array) -> list[np.ndarray]:
+    """Local arrays in device order."""
+    return [np.asarray(shard.data) for shard in sorted(leaf.addressable_shards, key=lambda shard: shard.device.id)]
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """A checkpoint that the test may damage."""
+    return write_checkpoint(tmp_path / "llama", "llama")
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    """Change the tensors of a single-file checkpoint."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_shards_hold_their_heads_units_and_vocabulary(tiny_checkpoint: Callable[[str], Path]) -> None:
+    """qwen3-bias has 8 heads of 16 and 2 KV heads: on 4 shards, KV heads 0, 0, 1, 1."""
+    folder = tiny_checkpoint("qwen3-bias")
+    tensors, leaves = load_file(folder / "model.safetensors"), by_name(load(folder, 4))
+    layer = "model.layers.1."
+    q, k, v = (tensors[f"{layer}self_attn.{n}_proj.weight"] for n in "qkv")
+    gate, up = tensors[f"{layer}mlp.gate_proj.weight"], tensors[f"{layer}mlp.up_proj.weight"]
+    biases = [tensors[f"{layer}self_attn.{n}_proj.bias"] for n in "qkv"]
+    for i in range(4):
+        heads, kv_head, units = slice(32 * i, 32 * i + 32), slice(16 * (i // 2), 16 * (i // 2) + 16), slice(24 * i, 24 * i + 24)
+        expected = {
+            "self_attn.q_proj.weight": np.concatenate([q[heads], k[kv_head], v[kv_head]]),
+            "self_attn.q_proj.bias": np.concatenate([biases[0][heads], biases[1][kv_head], biases[2][kv_head]]),
+            "self_attn.o_proj.weight": tensors[f"{layer}self_attn.o_proj.weight"][:, heads],
+            "self_attn.o_proj.bias": tensors[f"{layer}self_attn.o_proj.bias"],
+            "mlp.gate_proj.weight": np.concatenate([gate[units], up[units]]),
+            "mlp.down_proj.weight": tensors[f"{layer}mlp.down_proj.weight"][:, units],
+        }
+        for name, array in expected.items():
+            np.testing.assert_array_equal(shards(leaves[layer + name])[i], array, err_msg=name)
+        np.testing.assert_array_equal(shards(leaves["lm_head.weight"])[i], tensors["lm_head.weight"][80 * i : 80 * i + 80])
+
+
+def test_many_files_are_read_as_one(tmp_path: Path, tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxserve.weights.safetensors_folder._REMAP_BYTES", 10_000)
+    one = load(tiny_checkpoint("qwen2"))
+    many = load(write_checkpoint(tmp_path / "sharded", "qwen2", max_shard_tensors=4))
+    (tmp_path / "sharded" / "model.safetensors.index.json").unlink()
+    unindexed = load(tmp_path / "sharded")
+    for leaf, *others in zip(one.leaves, many.leaves, unindexed.leaves, strict=True):
+        for other in others:
+            np.testing.assert_array_equal(leaf, other)
+
+
+def test_half_precision_checkpoints_are_widened_on_the_cpu(llama: Path) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    halves = {name: array.astype(ml_dtypes.bfloat16 if "mlp" in name else np.float16) for name, array in tensors.items()}
+    save_file(halves, llama / "model.safetensors")
+    model = load(llama)
+    assert {leaf.dtype for leaf in model.leaves} == {jnp.dtype(jnp.float32)}
+    name = "model.layers.0.mlp.down_proj.weight"
+    np.testing.assert_array_equal(by_name(model)[name], halves[name].astype(np.float32))
+
+
+def test_dtype_follows_platform_and_checkpoint() -> None:
+    config = ModelConfig.from_hf({**CONFIGS["llama"], "torch_dtype": "float16"})
+    assert resolve_dtype("auto", config, "cpu") == jnp.float32
+    assert resolve_dtype("auto", config, "gpu") == jnp.float16
+    assert resolve_dtype("auto", ModelConfig.from_hf(CONFIGS["llama"]), "gpu") == jnp.bfloat16
+    assert resolve_dtype("bfloat16", config, "cpu") == jnp.bfloat16
+
+
+def test_missing_extra_and_misshapen_tensors_are_one_error(llama: Path) -> None:
+    def damage(tensors: dict[str, np.ndarray]) -> None:
+        for i in range(2):
+            del tensors[f"model.layers.{i}.self_attn.q_proj.weight"], tensors[f"model.layers.{i}.mlp.up_proj.weight"]
+        tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(64, np.float32)
+        tensors["model.norm.weight"] = np.zeros(65, np.float32)
+
+    rewrite(llama, damage)
+    with pytest.raises(WeightsError) as caught:
+        load(llama)
+    message = str(caught.value)
+    assert "missing: model.layers.0." in message and "and 1 more" in message
+    assert "not part of the model: model.layers.0.self_attn.q_proj.bias" in message
+    assert "model.norm.weight is [65], not [64]" in message
+    assert "\n" not in message
+
+
+def test_stored_rotary_frequencies_are_ignored(llama: Path) -> None:
+    rewrite(llama, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}))
+    load(llama)
+
+
+def test_head_beside_tied_embeddings(tmp_path: Path) -> None:
+    """As in transformers: the same values are tied, others are not."""
+    folder = write_checkpoint(tmp_path, "qwen2")
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
+    assert load(folder).config.tie_embeddings
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] * 2}))
+    model = load(folder)
+    assert not model.config.tie_embeddings
+    np.testing.assert_array_equal(by_name(model)["lm_head.weight"], by_name(model)["model.embed_tokens.weight"] * 2)
+
+
+def test_mesh_that_cannot_share_the_model(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
+    with pytest.raises(StartupError, match="3 devices cannot share this model's 8 attention heads evenly"):
+        load(tiny_checkpoint("llama"), 3)
+    config = {**CONFIGS["llama"], "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StartupError, match="6 devices cannot share this model's 4 KV heads evenly"):
+        load(tmp_path, 6, "dummy")
+
+
+def test_random_weights_are_the_same_in_every_run(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["qwen3"]))
+    one, two = by_name(load(tmp_path, 2, "dummy")), by_name(load(tmp_path, 2, "dummy"))
+    for name, leaf in one.items():
+        np.testing.assert_array_equal(leaf, two[name])
+    embedding, norm = np.asarray(one["model.embed_tokens.weight"]), np.asarray(one["model.norm.weight"])
+    assert embedding.std() == pytest.approx(0.02, rel=0.02)
+    assert abs(embedding.mean()) < 1e-3
+    assert not np.array_equal(embedding, np.asarray(one["lm_head.weight"]))
+    assert (norm == 1).all()
+
+
+@pytest.mark.parametrize("size", [0, 4, 8, 100, 20_000, -1])
+def test_truncated_files(llama: Path, size: int) -> None:
+    path = llama / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(WeightsError, match=r"model\.safetensors is not a complete safetensors file") as caught:
+        load(llama)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_headers_never_give_a_traceback(llama: Path) -> None:
+    """Bytes of the header changed at random: the file loads, or one line says what is wrong."""
+    path = llama / "model.safetensors"
+    whole = path.read_bytes()
+    header = int.from_bytes(whole[:8], "little") + 8
+    draw = random.Random(0)
+    errors = 0
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for _ in range(draw.choice((1, 1, 4, 40))):
+            damaged[draw.randrange(header)] = draw.choice((0, 255, ord('"'), ord("9"), ord("}"), draw.randrange(256)))
+        path.write_bytes(damaged)
+        try:
+            load(llama)
+        except StartupError as error:
+            assert "\n" not in str(error)
+            errors += 1
+    assert errors > 100
+
+
+def test_index_files(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "a", "llama", max_shard_tensors=8)
+    index = folder / "model.safetensors.index.json"
+    good = json.loads(index.read_bytes())
+    (folder / "model-00002-of-00003.safetensors").rename(tmp_path / "model-00002-of-00003.safetensors")
+    with pytest.raises(WeightsError, match=r"lacks model-00002-of-00003\.safetensors"):
+        load(folder)
+    # A name that leads out of the folder is looked for within it.
+    outside = {k: v.replace("model-00002", "../model-00002") for k, v in good["weight_map"].items()}
+    index.write_text(json.dumps({"weight_map": outside}))
+    with pytest.raises(WeightsError, match="lacks"):
+        load(folder)
+    for broken in ("", "{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": [1]}}', '{"weight_map": {"a": 1}}', "[" * 100_000):
+        index.write_text(broken)
+        with pytest.raises(WeightsError, match="weight_map"):
+            load(folder)
+
+
+def test_integer_weights_are_refused(llama: Path) -> None:
+    rewrite(llama, lambda tensors: tensors.update({"model.norm.weight": np.ones(64, np.int8)}))
+    with pytest.raises(WeightsError, match=r"model\.norm\.weight has dtype I8"):
+        load(llama)
+
+
+def test_folders_that_are_no_models(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match=r"has no config\.json"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama"]))
+    with pytest.raises(WeightsError, match="holds no safetensors files"):
+        load(tmp_path)
+    for broken in ("", "{", "[1]", "\x00", "[" * 100_000):
+        (tmp_path / "config.json").write_text(broken)
+        with pytest.raises(UnsupportedModel, match="JSON") as caught:
+            load(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "model_id", ["./nothing", "/nothing/here", "~/nothing", "nothing.gguf", "a/b/c", "", "nothing", "~nobody-here/x", "a\0/b/c", "x" * 5000]
+)
+def test_paths_that_lead_nowhere(model_id: str) -> None:
+    with pytest.raises(ModelNotFound, match="no file or folder"):
+        resolve_model(ModelOptions(model_id=model_id))
+
+
+def test_a_file_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").write_bytes(b"x")
+    with pytest.raises(ModelNotFound, match=r"not a \.gguf file"):
+        resolve_model(ModelOptions(model_id=str(tmp_path / "weights.bin")))
+
+
+def test_source_tells_folder_from_gguf(llama: Path) -> None:
+    assert resolve_model(ModelOptions(model_id=str(llama))) == ModelSource(str(llama), "", llama)
+    assert ModelSource("x", "", Path("x.gguf")).is_gguf
