@@ -48,6 +48,7 @@ class LLMDouble:
         self.info = INFO
         self.tokenizer = ByteTokenizer()
         self.params: list[SamplingParams] = []
+        self.calls: list[list[tuple[int, ...]]] = []  # prompts of each generate()
         self._delay = delay
         self._fail_at = fail_at
 
@@ -70,6 +71,15 @@ class LLMDouble:
                 yield key, self._answer(prompt, params)
             except InvalidRequest as error:
                 yield key, error
+
+    def generate(
+        self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams], use_tqdm: bool = False
+    ) -> list[RequestOutput]:
+        """As LLM.generate, for token ids."""
+        self.calls.append([tuple(prompt) for prompt in prompts])
+        time.sleep(self._delay)
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        return [self._answer(prompt, p) for prompt, p in zip(prompts, each, strict=True)]
 
     def _answer(self, prompt: Any, params: SamplingParams) -> RequestOutput:
         params.validate(256)

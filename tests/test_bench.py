@@ -196,6 +196,40 @@ def test_a_server_that_fails_the_trial_is_one_line(
     assert capsys.readouterr().err == "jaxserve: the server failed the first request: 401: no\n"
 
 
+def test_throughput_counts_the_measured_requests_only() -> None:
+    from llm_double import LLMDouble
+
+    from jaxserve.bench.offline import bench_throughput
+
+    llm = LLMDouble(delay=0.05)
+    workload = WorkloadOptions(num_prompts=5, random_input_len=64, random_output_len=4)
+    report = bench_throughput(llm, ThroughputOptions(temperature=0.5, num_warmups=7), workload)  # type: ignore[arg-type]
+    warmups, measured = llm.calls
+    assert len(warmups) == 7 and len(measured) == 5 and not set(warmups) & set(measured)
+    assert all(p.ignore_eos and p.max_tokens == 4 and p.temperature == 0.5 for p in llm.params)
+    figures = report.figures
+    assert (figures["num_requests"], figures["total_input_tokens"], figures["total_output_tokens"]) == (5, 320, 20)
+    assert 0.05 <= figures["elapsed_time"] < 0.5
+    assert figures["output_tokens_per_second"] == pytest.approx(20 / figures["elapsed_time"])
+    assert figures["tokens_per_second"] == pytest.approx(340 / figures["elapsed_time"])
+    assert report.system["model_id"] == "double" and report.options["num_prompts"] == 5
+
+
+def test_latency_times_batches_of_new_prompts() -> None:
+    from llm_double import LLMDouble
+
+    from jaxserve.bench.offline import bench_latency
+
+    llm = LLMDouble(delay=0.02)
+    report = bench_latency(llm, LatencyOptions(batch_size=3, input_len=16, output_len=5, num_iters_warmup=2, num_iters=4))  # type: ignore[arg-type]
+    assert len(llm.calls) == 6 and all(len(batch) == 3 for batch in llm.calls)
+    assert len({prompt for batch in llm.calls for prompt in batch}) == 18  # none can come from the prefix cache
+    assert len(report.figures["latencies"]) == 4 and min(report.figures["latencies"]) >= 0.02
+    assert report.figures["avg_latency"] == pytest.approx(np.mean(report.figures["latencies"]))
+    assert report.figures["p50_latency"] == pytest.approx(np.median(report.figures["latencies"]))
+    assert report.figures["output_tokens_per_second"] == pytest.approx(15 / report.figures["avg_latency"])
+
+
 def test_a_report_says_what_ran_on_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = Report("latency", {"avg_latency": 1234.5, "latencies": [1.0]}, {"model_id": "tiny", "device": "cpu"}, {"seed": 3})
     report.show()
