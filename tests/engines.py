@@ -1,10 +1,9 @@
 """Engines on tiny checkpoints for tests: the runner is compiled once a session, each engine gets a scheduler of its own."""
 
 import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from jaxserve.config import EngineOptions, ModelOptions
 from jaxserve.engine.build import join
@@ -14,9 +13,7 @@ from jaxserve.runner import ModelRunner, RunnerConfig, make_mesh
 from jaxserve.weights import ModelSource
 from jaxserve.weights.loader import load_model
 
-NUM_REQUESTS = 32
-# Room for less than two of the longest requests, so that those that run at once preempt each other.
-KV_TOKENS = 384
+MAX_TOTAL_TOKENS = 240
 
 
 class TinyRunner:
@@ -28,13 +25,16 @@ class TinyRunner:
         data_index: which replica.
         slots: samples that run at once; each size of batch up to it is a program to compile.
         max_batch_tokens: of a step; likewise.
+        kv_tokens: room in the cache; little, so that samples that run at once preempt each other.
     """
 
-    def __init__(self, folder: Path, tensor_size: int = 1, data_index: int = 0, slots: int = 4, max_batch_tokens: int = 64):
+    def __init__(
+        self, folder: Path, tensor_size: int = 1, data_index: int = 0, slots: int = 4, max_batch_tokens: int = 64, kv_tokens: int = 384
+    ):
         mesh = make_mesh(tensor_size, data_index)
         model = load_model(ModelSource(str(folder), "", folder), ModelOptions(), mesh)
         token_bytes = 2 * 4 * model.config.head_dim * model.config.local_kv_heads(tensor_size) * model.config.num_layers
-        self.config = RunnerConfig(slots, max_batch_tokens, max_total_tokens=288, kv_bytes=KV_TOKENS * token_bytes)
+        self.config = RunnerConfig(slots, max_batch_tokens, max_total_tokens=MAX_TOTAL_TOKENS, kv_bytes=kv_tokens * token_bytes)
         self.runner = ModelRunner(model, mesh, self.config)
         self.runner.warmup()
         self._model = model
@@ -92,13 +92,8 @@ def run_alone(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> 
     return tokens_of(finish(engine)["alone", 0])
 
 
-def make_prompts() -> list[tuple[int, ...]]:
-    """32 prompts of 1 to 200 tokens; every third begins with the same 70 tokens."""
-    random = np.random.default_rng(7)
-    prefix = random.integers(3, 310, 70).tolist()
-    prompts = []
-    for i in range(NUM_REQUESTS):
-        length = (1, 2, 15, 16, 17, 31, 33, 64, 65, 100, 150, 200)[i % 12]
-        own = random.integers(3, 310, length).tolist()
-        prompts.append(tuple(prefix + own[:60] if i % 3 == 0 else own))
-    return prompts
+@functools.cache
+def load_goldens(name: str) -> tuple[list[list[int]], list[list[int]]]:
+    """32 prompts of 1 to 200 tokens, and what transformers continues each with when it is alone; no near ties."""
+    goldens = json.loads((Path(__file__).parent / "goldens" / "load.json").read_text())[name]
+    return [golden["prompt"] for golden in goldens], [golden["tokens"] for golden in goldens]

@@ -86,7 +86,7 @@ def test_one_sample_of_several_can_be_aborted(engine: AsyncEngine):
 
 def test_aborted_requests_yield_nothing_more_and_unknown_ones_are_ignored(engine: AsyncEngine):
     sink = Outputs()
-    engine.submit(Request("a", (5, 6), greedy(250)), sink)
+    engine.submit(Request("a", (5, 6), greedy(200)), sink)
     sink.wait(lambda outputs: len(outputs) > 2)
     engine.abort("a")
     engine.abort("a")
@@ -106,7 +106,7 @@ def test_bad_requests_are_refused_and_take_no_permit(engine: AsyncEngine):
         engine.submit(Request("x", (320,), greedy(5)), sink)
     with pytest.raises(ContextTooLong):
         engine.submit(Request("x", (5,) * 280, greedy(20)), sink)
-    engine.submit(Request("x", (5,), greedy(250)), sink)
+    engine.submit(Request("x", (5,), greedy(200)), sink)
     with pytest.raises(InvalidRequest):
         engine.submit(Request("x", (5,), greedy(5)), sink)
     assert engine.num_permits_held == 1
@@ -115,7 +115,7 @@ def test_bad_requests_are_refused_and_take_no_permit(engine: AsyncEngine):
 
 def test_closing_ends_what_runs(engine: AsyncEngine):
     sink = Outputs()
-    engine.submit(Request("a", (5, 6), greedy(250, n=2)), sink)
+    engine.submit(Request("a", (5, 6), greedy(200, n=2)), sink)
     sink.wait(lambda outputs: len(outputs) > 2)
     engine.close()
     assert [o.finish_reason for o in sink.all].count(FinishReason.ERROR) == 2

@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from engines import make_prompts
+from engines import load_goldens
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.errors import ContextTooLong, InvalidRequest, StartupError
 from jaxserve.request import FinishReason
 
 # Room for less than two of the longest requests; a token's K and V in float32, 4 heads of 8, 2 layers.
-KV_TOKENS, TOKEN_BYTES = 320, 2 * 4 * 4 * 8 * 2
+KV_TOKENS, TOKEN_BYTES = 240, 2 * 4 * 4 * 8 * 2
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
 
 
@@ -22,7 +22,7 @@ def llm(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPat
         mesh="2x1",
         max_batch_size=2,
         max_batch_prefill_tokens=32,
-        max_total_tokens=288,
+        max_total_tokens=240,
         cpu_kv_cache_gib=KV_TOKENS * TOKEN_BYTES / 2**30,
         compilation_cache_dir=str(tmp_path_factory.mktemp("xla")),
     )
@@ -50,12 +50,12 @@ def test_both_replicas_work_and_are_left_clean(llm: LLM):
 
 
 def test_load_changes_no_token_on_two_replicas(llm: LLM):
-    prompts = make_prompts()
-    alone = [llm.generate([prompt], GREEDY)[0].outputs[0].token_ids for prompt in prompts]
-    preemptions = sum(engine.stats().num_preemptions for engine in llm.engines)
-    together = llm.generate(prompts, GREEDY)
-    assert [o.outputs[0].token_ids for o in together] == alone
-    assert sum(engine.stats().num_preemptions for engine in llm.engines) > preemptions, "the cache was meant to be too small"
+    prompts, alone = load_goldens("llama")
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    params = [SamplingParams(temperature=0.0, max_tokens=len(alone[i]), ignore_eos=True) for i in order]
+    outputs = llm.generate([prompts[i] for i in order], params)
+    assert [o.outputs[0].token_ids for o in outputs] == [alone[i] for i in order]
+    assert sum(engine.stats().num_preemptions for engine in llm.engines) > 0, "the cache was meant to be too small"
 
 
 def test_a_stop_string_ends_the_text_before_it(llm: LLM):
