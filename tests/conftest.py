@@ -40,3 +40,17 @@ def fake_server() -> Iterator[Any]:
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def front_end(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A live_front_end.LiveFrontEnd on the tiny tokenizer, shared by all tests that leave it as it was."""
+    from live_front_end import LiveFrontEnd
+    from tiny_models import write_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    live = LiveFrontEnd(folder)
+    live.start()
+    yield live
+    live.stop()

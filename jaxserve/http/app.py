@@ -39,7 +39,6 @@ def build_app(service: Service, lifespan: Callable[[FastAPI], AbstractAsyncConte
         description="Serves language models on JAX, with the APIs of OpenAI and of Text Generation Inference.",
         redoc_url=None,
         lifespan=lifespan or _no_lifespan,
-        max_body_size=options.payload_limit,
     )
     add_error_handlers(app, service.metrics)
     app.include_router(openai_routes(service))

@@ -9,6 +9,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope
 
 
 class Body(BaseModel):
@@ -17,35 +18,60 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, hide_input_in_errors=True)
 
 
-class JsonRoute(APIRoute):
-    """A route whose body is read by pydantic's own parser: it knows no NaN and gives up at 200 levels of nesting."""
+def json_route(payload_limit: int) -> type[APIRoute]:
+    """A class of routes whose body is JSON of at most `payload_limit` bytes.
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
+    It is read by pydantic's own parser, which knows no NaN and gives up at 200 levels of nesting.
+    """
 
-        async def handle_json(request: Request) -> Response:
-            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if request.method == "POST" and not (
-                kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
-            ):
-                raise HTTPException(415, "Expected request with `Content-Type: application/json`")
-            return await handle(_JsonRequest(request.scope, request.receive))
+    class JsonRoute(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
 
-        return handle_json
+            async def handle_json(request: Request) -> Response:
+                kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+                if request.method == "POST" and not _is_json(kind):
+                    raise HTTPException(415, "Expected request with `Content-Type: application/json`")
+                return await handle(_JsonRequest(request.scope, request.receive, payload_limit))
+
+            return handle_json
+
+    return JsonRoute
+
+
+def _is_json(kind: str) -> bool:
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
 class _JsonRequest(Request):
+    def __init__(self, scope: Scope, receive: Receive, payload_limit: int):
+        super().__init__(scope, receive)
+        self._payload_limit = payload_limit
+        self._data = b""
+
+    async def body(self) -> bytes:
+        too_large = HTTPException(413, f"the body is larger than {self._payload_limit} bytes")
+        length = self.headers.get("content-length", "")
+        if length.isdecimal() and int(length) > self._payload_limit:
+            raise too_large
+        data = bytearray()
+        async for chunk in self.stream():
+            data += chunk
+            if len(data) > self._payload_limit:
+                raise too_large
+        self._data = bytes(data)
+        return self._data
+
     async def json(self) -> Any:
-        body = await self.body()
         try:
-            return from_json(body, allow_inf_nan=False)
+            return from_json(self._data, allow_inf_nan=False)
         except ValueError as error:
             raise JSONDecodeError(str(error), "", 0) from error
 
 
 def _refuse(value: Any) -> Any:
     if value not in (None, False, [], {}, "", "none"):
-        raise ValueError("not supported yet")
+        raise ValueError("is not supported yet")
     return None
 
 

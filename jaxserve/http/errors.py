@@ -116,8 +116,8 @@ def field_error(error: RequestValidationError) -> InvalidRequest | HTTPException
     if not place:
         return InvalidRequest("the body must be a JSON object")
     name = str(place[0]) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place[1:])
-    if isinstance(cause := first.get("ctx", {}).get("error"), InvalidRequest | ValueError):
-        return InvalidRequest(str(cause), name)
+    if isinstance(cause := first.get("ctx", {}).get("error"), ValueError):
+        return InvalidRequest(f"`{name}` {cause}", name)
     return InvalidRequest(f"`{name}`: {first['msg']}", name)
 
 

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 
 from jaxserve.errors import InvalidRequest
 from jaxserve.http.answer import aborted_on_disconnect
-from jaxserve.http.body import JsonRoute
+from jaxserve.http.body import json_route
 from jaxserve.http.openai_events import ChatEvents, CompletionEvents
 from jaxserve.http.openai_rendering import chat_body, completion_body, head
 from jaxserve.http.openai_types import ChatBody, CompletionBody, Prompt
@@ -20,7 +20,7 @@ from jaxserve.http.timing import timing_headers
 
 def openai_routes(service: Service) -> APIRouter:
     """The routes under /v1."""
-    router = APIRouter(prefix="/v1", route_class=JsonRoute, tags=["OpenAI"])
+    router = APIRouter(prefix="/v1", route_class=json_route(service.options.payload_limit), tags=["OpenAI"])
 
     @router.get("/models")
     def models() -> dict[str, Any]:

@@ -28,7 +28,7 @@ def _as_bias(value: Any) -> Any:
     try:
         return {int(token): bias for token, bias in value.items()}
     except ValueError:
-        raise ValueError("keys must be token ids") from None
+        raise ValueError("must have token ids as keys") from None
 
 
 Stop = Annotated[list[str], FailFast(), BeforeValidator(_as_list)]
@@ -135,11 +135,11 @@ def _joined_text(value: Any) -> Any:
 
 def _part_text(place: int, part: Any) -> str:
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-        raise ValueError(f"content part {place} must be an object with a `type`")
+        raise ValueError(f"must have an object with a `type` as part {place}")
     if part["type"] != "text":
-        raise ValueError(f"content parts of type `{part['type'][:32]}` are not supported; only `text` is")
+        raise ValueError(f"has a part of type `{part['type'][:32]}`; only `text` is supported yet")
     if not isinstance(part.get("text"), str):
-        raise ValueError(f"content part {place} must have a string `text`")
+        raise ValueError(f"must have a string as `text` of part {place}")
     return part["text"]
 
 
@@ -163,7 +163,7 @@ def _only(*allowed: Any) -> BeforeValidator:
 
     def check(value: Any) -> Any:
         if value is not None and value not in allowed:
-            raise ValueError(f"only {allowed[0]} is supported yet")
+            raise ValueError(f"other than {allowed[0]} is not supported yet")
 
     return BeforeValidator(check)
 
@@ -201,7 +201,7 @@ class ChatBody(SamplingFields):
                     f"`{name[:64]}` is not a variable that a request may set; those are {', '.join(sorted(TEMPLATE_VARIABLES))}"
                 )
             if setting is not None and not isinstance(setting, str | bool | int | float):
-                raise ValueError(f"`{name}` must be a string, a number or a boolean")
+                raise ValueError(f"must set `{name}` to a string, a number or a boolean")
         return value
 
     def template_variables(self) -> dict[str, Any]:
@@ -248,9 +248,9 @@ def _as_prompts(value: Any) -> list[Prompt]:
         if isinstance(prompt, str):
             continue
         if not isinstance(prompt, list) or not prompt or not all(map(_is_integer, prompt)):
-            raise ValueError("each prompt must be a string or a list of token ids, not empty")
+            raise ValueError("must have strings or lists of token ids as elements, not empty")
         if not 0 <= min(prompt) <= max(prompt) < 2**32:
-            raise ValueError("token ids must be in the vocabulary")
+            raise ValueError("must have token ids of the vocabulary")
     return value
 
 

@@ -22,6 +22,8 @@ TOKENIZER_THREADS = 2
 # Texts that may wait for a tokenizer thread; beyond, requests are refused.
 MAX_PENDING_TEXTS = 512
 MAX_STOP_CHARACTERS = 1000
+# Sent where no model was chosen: by TGI's users, and by huggingface_hub's InferenceClient.
+PLACEHOLDER_NAMES = ("tgi", "dummy")
 
 
 class Service:
@@ -90,8 +92,8 @@ class Service:
         return self._tokenizer
 
     def check_model(self, name: str | None) -> None:
-        """Raise ModelNotServed unless it is a name of the model served here; "tgi" is what TGI's clients send."""
-        if name and name not in (self.model_name, self.info.model_id, "tgi"):
+        """Raise ModelNotServed unless it is a name of the model served here."""
+        if name and name not in (self.model_name, self.info.model_id, *PLACEHOLDER_NAMES):
             raise ModelNotServed(name)
 
     def check_stop(self, stop: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 
 from jaxserve.errors import InvalidRequest
 from jaxserve.http.answer import Answers, aborted_on_disconnect
-from jaxserve.http.body import JsonRoute
+from jaxserve.http.body import json_route
 from jaxserve.http.service import Service
 from jaxserve.http.sse import EventStream
 from jaxserve.http.tgi_rendering import GenerateEvents, generate_body
@@ -20,7 +20,7 @@ from jaxserve.http.timing import stream_headers, timing_headers
 
 def tgi_routes(service: Service) -> APIRouter:
     """The routes that TGI has and OpenAI has not."""
-    router = APIRouter(route_class=JsonRoute, tags=["TGI"])
+    router = APIRouter(route_class=json_route(service.options.payload_limit), tags=["TGI"])
 
     @router.post("/generate", response_model=None)
     async def generate(request: Request, body: GenerateBody) -> Response:

@@ -1,0 +1,83 @@
+"""HttpServer: the application under uvicorn, from the first connection to the last answer."""
+
+import asyncio
+import contextlib
+import functools
+import gc
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from jaxserve.errors import StartupError
+from jaxserve.http.app import build_app
+from jaxserve.http.protocol import LimitedProtocol
+from jaxserve.http.service import Service
+from jaxserve.http.sse import with_direct_send
+
+MAX_CONNECTIONS = 8192
+KEEP_ALIVE_TIMEOUT = 30  # seconds that an idle connection stays open
+
+
+class HttpServer(uvicorn.Server):
+    """Serves from the start, with 503 until an engine is there and the tokenizer is loaded; ends on SIGTERM when all is answered.
+
+    Args:
+        service: what the routes work with.
+        on_ready: called once, when requests can be answered.
+
+    Attributes:
+        failure: why the server ended by itself, if it did.
+    """
+
+    def __init__(self, service: Service, on_ready: Callable[[], None] = lambda: None):
+        self.failure: StartupError | None = None
+        self._service = service
+        self._on_ready = on_ready
+        protocol: Any = functools.partial(LimitedProtocol, payload_limit=service.options.payload_limit)
+        super().__init__(
+            uvicorn.Config(
+                with_direct_send(build_app(service, self._lifespan)),
+                loop="uvloop",
+                http=protocol,
+                ws="none",
+                proxy_headers=False,
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                limit_concurrency=MAX_CONNECTIONS,
+                timeout_keep_alive=KEEP_ALIVE_TIMEOUT,
+                timeout_graceful_shutdown=service.options.graceful_termination_timeout,
+            )
+        )
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """End on SIGTERM, and then with exit code 0: uvicorn's own would die of the signal in the end."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.handle_exit)
+        yield
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        self._service.router.start()
+        loading = asyncio.create_task(self._become_ready())
+        yield
+        loading.cancel()
+        self._service.close()
+        await self._service.router.close()
+
+    async def _become_ready(self) -> None:
+        try:
+            await self._service.load_tokenizer()
+        except StartupError as error:
+            self.failure = error
+            self.should_exit = True
+        else:
+            gc.collect()
+            gc.freeze()  # what is loaded now stays; a full collection of it would hold up every stream for 50 ms
+            self._on_ready()

@@ -1,0 +1,149 @@
+"""TGI's routes, to the byte where TGI's clients rely on it."""
+
+import json
+import re
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+from huggingface_hub import InferenceClient
+from live_front_end import LiveFrontEnd
+
+
+def _post(front_end: LiveFrontEnd, path: str, inputs: str, **parameters: Any) -> Any:
+    response = front_end.client.post(path, json={"inputs": inputs, "parameters": parameters}, timeout=20)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_generate(front_end: LiveFrontEnd):
+    assert _post(front_end, "/generate", "hello") == {"generated_text": "hello"}
+    details = _post(front_end, "/generate", "hello", details=True)["details"]
+    assert details == {
+        "finish_reason": "eos_token",
+        "generated_tokens": 4,
+        "seed": None,
+        "prefill": [],
+        "tokens": [
+            {"id": 260, "text": "he", "logprob": -0.125, "special": False},
+            {"id": 278, "text": "ll", "logprob": -0.125, "special": False},
+            {"id": 81, "text": "o", "logprob": -0.125, "special": False},
+            {"id": 0, "text": "<|end|>", "logprob": -0.125, "special": True},
+        ],
+    }
+
+
+def test_top_tokens_and_prefill(front_end: LiveFrontEnd):
+    details = _post(front_end, "/generate", "hello", decoder_input_details=True, top_n_tokens=2, max_new_tokens=1)["details"]
+    assert details["finish_reason"] == "length"
+    assert [token["text"] for token in details["prefill"]] == ["he", "ll", "o"]
+    assert [[top["logprob"] for top in each] for each in details["top_tokens"]] == [[-0.125, -0.625]]
+
+
+def test_generate_stream_bytes(front_end: LiveFrontEnd):
+    body = {"inputs": "ab", "parameters": {"details": True}}
+    response = front_end.client.post("/generate_stream", json=body)
+    assert response.text == (
+        'data: {"index":1,"token":{"id":67,"text":"a","logprob":-0.125,"special":false},"generated_text":null,"details":null}\n\n'
+        'data: {"index":2,"token":{"id":68,"text":"b","logprob":-0.125,"special":false},"generated_text":null,"details":null}\n\n'
+        'data: {"index":3,"token":{"id":0,"text":"<|end|>","logprob":-0.125,"special":true},"generated_text":"ab",'
+        '"details":{"finish_reason":"eos_token","generated_tokens":3,"seed":null,"input_length":2}}\n\n'
+    )
+    assert response.headers["x-compute-type"] == "1-double" and response.headers["x-compute-characters"] == "2"
+    assert response.headers["x-accel-buffering"] == "no"
+
+
+def test_root_answers_with_a_list_and_the_full_text(front_end: LiveFrontEnd):
+    assert _post(front_end, "/", "ab") == [{"generated_text": "abab"}]
+    assert _post(front_end, "/", "ab", return_full_text=False) == [{"generated_text": "ab"}]
+    assert _post(front_end, "/generate", "ab", return_full_text=True) == {"generated_text": "abab"}
+    streamed = front_end.client.post("/", json={"inputs": "ab", "stream": True, "parameters": {}})
+    assert json.loads(streamed.text.split("\n\n")[-2].removeprefix("data: "))["generated_text"] == "abab"
+
+
+def test_stop_string_is_kept(front_end: LiveFrontEnd):
+    answer = _post(front_end, "/generate", "one two three", stop=["two"], details=True)
+    assert answer["generated_text"] == "one two"
+    assert answer["details"]["finish_reason"] == "stop_sequence"
+
+
+def test_sampling_switches(front_end: LiveFrontEnd):
+    """No parameters: sampling; parameters without do_sample: greedy; any warper: sampling. A seed is told only of what was sampled."""
+
+    def seed(parameters: dict[str, Any] | None) -> Any:
+        body: dict[str, Any] = {"inputs": "abc"}
+        if parameters is not None:
+            body["parameters"] = {"details": True, **parameters}
+        return front_end.client.post("/generate", json=body).json()["details"]["seed"]
+
+    assert seed({}) is None
+    assert seed({"do_sample": True, "seed": 7}) == 7
+    assert seed({"temperature": 0.5, "seed": 8}) == 8
+    assert seed({"temperature": 1.0, "seed": 8}) is None
+    assert 0 <= seed({"top_p": 0.5}) < 2**64
+    drawn = {front_end.client.post("/generate", json={"inputs": "abcdefghijklmnop"}).json()["generated_text"] for _ in range(8)}
+    assert len(drawn) > 1  # sampled with seeds of their own
+
+
+def test_best_of(front_end: LiveFrontEnd):
+    details = _post(front_end, "/generate", "abcdefgh", best_of=2, do_sample=True, details=True)["details"]
+    (other,) = details["best_of_sequences"]
+    assert other["generated_tokens"] == details["generated_tokens"] == 9 and "generated_text" in other
+    assert other["seed"] != details["seed"]
+
+
+def test_truncate_keeps_the_end(front_end: LiveFrontEnd):
+    assert _post(front_end, "/generate", "abcdef", truncate=2) == {"generated_text": "ef"}
+
+
+def test_huge_max_new_tokens_end_with_the_context(front_end: LiveFrontEnd):
+    details = _post(front_end, "/generate", "abc", max_new_tokens=10**6, details=True)["details"]
+    assert details["finish_reason"] == "eos_token"
+
+
+def test_headers(front_end: LiveFrontEnd):
+    response = front_end.client.post("/generate", json={"inputs": "hello"})
+    for name in ("total-time", "validation-time", "queue-time", "inference-time", "time-per-token"):
+        assert response.headers[f"x-{name}"].isdigit()
+    assert re.fullmatch(r"\d+\.\d+", response.headers["x-compute-time"])
+    told = {name: response.headers[f"x-{name}"] for name in ("prompt-tokens", "generated-tokens", "compute-characters")}
+    assert told == {"prompt-tokens": "3", "generated-tokens": "4", "compute-characters": "5"}
+
+
+def test_tokenize(front_end: LiveFrontEnd):
+    spans = front_end.client.post("/tokenize", json={"inputs": "a hello"}).json()
+    assert spans[0] == {"id": 67, "text": "a", "start": 0, "stop": 1}
+    assert "".join(span["text"] for span in spans) == "a hello" and spans[-1]["stop"] == 7
+
+
+def test_info_and_health(front_end: LiveFrontEnd):
+    info = front_end.client.get("/info").json()
+    assert (info["model_id"], info["max_total_tokens"], info["max_input_tokens"]) == ("double", 2048, 2047)
+    for path in ("/", "/health", "/ping", "/health/ready", "/health/live"):
+        response = front_end.client.get(path)
+        assert (response.status_code, response.content) == (200, b""), path
+
+
+def test_inference_client_text_generation(front_end: LiveFrontEnd, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # it would not even speak with this machine
+    client = InferenceClient(front_end.url)
+    assert client.text_generation("hello", do_sample=False) == "hellohello"  # through POST /
+    answer = client.text_generation("hello", details=True, do_sample=False, return_full_text=False)
+    assert answer.details is not None and [token.text for token in answer.details.tokens] == ["he", "ll", "o", "<|end|>"]
+    assert list(client.text_generation("hello", stream=True, do_sample=False)) == ["he", "ll", "o", "<|end|>"]
+
+
+@pytest.mark.parametrize("path", ["/docs", "/openapi.json", "/chat", "/chat/chat.js", "/chat/chat.css"])
+def test_pages(front_end: LiveFrontEnd, path: str):
+    assert front_end.client.get(path).status_code == 200
+
+
+def test_chat_page_may_run_no_foreign_code(front_end: LiveFrontEnd):
+    policy = front_end.client.get("/chat").headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "script-src 'self'" in policy and "unsafe" not in policy
+
+
+def test_openapi_describes_the_bodies(front_end: LiveFrontEnd):
+    described = front_end.client.get("/openapi.json").json()
+    fields = described["components"]["schemas"]["ChatBody"]["properties"]
+    assert {"messages", "temperature", "stream_options", "top_k"} <= fields.keys()
