@@ -357,6 +357,31 @@ def test_a_prompt_counts_once_whatever_its_samples_find():
     assert {output.num_cached_tokens for output in outputs} == {0}
 
 
+def test_where_the_window_is_past_the_prompt_one_sample_computes_it_for_the_rest():
+    scheduler = make_scheduler(groups=[KVGroupPages(60), KVGroupPages(60, window=5)], prefix_caching=False, max_batch_size=3)
+    for name in "xy":
+        scheduler.add(request(name, 3, 20), 0.0)
+    scheduler.add(request("a", 10, 40, n=3), 0.0)
+    batches, _ = run(scheduler)
+    prompts = [row for batch in batches for row in batch.rows if row.sample.request.request_id == "a" and row.new_slot]
+    assert [(row.sample.index, row.start) for row in prompts] == [(0, 0), (1, 0), (2, 9)]
+
+
+def test_a_resumed_sample_gives_the_prompt_on():
+    scheduler = make_scheduler(max_batch_size=1, prefix_caching=True)
+    scheduler.add(request("a", 8, 20, n=2), 0.0)
+    for _ in range(5):
+        step(scheduler)
+    scheduler._preempt(scheduler._running[0])
+    scheduler._free_slots.append(1)  # room for both
+    scheduler._config = SchedulerConfig(2, 64, PAGE_SIZE, 100)
+    batch = must_schedule(scheduler)
+    assert [(row.sample.index, row.start) for row in batch.rows] == [(0, 12)]
+    scheduler.update(batch, result_of(batch))
+    batch, _ = step(scheduler)
+    assert [(row.sample.index, row.start) for row in batch.rows] == [(0, 13), (1, 7)]
+
+
 def test_one_sample_can_be_aborted_alone():
     scheduler = make_scheduler()
     scheduler.add(request("a", 10, 3, n=3), 0.0)
@@ -397,6 +422,9 @@ def test_a_passed_request_blocks_in_the_end():
     big.num_passed = MAX_PASSED - 1
     assert [name for name, *_ in shape(step(scheduler)[0])] == ["a", "small"]
     assert big.num_passed == MAX_PASSED
+    big.num_passed = 0
+    step(scheduler)  # nobody came
+    assert big.num_passed == 0
 
 
 def test_the_latest_arrival_is_preempted_and_keeps_its_tokens():
@@ -416,8 +444,9 @@ def test_the_latest_arrival_is_preempted_and_keeps_its_tokens():
     assert steps_of_a[-1] <= 13 + scheduler.stats()["num_preemptions"]
 
 
-def test_resuming_is_no_prefix_hit():
-    scheduler = make_scheduler(num_pages=6, max_total_tokens=24)
+def test_resuming_is_no_prefix_hit_and_no_arrival():
+    now = iter(range(1000))
+    scheduler = make_scheduler(num_pages=6, max_total_tokens=24, clock=lambda: float(next(now)))
     scheduler.add(request("a", 7, 13), 0.0)
     scheduler.add(request("b", 7, 9), 0.0)
     _, outputs = run(scheduler)
@@ -425,6 +454,31 @@ def test_resuming_is_no_prefix_hit():
     assert stats["num_preemptions"] >= 1
     assert (stats["prefix_queries"], stats["prefix_hits"], stats["prompt_tokens"]) == (14, 0, 14)
     assert {output.num_cached_tokens for output in outputs} == {0}
+    assert {(output.request_id, output.queue_time) for output in outputs} == {("a", 0.0), ("b", 1.0)}
+
+
+def test_one_is_preempted_where_one_is_enough():
+    scheduler = make_scheduler(num_pages=9, prefix_caching=False)
+    for name in "abc":  # all need their fourth page in the same step; those of one come when the step in flight is collected
+        scheduler.add(request(name, 8, 8), 0.0)
+    batches, _ = run(scheduler, lag=True)
+    assert scheduler.stats()["num_preemptions"] == 1
+    resumed = [row.sample.request.request_id for batch in batches[1:] for row in batch.rows if row.new_slot]
+    assert resumed == ["c"]
+
+
+def test_a_preempted_sample_waits_for_its_token_in_flight():
+    scheduler = make_scheduler(max_total_tokens=40)
+    scheduler.add(request("a", 5, 9), 0.0)
+    first, second = must_schedule(scheduler), must_schedule(scheduler)
+    scheduler._preempt(first.rows[0].sample)
+    scheduler.check_integrity()
+    assert scheduler.schedule() is None
+    assert scheduler.update(first, result_of(first, 8))[0].token_ids == [8]
+    assert scheduler.schedule() is None
+    assert scheduler.update(second, result_of(second, 9))[0].token_ids == [9]
+    (row,) = must_schedule(scheduler).rows
+    assert row.new_slot and row.start == 4 and list(row.token_ids)[1:] == [8, 9] and row.num_output_tokens == 2
 
 
 def test_two_that_cannot_run_together_both_end():
@@ -465,6 +519,15 @@ def test_pages_behind_a_window_are_freed():
         assert list(windowed[:freed]) == [0] * freed
         most_held = max(most_held, scheduler._tables.pools[1].num_held)
     assert most_held <= 4
+
+
+def test_a_long_prompt_needs_no_more_of_a_windowed_group_than_it_holds_at_once():
+    scheduler = make_scheduler(groups=[KVGroupPages(60), KVGroupPages(10, window=6)], max_batch_tokens=8)
+    scheduler.add(request("a", 4, 30), 0.0)
+    step(scheduler)
+    scheduler.add(request("b", 80, 2), 0.0)  # 20 pages
+    assert shape(step(scheduler)[0]) == [("a", 4, 1), ("b", 0, 7)]
+    assert len(run(scheduler)[1]) == 28 + 2
 
 
 def test_a_windowed_prefix_hit_needs_only_the_last_window():
@@ -539,9 +602,16 @@ def test_a_failed_step_ends_its_requests_and_only_those():
     assert output.request_id == "b"
     run(scheduler)
     assert scheduler.stats()["num_pages_used"] == 0
-    # Nothing that the failed step wrote is ever found.
-    scheduler.add(request("a", 5, 1), 0.0)
-    assert shape(must_schedule(scheduler)) == [("a", 0, 5)]
+
+
+def test_what_a_failed_step_wrote_is_never_found():
+    scheduler = make_scheduler(max_batch_tokens=8)
+    scheduler.add(request("a", range(1, 25), 2), 0.0)
+    first, second = must_schedule(scheduler), must_schedule(scheduler)
+    scheduler.update(first, result_of(first))
+    scheduler.fail(second, "broken")
+    scheduler.add(request("b", range(1, 25), 2), 0.0)
+    assert shape(must_schedule(scheduler)) == [("b", 8, 8)]
 
 
 def test_a_failed_step_spares_a_new_request_of_an_old_id():

@@ -289,7 +289,7 @@ def cases(draw: st.DrawFn) -> Case:
         groups.append(KVGroupPages(smallest + draw(st.sampled_from([0, 1, 3, 2 * smallest])), window))
     config = SchedulerConfig(
         max_batch_size=max_batch_size,
-        max_batch_tokens=max_batch_size * (1 + speculative) + draw(st.sampled_from([0, 3, 17, 100])),
+        max_batch_tokens=max_batch_size + draw(st.sampled_from([0, 3, 17, 100])),
         page_size=page_size,
         max_total_tokens=MAX_TOTAL_TOKENS,
         prefix_caching=draw(st.booleans()),

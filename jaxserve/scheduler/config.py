@@ -12,7 +12,7 @@ class SchedulerConfig:
 
     Attributes:
         max_batch_size: slots: samples that run at once.
-        max_batch_tokens: most tokens a step computes; a running sample costs at least one.
+        max_batch_tokens: most tokens a step computes, speculated ones not counted.
         page_size: tokens a KV page, the same in every group.
         max_total_tokens: most prompt plus output tokens of a sample.
         prefix_caching: share the pages of equal prefixes.
@@ -23,7 +23,7 @@ class SchedulerConfig:
         num_speculative_tokens: K: a step yields up to 1 + K tokens a sample; pages are reserved for all of them.
 
     Raises:
-        StartupError: where a full batch of decodes would not fit the token budget.
+        StartupError: where a full batch of decodes does not fit the token budget.
     """
 
     max_batch_size: int
@@ -38,9 +38,10 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         """Check that every running sample can have its tokens in every step."""
-        full = self.max_batch_size * (1 + self.num_speculative_tokens)
-        if self.max_batch_tokens < full:
-            raise StartupError(f"a step's token budget ({self.max_batch_tokens}) must hold one token of each running request ({full})")
+        if self.max_batch_tokens < self.max_batch_size:
+            raise StartupError(
+                f"a step's token budget ({self.max_batch_tokens}) must hold one token of each running request ({self.max_batch_size})"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,67 +38,35 @@ class PageTables:
         needs = (self._pages(num_tokens) if pages is None else min(self._pages(num_tokens), pages) for pages in self._window_pages)
         return all(need <= pool.num_pages for need, pool in zip(needs, self.pools, strict=True))
 
-    def cached_prefix(self, sample: Sample) -> Prefix:
-        """Return what the prefix cache holds of a sample whose tokens are all known; at least one token is left to compute."""
-        if self._cache is None:
-            return Prefix(0, [() for _ in self.pools])
-        limit = (sample.num_tokens - 1) // self._page_size
-        self._cache.extend_keys(sample.page_keys, sample.request, sample.token_ids, limit)
-        return self._cache.match(sample.page_keys[:limit])
+    def keeps_prompt(self, source: Sample, sample: Sample) -> bool:
+        """Whether a running sample has freed nothing that another one of its request would take over."""
+        num_tokens = _num_shared(sample)
+        return all(
+            freed <= first_page_seen(num_tokens, window, self._page_size)
+            for freed, window in zip(source.num_freed_pages, self._windows, strict=True)
+        )
 
-    def prompt_prefix(self, sample: Sample, source: Sample) -> Prefix | None:
-        """Return what a sample can take from another one that has computed the same prompt; None if that has freed what is needed."""
-        num_tokens = min(sample.num_prompt_tokens, sample.num_tokens - 1)
-        length, rest = divmod(num_tokens, self._page_size)
-        first = [first_page_seen(num_tokens, window, self._page_size) for window in self._windows]
-        if any(freed > i for freed, i in zip(source.num_freed_pages, first, strict=True)):
-            return None
-        pages = [table[i:length] for table, i in zip(source.page_tables, first, strict=True)]
-        return Prefix(num_tokens, pages, [table[length] for table in source.page_tables] if rest else ())
-
-    def still_lacks(self, sample: Sample, headroom: int) -> bool:
-        """Whether what admit() last found lacking still is: spares a waiting sample the search for its prefix in every step."""
-        if sample.lacking is None:
-            return False
-        group, needed = sample.lacking
-        return self.pools[group].num_available < needed + headroom
-
-    def admit(self, sample: Sample, prefix: Prefix, headroom: int, page_copies: list[tuple[int, int, int]]) -> bool:
-        """Make a sample's page tables from a prefix, if there is memory for all its tokens.
+    def admit(self, sample: Sample, source: Sample | None, headroom: int, page_copies: list[tuple[int, int, int]]) -> bool:
+        """Make a sample's page tables if there is memory for all its tokens.
 
         Args:
-            sample: holds no pages.
-            prefix: what it shares.
+            sample: holds no pages; all its tokens are known.
+            source: has computed the prompt and keeps_prompt(); the sample takes that over. None: it takes what is cached.
             headroom: pages of each group to leave alone.
             page_copies: (group, source, target) of the pages to copy are appended.
 
         Returns:
             False where memory lacks; nothing has changed then.
         """
-        length = prefix.num_tokens // self._page_size
-        for group, (pool, pages, window_pages) in enumerate(zip(self.pools, prefix.pages, self._window_pages, strict=True)):
-            fresh = self._pages(self._reach(sample, sample.num_tokens)) - length
-            if window_pages is not None:
-                fresh = min(fresh, window_pages + self._step_pages)
-            revived = sum([not pool.is_held(page) for page in pages])
-            needed = min(fresh + revived, pool.num_pages)
-            if pool.num_available < needed + headroom:
-                sample.lacking = group, needed
+        if sample.lacking is not None:  # spares the search for a prefix, step after step
+            group, needed = sample.lacking
+            if self.pools[group].num_available < needed + headroom:
                 return False
-        for pool, pages in zip(self.pools, prefix.pages, strict=True):
-            for page in pages:
-                pool.share(page)
-        sample.lacking = None
-        sample.num_freed_pages = [length - len(pages) for pages in prefix.pages]
-        sample.page_tables = [array("i", [0] * (length - len(pages))) + array("i", pages) for pages in prefix.pages]
-        for group, page in enumerate(prefix.partial_pages):
-            target = self.pools[group].allocate()
-            sample.page_tables[group].append(target)
-            page_copies.append((group, page, target))
-        sample.num_computed_tokens = sample.num_settled_tokens = prefix.num_tokens
-        sample.num_stored_pages = length
-        sample.settle_at = (length + 1) * self._page_size
-        self._measure_room(sample)
+        prefix = self._cached_prefix(sample) if source is None else self._prompt_prefix(sample, source)
+        sample.lacking = self._find_lacking(sample, prefix, headroom)
+        if sample.lacking is not None:
+            return False
+        self._open(sample, prefix, page_copies)
         return True
 
     def grow(self, sample: Sample, num_tokens: int) -> int:
@@ -165,6 +133,52 @@ class PageTables:
         for pool, count in zip(self.pools, references, strict=True):
             pool.check_integrity(count)
 
+    def _cached_prefix(self, sample: Sample) -> Prefix:
+        """Return what the prefix cache holds of a sample; at least one token is left to compute."""
+        if self._cache is None:
+            return Prefix(0, [() for _ in self.pools])
+        limit = (sample.num_tokens - 1) // self._page_size
+        self._cache.extend_keys(sample.page_keys, sample.request, sample.token_ids, limit)
+        return self._cache.match(sample.page_keys[:limit])
+
+    def _prompt_prefix(self, sample: Sample, source: Sample) -> Prefix:
+        """Return what a sample takes over from one that has computed the same prompt; at least one token is left to compute."""
+        num_tokens = _num_shared(sample)
+        length, rest = divmod(num_tokens, self._page_size)
+        first = [first_page_seen(num_tokens, window, self._page_size) for window in self._windows]
+        pages = [table[i:length] for table, i in zip(source.page_tables, first, strict=True)]
+        return Prefix(num_tokens, pages, [table[length] for table in source.page_tables] if rest else ())
+
+    def _find_lacking(self, sample: Sample, prefix: Prefix, headroom: int) -> tuple[int, int] | None:
+        """Return a KV group without the memory for a sample, and the pages of it that the sample needs; None if there is enough."""
+        length = prefix.num_tokens // self._page_size
+        for group, (pool, pages, window_pages) in enumerate(zip(self.pools, prefix.pages, self._window_pages, strict=True)):
+            fresh = self._pages(self._reach(sample, sample.num_tokens)) - length
+            if window_pages is not None:  # the others are freed before it needs more
+                fresh = min(fresh, window_pages + self._step_pages)
+            revived = sum([not pool.is_held(page) for page in pages])
+            needed = min(fresh + revived, pool.num_pages)
+            if pool.num_available < needed + headroom:
+                return group, needed
+        return None
+
+    def _open(self, sample: Sample, prefix: Prefix, page_copies: list[tuple[int, int, int]]) -> None:
+        """Make a sample's page tables, which hold a prefix."""
+        length = prefix.num_tokens // self._page_size
+        for pool, pages in zip(self.pools, prefix.pages, strict=True):  # before allocate() could evict them
+            for page in pages:
+                pool.share(page)
+        sample.num_freed_pages = [length - len(pages) for pages in prefix.pages]
+        sample.page_tables = [array("i", [0] * (length - len(pages))) + array("i", pages) for pages in prefix.pages]
+        for group, page in enumerate(prefix.partial_pages):
+            target = self.pools[group].allocate()
+            sample.page_tables[group].append(target)
+            page_copies.append((group, page, target))
+        sample.num_computed_tokens = sample.num_settled_tokens = prefix.num_tokens
+        sample.num_stored_pages = length
+        sample.settle_at = (length + 1) * self._page_size
+        self._measure_room(sample)
+
     def _free_behind_windows(self, sample: Sample) -> None:
         """Free the pages that no token after the settled ones sees."""
         for group, window in enumerate(self._windows):
@@ -189,3 +203,8 @@ class PageTables:
 
     def _pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self._page_size)
+
+
+def _num_shared(sample: Sample) -> int:
+    """Return how many tokens a sample can take over from one with the same prompt."""
+    return min(sample.num_prompt_tokens, sample.num_tokens - 1)

@@ -13,7 +13,6 @@ from jaxserve.scheduler.config import KVGroupPages, SchedulerConfig
 from jaxserve.scheduler.outputs import error_output, receive
 from jaxserve.scheduler.page_pool import PageEvent
 from jaxserve.scheduler.page_tables import PageTables
-from jaxserve.scheduler.prefix_cache import Prefix
 from jaxserve.scheduler.sample import NEVER, Sample, SampleState
 
 MAX_PASSED = 64  # steps in which later samples may pass one that lacks memory; then it blocks them
@@ -60,9 +59,7 @@ class Scheduler:
         self._running: list[Sample] = []
         self._leaving: set[Sample] = set()
         self._num_arrived = 0
-        # The step being scheduled
         self._step = 0
-        self._lacks_memory = False
         # Counters of EngineStats
         self._prefix_queries = 0
         self._prefix_hits = 0
@@ -121,7 +118,6 @@ class Scheduler:
         Every running sample that has caught up gets its token, those behind share what is left of the budget, then waiting ones do.
         """
         self._step += 1
-        self._lacks_memory = False
         rows, behind = self._schedule_decodes()
         num_decodes = len(rows)
         budget = self._prefill_budget(num_decodes)
@@ -238,7 +234,7 @@ class Scheduler:
 
     def _prefill_budget(self, num_decodes: int) -> int:
         """Return how many tokens are left beside the decodes, fewer where their streams must not wait long."""
-        budget = self._config.max_batch_tokens - num_decodes * (1 + self._config.num_speculative_tokens)
+        budget = self._config.max_batch_tokens - num_decodes
         bound = self._config.max_prefill_tokens_while_decoding
         if bound is None or num_decodes == 0:
             return budget
@@ -260,13 +256,14 @@ class Scheduler:
         """Admit waiting samples while there are slots, budget and memory; return their rows and the pages to copy."""
         rows, page_copies = [], []
         put_back, skipped, num_passed = [], [], 0
-        # While a running sample lacks pages, those that come free are not for others.
-        while self._waiting and self._free_slots and budget > 0 and not self._lacks_memory:
+        while self._waiting and self._free_slots and budget > 0:
             sample = self._waiting.popleft()
-            if not sample.ready or sample.num_in_flight or self._awaits_sibling(sample):
+            source = self._prompt_source(sample)
+            # A page each is left for the running ones, so that what is admitted now is not preempted at once.
+            if self._must_wait(sample, source):
                 put_back.append(sample)
-            elif self._admit(sample, page_copies):
-                rows.append(self._take(sample, self._tables.grow(sample, min(budget, sample.num_behind)), new_slot=True))
+            elif self._tables.admit(sample, source, len(self._running), page_copies):
+                rows.append(self._start(sample, budget))
                 budget -= rows[-1].num_tokens
                 num_passed = len(skipped)
             else:
@@ -281,38 +278,27 @@ class Scheduler:
 
     # What happens to one sample, in order
 
-    def _awaits_sibling(self, sample: Sample) -> bool:
-        """Whether one of the request's samples is computing the prompt, so that this one can take it over after that step."""
+    def _prompt_source(self, sample: Sample) -> Sample | None:
+        """Return the running sample of the same request from which a waiting one can take the prompt, now or once it is computed."""
         for sibling in self._requests[sample.request.request_id]:
-            if sibling.state is RUNNING:
-                return sibling.prompt_step in (NEVER, self._step)
-        return False
+            if sibling.state is RUNNING and self._tables.keeps_prompt(sibling, sample):
+                return sibling
+        return None
 
-    def _admit(self, sample: Sample, page_copies: list[tuple[int, int, int]]) -> bool:
-        """Give a waiting sample a slot and page tables; False where memory lacks."""
-        # A page each is left for the running ones, so that what is admitted now is not preempted at once.
-        headroom = len(self._running)
-        if self._tables.still_lacks(sample, headroom):
-            return False
-        prefix = self._prefix_of(sample)
-        if not self._tables.admit(sample, prefix, headroom, page_copies):
-            return False
+    def _must_wait(self, sample: Sample, source: Sample | None) -> bool:
+        """Whether a waiting sample waits for something else than memory, so that it neither runs nor counts as passed."""
+        prompt_is_coming = source is not None and source.prompt_step in (NEVER, self._step)
+        return prompt_is_coming or not sample.ready or sample.num_in_flight > 0  # preempted, and its last token is not known yet
+
+    def _start(self, sample: Sample, budget: int) -> ScheduledRow:
+        """Let an admitted sample run; return its first row."""
         sample.state = RUNNING
         sample.slot = self._free_slots.pop()
-        sample.prompt_step = self._step if prefix.num_tokens >= sample.num_prompt_tokens else NEVER
         insort(self._running, sample, key=ARRIVAL)
         if sample.queue_time < 0:
-            self._count_start(sample, prefix.num_tokens)
-        return True
-
-    def _prefix_of(self, sample: Sample) -> Prefix:
-        """Return what a waiting sample need not compute: what a running sibling has of the prompt, else what is cached."""
-        for sibling in self._requests[sample.request.request_id]:
-            if sibling.state is RUNNING and sibling.prompt_step not in (NEVER, self._step):
-                prefix = self._tables.prompt_prefix(sample, sibling)
-                if prefix is not None:
-                    return prefix
-        return self._tables.cached_prefix(sample)
+            self._count_start(sample)
+        num_tokens = self._tables.grow(sample, min(budget, sample.num_behind))
+        return self._take(sample, num_tokens, new_slot=True)
 
     def _take(self, sample: Sample, num_tokens: int, new_slot: bool = False) -> ScheduledRow:
         """Return the row of a running sample's next tokens, for which it has pages."""
@@ -322,7 +308,7 @@ class Scheduler:
         samples = end == total
         token_ids = sample.token_ids[start:end] or IN_FLIGHT
         sample.num_in_flight += 1
-        if start < num_prompt_tokens <= end:
+        if sample.prompt_step == NEVER and end >= num_prompt_tokens:
             sample.prompt_step = self._step
         if samples:
             sample.num_tokens = total + 1
@@ -334,7 +320,6 @@ class Scheduler:
     def _make_room(self, sample: Sample, num_tokens: int) -> int:
         """Give a running sample pages for its next tokens, at the expense of later ones; return how many it can compute."""
         while not (fitting := self._tables.grow(sample, num_tokens)):
-            self._lacks_memory = True
             last = self._running[-1]
             if self._leaving or last is sample:  # pages come free when a step in flight is collected, or others are done
                 return 0
@@ -372,12 +357,14 @@ class Scheduler:
             self._tables.release(sample)
             self._free_slots.append(sample.slot)
             sample.slot = -1
+            sample.prompt_step = NEVER
 
-    def _count_start(self, sample: Sample, num_cached_tokens: int) -> None:
+    def _count_start(self, sample: Sample) -> None:
         """Count a sample that is scheduled for the first time; the prompt counts with the first of its request."""
         sample.queue_time = max(0.0, self._clock() - sample.arrived_at)
         if sample.prompt_counted:
             return
+        num_cached_tokens = sample.num_computed_tokens
         for sibling in self._requests[sample.request.request_id]:
             sibling.prompt_counted = True
             sibling.num_cached_tokens = num_cached_tokens
