@@ -427,6 +427,15 @@ def test_a_passed_request_blocks_in_the_end():
     assert big.num_passed == 0
 
 
+@pytest.mark.parametrize(("num_pages", "admitted"), [(6, False), (7, True)])
+def test_a_page_is_left_for_each_that_runs(num_pages: int, admitted: bool):
+    scheduler = make_scheduler(num_pages=num_pages)
+    scheduler.add(request("a", 3, 9), 0.0)
+    step(scheduler)
+    scheduler.add(request("b", 20, 2), 0.0)
+    assert ("b" in [name for name, *_ in shape(step(scheduler)[0])]) == admitted
+
+
 def test_the_latest_arrival_is_preempted_and_keeps_its_tokens():
     scheduler = make_scheduler(num_pages=6, max_total_tokens=24, prefix_caching=False)
     scheduler.add(request("a", 7, 13), 0.0)
