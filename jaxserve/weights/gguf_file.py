@@ -6,12 +6,11 @@ import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from jaxserve.errors import UnsupportedModel, WeightsError
-from jaxserve.gguf_header import GGUFHeader, GGUFTensor, read_gguf_header
+from jaxserve.errors import WeightsError
+from jaxserve.gguf_header import GGUFTensor, read_gguf_header
 from jaxserve.weights.gguf_config import config_of_gguf
 
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -35,8 +34,13 @@ _CHUNK_ELEMENTS = 1 << 20
 class GGUFCheckpoint:
     """The tensors and the configuration of one file.
 
+    Attributes:
+        shapes: by Hugging Face name.
+        config, generation_config: what its metadata says, see `config_of_gguf`.
+
     Raises:
         WeightsError: no GGUF file, a damaged one, or a quantization type that the `gguf` package cannot undo.
+        UnsupportedModel: see `config_of_gguf`.
     """
 
     def __init__(self, path: Path):
@@ -46,12 +50,11 @@ class GGUFCheckpoint:
         self._check_extents()
         in_file_order = sorted(self._tensors.items(), key=lambda item: item[1].offset)
         self.shapes: Mapping[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in in_file_order}
-        self._permuted_heads = _permuted_heads(self.header)
-
-    def read_config(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """See `config_of_gguf`."""
         divisors = self.header.tensors.get(_ROPE_DIVISORS)
-        return config_of_gguf(self.header, None if divisors is None else self._rows(divisors, 0, 1)[0].tolist())
+        rope_divisors = None if divisors is None else self._rows(divisors, 0, 1)[0].tolist()
+        self.config, self.generation_config = config_of_gguf(self.header, rope_divisors)
+        # llama.cpp's converter reorders these, because its graph of Llama turns neighbouring elements of a head.
+        self._permuted = (".q_proj.", ".k_proj.") if self.header.metadata["general.architecture"] == "llama" else ()
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Part of a tensor in float32; whole heads of queries and keys, where the file has their rows in another order."""
@@ -60,8 +63,7 @@ class GGUFCheckpoint:
             part = self._rows(tensor, 0, 1)[0, index[0]]
         else:
             part = self._rows(tensor, index[0].start, index[0].stop)[:, index[1]]
-        heads = next((heads for suffix, heads in self._permuted_heads.items() if suffix in name), 0)
-        return _unpermute(part, tensor.shape[0] // heads) if heads else part
+        return _unpermute(part, self.config["head_dim"]) if any(infix in name for infix in self._permuted) else part
 
     def _rows(self, tensor: GGUFTensor, start: int, stop: int) -> np.ndarray:
         """Rows of a tensor as float32 [stop - start, K]; a vector is one row. In chunks on all cores, as numpy lets go of the GIL."""
@@ -117,20 +119,6 @@ def _hf_name(name: str) -> str:
         return f"model.layers.{block}.{_INNER[part]}.{kind}" if part in _INNER else name
     part, _, kind = name.rpartition(".")
     return f"{_OUTER[part]}.{kind}" if part in _OUTER else name
-
-
-def _permuted_heads(header: GGUFHeader) -> dict[str, int]:
-    """Name parts of tensors whose rows llama.cpp's converter reorders, and their number of heads.
-
-    Llama's graph there turns neighbouring elements of a head, Hugging Face's the two halves.
-    """
-    if header.metadata.get("general.architecture") != "llama":
-        return {}
-    heads = header.metadata.get("llama.attention.head_count")
-    kv_heads = header.metadata.get("llama.attention.head_count_kv") or heads
-    if not isinstance(heads, int) or not isinstance(kv_heads, int) or heads < 1 or kv_heads < 1:
-        raise UnsupportedModel("GGUF: llama.attention.head_count must be a positive number, the same for all layers")
-    return {".q_proj.": heads, ".k_proj.": kv_heads}
 
 
 def _unpermute(part: np.ndarray, head_dim: int) -> np.ndarray:

@@ -56,7 +56,8 @@ def read_config(source: ModelSource) -> ModelConfig:
         UnsupportedModel: see `ModelConfig.from_hf`.
     """
     if source.is_gguf:
-        return ModelConfig.from_hf(*GGUFCheckpoint(source.path).read_config())
+        checkpoint = GGUFCheckpoint(source.path)
+        return ModelConfig.from_hf(checkpoint.config, checkpoint.generation_config)
     config = _read_json(source.path / "config.json")
     if config is None:
         raise ModelNotFound(f"{source.path} has no config.json")
