@@ -29,7 +29,7 @@ class TinyRunner:
     """
 
     def __init__(
-        self, folder: Path, tensor_size: int = 1, data_index: int = 0, slots: int = 4, max_batch_tokens: int = 64, kv_tokens: int = 384
+        self, folder: Path, tensor_size: int = 1, data_index: int = 0, slots: int = 4, max_batch_tokens: int = 64, kv_tokens: int = 240
     ):
         mesh = make_mesh(tensor_size, data_index)
         model = load_model(ModelSource(str(folder), "", folder), ModelOptions(), mesh)

@@ -74,7 +74,7 @@ def test_tensor_parallel_gives_the_same_tokens(tiny_checkpoint: Callable[[str], 
 
 
 def test_two_kv_groups_of_which_one_has_a_window(tiny_checkpoint: Callable[[str], Path]):
-    check_under_load(tiny_runner(tiny_checkpoint("qwen2-windows"), **{**FEW_PROGRAMS, "kv_tokens": 136}).engine(), "qwen2-windows")
+    check_under_load(tiny_runner(tiny_checkpoint("qwen2-windows"), **{**FEW_PROGRAMS, "kv_tokens": 176}).engine(), "qwen2-windows")
 
 
 def test_samples_of_one_prompt_share_its_pages(runner: TinyRunner):
