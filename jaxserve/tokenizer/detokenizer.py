@@ -36,12 +36,8 @@ class ByteLevelDetokenizer:
 
     def __init__(self, table: Sequence[bytes], prompt_token_ids: Sequence[int] = ()):
         self._table = table
-        self._pending = b""
-        tail = b""
-        for token_id in reversed(prompt_token_ids[-_LONGEST_CHARACTER:]):
-            tail = (table[token_id] if token_id < len(table) else b"") + tail
-        if tail:
-            self._pending = _incomplete(tail[-_LONGEST_CHARACTER:])
+        known = (table[token_id] for token_id in prompt_token_ids[-_LONGEST_CHARACTER:] if token_id < len(table))
+        self._pending = _incomplete(b"".join(known))
 
     def push(self, token_id: int) -> str:
         try:
@@ -59,15 +55,14 @@ class ByteLevelDetokenizer:
 
 
 def _incomplete(data: bytes) -> bytes:
-    """The start of a character at the end of the data, b"" if there is none."""
-    for length in range(1, min(len(data), _LONGEST_CHARACTER) + 1):
-        byte = data[-length]
-        if byte & 0xC0 != 0x80:
+    """The character that the end of the data leaves incomplete, b"" if there is none."""
+    for length in range(1, min(len(data), _LONGEST_CHARACTER - 1) + 1):
+        if data[-length] & 0xC0 != 0x80:
             try:
                 _, used = codecs.utf_8_decode(data[-length:], "strict", False)
             except UnicodeDecodeError:
                 return b""
-            return data[len(data) - length + used :]
+            return b"" if used else data[-length:]
     return b""
 
 
@@ -79,15 +74,22 @@ class SentencePieceDetokenizer:
     Args:
         table: the text of each token id, or its byte (int) for a byte token; "" for a token that is skipped.
         strip: spaces that the decoder strips from the start of a text.
-        prompt_token_ids: the tokens before the first pushed; if they have any text, no space is stripped.
+        prompt_token_ids: the tokens before the first pushed; if they have any text, no space is stripped, and a character that they
+            leave incomplete is completed.
     """
 
     def __init__(self, table: Sequence[str | int], strip: int, prompt_token_ids: Sequence[int] = ()):
         self._table = table
-        self._pending = b""
         self._strip = strip
-        if strip and any(token_id < len(table) and table[token_id] != "" for token_id in reversed(prompt_token_ids)):
+        tail = b""
+        for entry in (table[token_id] for token_id in reversed(prompt_token_ids) if token_id < len(table)):
+            if entry == "":
+                continue
             self._strip = 0
+            if not isinstance(entry, int) or len(tail) == _LONGEST_CHARACTER:
+                break
+            tail = bytes((entry,)) + tail
+        self._pending = _incomplete(tail)
 
     def push(self, token_id: int) -> str:
         try:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from jaxserve.errors import StartupError, UnsupportedModel
 from jaxserve.tokenizer.gguf_metadata import read_gguf_metadata
@@ -32,12 +32,14 @@ _TEKKEN = (
 _SPLITS: dict[str, Sequence[str]] = {
     **dict.fromkeys(("default", "gpt-2", "mpt", "olmo", "jais", "phi-2", "trillion"), (_GPT2,)),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), (r"\p{N}", _GPT2)),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "smaug-bpe", "dbrx"), (_LLAMA3,)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "smaug-bpe", "dbrx"), (_LLAMA3,)),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), (_QWEN2,)),
-    **dict.fromkeys(("tekken", "pixtral"), (_TEKKEN,)),
+    "tekken": (_TEKKEN,),
 }
 # A piece that is a token is taken whole, whatever the merges say; these also begin a text with BOS unless the file says otherwise.
-_WHOLE_PIECES = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "tekken", "pixtral"})
+_WHOLE_PIECES = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken"})
+# Qwen's own tokenizer composes accents first.
+_COMPOSED = frozenset({"qwen2", "deepseek-r1-qwen"})
 
 
 def load_gguf_tokenizer(path: Path) -> Any:
@@ -112,6 +114,8 @@ def _byte_level(metadata: dict[str, Any]) -> tuple[Tokenizer, bool]:
     # A space within a token is spelled differently, so the only one parts the two halves.
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=name in _WHOLE_PIECES))
+    if name in _COMPOSED:
+        backend.normalizer = normalizers.NFC()
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS[name]]
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     backend.decoder = decoders.ByteLevel()

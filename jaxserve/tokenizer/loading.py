@@ -43,10 +43,12 @@ def _load_folder(path: Path) -> Any:
 def _read_chat_template(path: Path) -> str | dict[str, str]:
     try:
         template = json.loads(path.read_text())["chat_template"]
+        if isinstance(template, list):
+            return {str(entry["name"]): str(entry["template"]) for entry in template}
     except OSError as error:
         raise StartupError(f"--tokenizer-config-path: {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise StartupError(f"--tokenizer-config-path: {path} is not JSON with a `chat_template`") from error
-    if isinstance(template, list):
-        return {entry["name"]: entry["template"] for entry in template}
+    if not isinstance(template, str):
+        raise StartupError(f"--tokenizer-config-path: the `chat_template` in {path} is neither text nor a list of named texts")
     return template
