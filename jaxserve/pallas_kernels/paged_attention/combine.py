@@ -12,6 +12,7 @@ from jaxserve.pallas_kernels.paged_attention.decode_plan import DecodePlan, work
 
 MASKED = -1e30  # a score that counts for nothing; finite: a maximum over masked scores alone must not make NaN
 DIMS = 32  # head dimensions a program, so that few pairs keep many multiprocessors busy
+FEW = 8  # partial results (of 4 query heads) read at once where a pair has no more; one long row has many, read 8 times as many at once
 
 
 def combine_partials(
@@ -115,8 +116,15 @@ def _add_up(read, first: jax.Array, last: jax.Array, group: int) -> jax.Array:
     Args:
         read: workers int32 [N] -> sums [N, G, DIMS], maxima [N, G], weights [N, G].
     """
-    splits = max(8, 256 // pl.next_power_of_2(group))
+    few = FEW * 4 // max(4, pl.next_power_of_2(group))
+    return lax.cond(
+        last - first < max(1, few),
+        lambda: _add_up_by(max(1, few), read, first, last, group),
+        lambda: _add_up_by(max(1, few) * 8, read, first, last, group),
+    )
 
+
+def _add_up_by(splits: int, read, first: jax.Array, last: jax.Array, group: int) -> jax.Array:
     def add(i, carry):
         total, maximum, weight = carry
         worker = first + i * splits + jnp.arange(splits, dtype=jnp.int32)

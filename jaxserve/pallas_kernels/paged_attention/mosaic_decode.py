@@ -15,7 +15,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxserve.pallas_kernels import layer_kv
 from jaxserve.pallas_kernels.layer_kv import LayerKV
 from jaxserve.pallas_kernels.paged_attention.combine import MASKED, combine_transposed
 from jaxserve.pallas_kernels.paged_attention.decode_plan import DecodePlan, plan_decode
@@ -31,6 +30,16 @@ class MosaicDecodeConfig:
     block_kv: int = 64
     num_stages: int = 3
     num_workers: int = 132 * 2
+
+    @classmethod
+    def suited(cls, q: jax.Array, kv: LayerKV, num_multiprocessors: int) -> "MosaicDecodeConfig | None":
+        """The cut measured best on an H200 (docs/performance_gpu.md); None where the kernel does not go or is not the fastest."""
+        _, num_kv_heads, page_size, head_dim = kv[0].shape
+        if head_dim % HEIGHT or HEIGHT % page_size or q.shape[1] // num_kv_heads > HEIGHT or kv[0].dtype != q.dtype:
+            return None
+        if head_dim > 128:
+            return cls(HEIGHT, 3 if head_dim == 192 else 2, num_multiprocessors)
+        return cls(2 * HEIGHT, 128 // head_dim, 2 * num_multiprocessors)
 
 
 def decode_attention_mosaic(
@@ -50,7 +59,7 @@ def decode_attention_mosaic(
     A float8 cache is widened to float16, which holds every float8 value, on its way to the tensor cores.
     """
     num_rows, num_heads, head_dim = q.shape
-    num_kv_heads, page_size = kv[0].shape[layer_kv.KV_HEADS_AXIS], kv[0].shape[3 - layer_kv.KV_HEADS_AXIS]
+    num_kv_heads, page_size = kv[0].shape[1], kv[0].shape[2]
     group = num_heads // num_kv_heads
     block_kv, stages = config.block_kv, config.num_stages
     plan = plan_decode(kv_lens, num_kv_heads=num_kv_heads, block_kv=block_kv, window=window, num_workers=config.num_workers)
@@ -66,9 +75,7 @@ def decode_attention_mosaic(
     emptied = plgpu.Barrier(num_barriers=stages)
     places = 2 * config.num_workers + num_rows * num_kv_heads
     sums, maxima, weights = plgpu.kernel(
-        functools.partial(
-            _decode_kernel, scale=unit, window=window, soft_cap=soft_cap, config=config, page_size=page_size
-        ),
+        functools.partial(_decode_kernel, scale=unit, window=window, soft_cap=soft_cap, config=config, page_size=page_size),
         out_type=(
             jax.ShapeDtypeStruct((places, head_dim, lanes), jnp.float32),
             jax.ShapeDtypeStruct((places, lanes), jnp.float32),
@@ -141,7 +148,7 @@ def _decode_kernel(
     *, scale: float, window: int | None, soft_cap: float | None, config: MosaicDecodeConfig, page_size: int,
 ):  # fmt: skip
     lanes, head_dim = q_ref.shape[1:]
-    num_kv_heads = keys_ref.shape[layer_kv.KV_HEADS_AXIS]
+    num_kv_heads = keys_ref.shape[1]
     pairs_per_tile = lens_ref.shape[0] * num_kv_heads // q_ref.shape[0]
     block_kv, stages = config.block_kv, config.num_stages
     pages_per_block, num_pages = block_kv // page_size, table_ref.shape[1]
@@ -177,8 +184,7 @@ def _decode_kernel(
                         plgpu.barrier_wait(free.at[slot])
 
                     for p, page in enumerate(pages):
-                        place = (page, head) if layer_kv.KV_HEADS_AXIS == 1 else (page, slice(None), head)
-                        plgpu.copy_gmem_to_smem(pages_ref.at[place], tiles.at[slot, pl.ds(p * page_size, page_size)], ready.at[slot])
+                        plgpu.copy_gmem_to_smem(pages_ref.at[page, head], tiles.at[slot, pl.ds(p * page_size, page_size)], ready.at[slot])
                 return count + 1
 
             return lax.fori_loop(begin, stop, block, count), pairs + 1

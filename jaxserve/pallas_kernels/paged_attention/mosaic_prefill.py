@@ -16,11 +16,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxserve.pallas_kernels import layer_kv
 from jaxserve.pallas_kernels.layer_kv import LayerKV
 from jaxserve.pallas_kernels.metadata import AttentionMetadata
-from jaxserve.pallas_kernels.paged_attention.prefill_plan import PrefillPlan, plan_prefill
-from jaxserve.pallas_kernels.paged_attention.triton_decode import MASKED, soft_capped
+from jaxserve.pallas_kernels.paged_attention.combine import MASKED
+from jaxserve.pallas_kernels.paged_attention.prefill_plan import RowSpan, plan_prefill, span_of_row
+from jaxserve.pallas_kernels.paged_attention.triton_decode import soft_capped
 
 HALF = 64  # tokens of a warpgroup: the height of a wgmma
 BLOCK_Q = 2 * HALF
@@ -32,6 +32,14 @@ class MosaicPrefillConfig:
 
     block_kv: int = 128
     num_stages: int = 2
+
+    @classmethod
+    def suited(cls, q: jax.Array, kv: LayerKV) -> "MosaicPrefillConfig | None":
+        """The cut measured best on an H200 (docs/performance_gpu.md); None where the kernel does not go."""
+        _, _, page_size, head_dim = kv[0].shape
+        if head_dim % HALF or HALF % page_size or kv[0].dtype != q.dtype:
+            return None
+        return cls(128 if head_dim <= 128 else HALF, 2)
 
 
 def prefill_attention_mosaic(
@@ -47,7 +55,7 @@ def prefill_attention_mosaic(
 ) -> jax.Array:
     """Bottom-right causal attention of each token over its row's pages: q [T, H, D] -> [T, H, D]; finite for padding tokens."""
     num_tokens, num_heads, head_dim = q.shape
-    page_size = kv[0].shape[3 - layer_kv.KV_HEADS_AXIS]
+    page_size = kv[0].shape[2]
     plan = plan_prefill(metadata, num_tokens=num_tokens, block_q=BLOCK_Q)
     num_tiles = plan.tiles.shape[0]
     padded = jnp.pad(q, ((0, num_tiles * BLOCK_Q - num_tokens), (0, 0), (0, 0)))
@@ -59,9 +67,7 @@ def prefill_attention_mosaic(
     # The interpreter knows neither wgmma with its left side in registers nor accumulators with a first value: weights pass through SMEM.
     weights_smem = [plgpu.SMEM((2, HALF, config.block_kv), q.dtype, transforms=tiled)] if interpret else []
     out = plgpu.kernel(
-        functools.partial(
-            _prefill_kernel, scale=scale, window=window, soft_cap=soft_cap, config=config, page_size=page_size
-        ),
+        functools.partial(_prefill_kernel, scale=scale, window=window, soft_cap=soft_cap, config=config, page_size=page_size),
         out_type=jax.ShapeDtypeStruct(padded.shape, q.dtype),
         scratch_types=(
             plgpu.SMEM((2, HALF, head_dim), q.dtype, transforms=tiled),
@@ -95,29 +101,17 @@ def _prefill_kernel(
 ):  # fmt: skip
     block_kv, stages = config.block_kv, config.num_stages
     num_heads, head_dim = q_ref.shape[1:]
-    num_kv_heads = keys_ref.shape[layer_kv.KV_HEADS_AXIS]
+    num_kv_heads = keys_ref.shape[1]
     pages_per_block, num_pages = block_kv // page_size, table_ref.shape[1]
     warpgroup = lax.axis_index("warpgroup")
     head = lax.axis_index("head")
     tile = tiles_ref[lax.axis_index("tile")]
     tile_start = tile * BLOCK_Q
 
-    def span(row):
-        """Of a row's part in this tile: offset of token to position, first and end token, and the KV blocks: begin, full begin, full end, end."""
-        start, end = starts_ref[row], starts_ref[row + 1]
-        offset = lens_ref[row] - end
-        first, stop = jnp.maximum(start, tile_start), jnp.minimum(end, tile_start + BLOCK_Q)
-        stop_block = lax.div(stop + offset + block_kv - 1, jnp.int32(block_kv))
-        whole = (first == tile_start) & (stop == tile_start + BLOCK_Q)
-        full_end = lax.div(first + offset + 1, jnp.int32(block_kv))
-        if window is None:
-            begin = full_begin = jnp.int32(0)
-        else:
-            begin = lax.div(jnp.maximum(first + offset - window + 1, 0), jnp.int32(block_kv))
-            full_begin = lax.div(jnp.maximum(stop + offset - window, 0) + block_kv - 1, jnp.int32(block_kv))
-        full_begin = jnp.clip(full_begin, begin, stop_block)
-        full_end = jnp.where(whole, jnp.maximum(full_end, full_begin), full_begin)
-        return offset, start, end, begin, full_begin, full_end, jnp.maximum(stop_block, begin)
+    def span(row) -> RowSpan:
+        return span_of_row(
+            starts_ref[row], starts_ref[row + 1], lens_ref[row], tile_start, block_q=BLOCK_Q, block_kv=block_kv, window=window
+        )
 
     first_row, end_row = first_rows_ref[tile], end_rows_ref[tile]
 
@@ -127,7 +121,7 @@ def _prefill_kernel(
         kv_head = lax.div(head, jnp.int32(num_heads // num_kv_heads))
 
         def fetch_row(row, count):
-            _, _, _, begin, _, _, stop = span(row)
+            part = span(row)
 
             def block(i, count):
                 slot = lax.rem(count, jnp.int32(stages))
@@ -142,13 +136,12 @@ def _prefill_kernel(
 
                     for p in range(pages_per_block):
                         page = table_ref[row, jnp.minimum(i * pages_per_block + p, num_pages - 1)]
-                        place = (page, kv_head) if layer_kv.KV_HEADS_AXIS == 1 else (page, slice(None), kv_head)
                         plgpu.copy_gmem_to_smem(
-                            pages_ref.at[place], tiles.at[slot, pl.ds(p * page_size, page_size)], ready.at[slot]
+                            pages_ref.at[page, kv_head], tiles.at[slot, pl.ds(p * page_size, page_size)], ready.at[slot]
                         )
                 return count + 1
 
-            return lax.fori_loop(begin, stop, block, count)
+            return lax.fori_loop(part.begin, part.stop, block, count)
 
         count = lax.fori_loop(first_row, end_row, fetch_row, jnp.int32(0))
         for slot in range(stages):  # see every phase of a barrier out, as the interpreter demands
@@ -178,9 +171,9 @@ def _prefill_kernel(
             return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
         def attend_row(row, carry):
-            offset, start, end, begin, full_begin, full_end, stop = span(row)
+            part = span(row)
             token = plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=by_token) + token_start
-            latest = jnp.where((token >= start) & (token < end), token + offset, -1)
+            latest = jnp.where((token >= part.start) & (token < part.end), token + part.offset, -1)
 
             def block(masked: bool, i, carry):
                 total, maximum, weight, count = carry
@@ -232,9 +225,9 @@ def _prefill_kernel(
                 return total, new_maximum, weight, count + 1
 
             if window is not None:
-                carry = lax.fori_loop(begin, full_begin, functools.partial(block, True), carry)
-            carry = lax.fori_loop(full_begin, full_end, functools.partial(block, False), carry)
-            return lax.fori_loop(full_end, stop, functools.partial(block, True), carry)
+                carry = lax.fori_loop(part.begin, part.full_begin, functools.partial(block, True), carry)
+            carry = lax.fori_loop(part.full_begin, part.full_end, functools.partial(block, False), carry)
+            return lax.fori_loop(part.full_end, part.stop, functools.partial(block, True), carry)
 
         pl.when(warpgroup == 1)(take_turn)
         nothing = full((HALF, head_dim), 0.0, wgmma), full((HALF,), MASKED, by_token), full((HALF,), 0.0, by_token), jnp.int32(0)

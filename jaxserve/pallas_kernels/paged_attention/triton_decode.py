@@ -15,7 +15,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jaxserve.pallas_kernels import layer_kv
 from jaxserve.pallas_kernels.layer_kv import LayerKV
 from jaxserve.pallas_kernels.paged_attention.combine import MASKED, combine_partials
 from jaxserve.pallas_kernels.paged_attention.decode_plan import DecodePlan, plan_decode
@@ -27,10 +26,19 @@ FLOAT8 = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))
 class TritonDecodeConfig:
     """How the kernel is cut: tokens a block, warps a program, blocks in flight, programs (shares) of the whole grid."""
 
-    block_kv: int = 32
-    num_warps: int = 2
-    num_stages: int = 4
-    num_workers: int = 132 * 4
+    block_kv: int = 64
+    num_warps: int = 4
+    num_stages: int = 3
+    num_workers: int = 132 * 3
+
+    @classmethod
+    def suited(cls, q: jax.Array, kv: LayerKV, num_multiprocessors: int) -> "TritonDecodeConfig":
+        """The cut measured best on an H200 (docs/performance_gpu.md)."""
+        padded_dim = pl.next_power_of_2(q.shape[2])
+        block_kv = max(16, min(128, 64 * 128 // padded_dim))
+        if kv[0].dtype in FLOAT8:
+            return cls(block_kv, 1, 3, 8 * num_multiprocessors)
+        return cls(block_kv, 4, 3, 3 * num_multiprocessors)
 
 
 def soft_capped(scores: jax.Array, soft_cap: float | None, unit: float) -> jax.Array:
@@ -58,11 +66,9 @@ def decode_attention_triton(
     A float8 cache is read as float16, which holds every float8 value (Triton converts one to the other in half an instruction).
     """
     num_rows, num_heads, head_dim = q.shape
-    num_kv_heads = kv[0].shape[layer_kv.KV_HEADS_AXIS]
+    num_kv_heads = kv[0].shape[1]
     group = num_heads // num_kv_heads
-    plan = plan_decode(
-        kv_lens, num_kv_heads=num_kv_heads, block_kv=config.block_kv, window=window, num_workers=config.num_workers
-    )
+    plan = plan_decode(kv_lens, num_kv_heads=num_kv_heads, block_kv=config.block_kv, window=window, num_workers=config.num_workers)
     kernel = functools.partial(_decode_kernel, scale=scale, window=window, soft_cap=soft_cap, block_kv=config.block_kv)
     partials = config.num_workers, 2, group
     whole, sums, maxima, weights = pl.pallas_call(
@@ -81,10 +87,19 @@ def decode_attention_triton(
     return combine_partials(whole, sums, maxima, weights, plan, interpret=interpret).reshape(q.shape)
 
 
-def _lanes(size: int) -> jax.Array:
-    """Indices of an axis of `size` elements, padded to a power of two by repeating the last: what a tile's surplus reads is valid,
-    and what it writes is the same value again."""
-    return jnp.minimum(jnp.arange(pl.next_power_of_2(size), dtype=jnp.int32), size - 1)
+def padded_lanes(size: int):
+    """How to index the last axis of `size` elements, and the axes beside it.
+
+    Tiles are powers of two: a size that is none is padded by repeating the last element, so that what the surplus reads is valid, and
+    what it writes is the same value again.
+
+    Returns:
+        The index of the last axis, and a function from the indices of a tile's rows to the indices that go with it.
+    """
+    padded = pl.next_power_of_2(size)
+    if padded == size:
+        return slice(None), lambda rows: rows
+    return jnp.minimum(jnp.arange(padded, dtype=jnp.int32), size - 1)[None, :], lambda rows: rows[:, None]
 
 
 def _decode_kernel(
@@ -93,17 +108,16 @@ def _decode_kernel(
 ):  # fmt: skip
     num_rows, num_kv_heads, group, head_dim = q_ref.shape
     num_workers = sums_ref.shape[0]
-    page_size = keys_ref.shape[3 - layer_kv.KV_HEADS_AXIS]
+    page_size = keys_ref.shape[2]
     group_lanes = jnp.minimum(jnp.arange(max(16, pl.next_power_of_2(group)), dtype=jnp.int32), group - 1)
     padded_dim = pl.next_power_of_2(head_dim)
-    dim = slice(None) if padded_dim == head_dim else _lanes(head_dim)[None, :]
-    lanes = (lambda rows: rows) if padded_dim == head_dim else (lambda rows: rows[:, None])
+    dim, column = padded_lanes(head_dim)
     worker = pl.program_id(0)
     end = plan_refs.worker_starts[worker + 1]
 
     def attend(row, head, begin, stop):
         """Online softmax over blocks [begin, stop) of a row's KV head: weighted values, maxima and weights of its query heads."""
-        q = q_ref[row, head, lanes(group_lanes), dim]
+        q = q_ref[row, head, column(group_lanes), dim]
         unit = scale
         if padded_dim != head_dim:
             q = jnp.where(jnp.arange(padded_dim, dtype=jnp.int32)[None, :] < head_dim, q, jnp.zeros_like(q))
@@ -116,7 +130,7 @@ def _decode_kernel(
             total, maximum, weight = carry
             token = (first + i) * block_kv + jnp.arange(block_kv, dtype=jnp.int32)
             page = table_ref[row, jnp.minimum(token, kv_len - 1) // page_size]
-            place = (lanes(page), head, lanes(token % page_size), dim) if layer_kv.KV_HEADS_AXIS == 1 else (lanes(page), lanes(token % page_size), head, dim)
+            place = column(page), head, column(token % page_size), dim
             keys = keys_ref[place].astype(q.dtype)
             scores = soft_capped(plt.dot(q, keys.T), soft_cap, unit)
             visible = token < kv_len
@@ -148,12 +162,12 @@ def _decode_kernel(
 
         @pl.when(stop - begin == blocks)
         def _():
-            out_ref[row, head, lanes(group_lanes), dim] = (total / jnp.maximum(weight, 1e-30)[:, None]).astype(out_ref.dtype)
+            out_ref[row, head, column(group_lanes), dim] = (total / jnp.maximum(weight, 1e-30)[:, None]).astype(out_ref.dtype)
 
         @pl.when(stop - begin < blocks)
         def _():
             place = jnp.where(begin == 0, 1, 0)
-            sums_ref[worker, place, lanes(group_lanes), dim] = total
+            sums_ref[worker, place, column(group_lanes), dim] = total
             maxima_ref[worker, place, group_lanes] = maximum
             weights_ref[worker, place, group_lanes] = weight
 
@@ -169,4 +183,4 @@ def _decode_kernel(
         @pl.when(plan_refs.row_starts[row] == plan_refs.row_starts[row + 1])
         def _():
             for head in range(num_kv_heads):
-                out_ref[row, head, lanes(group_lanes), dim] = jnp.zeros((group_lanes.size, padded_dim), out_ref.dtype)
+                out_ref[row, head, column(group_lanes), dim] = jnp.zeros((group_lanes.size, padded_dim), out_ref.dtype)

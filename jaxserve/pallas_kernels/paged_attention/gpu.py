@@ -1,0 +1,71 @@
+"""Paged attention on NVIDIA GPUs: which kernel takes which tokens of a step."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.pallas_kernels.layer_kv import LayerKV
+from jaxserve.pallas_kernels.metadata import AttentionMetadata
+from jaxserve.pallas_kernels.paged_attention.mosaic_decode import MosaicDecodeConfig, decode_attention_mosaic
+from jaxserve.pallas_kernels.paged_attention.mosaic_prefill import MosaicPrefillConfig, prefill_attention_mosaic
+from jaxserve.pallas_kernels.paged_attention.triton_decode import TritonDecodeConfig, decode_attention_triton
+from jaxserve.pallas_kernels.paged_attention.triton_prefill import TritonPrefillConfig, prefill_attention_triton
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the choice of a kernel depends on: multiprocessors, and whether the device is of the Hopper kind (sm_90)."""
+
+    num_multiprocessors: int
+    is_hopper: bool
+
+
+def local_gpu() -> Gpu | None:
+    """The GPU that this process computes on; None: it computes elsewhere."""
+    if jax.default_backend() != "gpu":
+        return None
+    device = jax.local_devices()[0]
+    return Gpu(device.core_count, getattr(device, "compute_capability", "") == "9.0")
+
+
+def paged_attention_gpu(
+    q: jax.Array,
+    kv: LayerKV,
+    metadata: AttentionMetadata,
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    gpu: Gpu,
+    interpret: bool = False,
+) -> jax.Array:
+    """`paged_attention` by kernels: rows of one token by a decode kernel, longer chunks by a prefill kernel.
+
+    Shapes as in `paged_attention`; q is bfloat16 or float16, K and V of q's type or float8.
+    """
+    options = dict(scale=scale, window=window, soft_cap=soft_cap, interpret=interpret)
+    if metadata.decode_only:
+        return _decode(q, kv, metadata.page_table, metadata.kv_lens, gpu, options)
+    starts = metadata.query_starts[:-1]
+    single = metadata.query_starts[1:] - starts == 1
+    num_tokens = q.shape[0]
+    rows = q[jnp.minimum(starts, num_tokens - 1)]
+    decoded = _decode(rows, kv, metadata.page_table, jnp.where(single, metadata.kv_lens, 0), gpu, options)
+    prefilled = _prefill(q, kv, metadata, gpu, options)
+    return prefilled.at[jnp.where(single, starts, num_tokens)].set(decoded, mode="drop")
+
+
+def _decode(q: jax.Array, kv: LayerKV, page_table: jax.Array, kv_lens: jax.Array, gpu: Gpu, options: dict) -> jax.Array:
+    config = MosaicDecodeConfig.suited(q, kv, gpu.num_multiprocessors) if gpu.is_hopper else None
+    if config is not None:
+        return decode_attention_mosaic(q, kv, page_table, kv_lens, config=config, **options)
+    config = TritonDecodeConfig.suited(q, kv, gpu.num_multiprocessors)
+    return decode_attention_triton(q, kv, page_table, kv_lens, config=config, **options)
+
+
+def _prefill(q: jax.Array, kv: LayerKV, metadata: AttentionMetadata, gpu: Gpu, options: dict) -> jax.Array:
+    config = MosaicPrefillConfig.suited(q, kv) if gpu.is_hopper else None
+    if config is not None:
+        return prefill_attention_mosaic(q, kv, metadata, config=config, **options)
+    return prefill_attention_triton(q, kv, metadata, config=TritonPrefillConfig.suited(q), **options)

@@ -1,0 +1,153 @@
+"""GPU attention kernels without a GPU: interpreted against the reference on small shapes, and lowered for CUDA at serving shapes."""
+
+import functools
+import itertools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from jaxserve.pallas_kernels import AttentionMetadata
+from jaxserve.pallas_kernels.paged_attention.decode_plan import plan_decode, worker_of_block
+from jaxserve.pallas_kernels.paged_attention.gpu import Gpu, paged_attention_gpu
+from jaxserve.pallas_kernels.paged_attention.mosaic_decode import MosaicDecodeConfig, decode_attention_mosaic
+from jaxserve.pallas_kernels.paged_attention.mosaic_prefill import MosaicPrefillConfig, prefill_attention_mosaic
+from jaxserve.pallas_kernels.paged_attention.reference import paged_attention_reference
+from jaxserve.pallas_kernels.paged_attention.triton_decode import TritonDecodeConfig, decode_attention_triton
+from jaxserve.pallas_kernels.paged_attention.triton_prefill import TritonPrefillConfig, prefill_attention_triton
+
+PLAIN = dict(window=None, soft_cap=None)
+LOCAL = dict(window=37, soft_cap=20.0)
+BF16, FLOAT8 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float8_e4m3fn)
+
+
+def make_step(rows, *, num_heads, num_kv_heads, head_dim, page_size, num_tokens=None, dtype=BF16, seed=0):
+    """A step of rows (tokens in this step, tokens in the cache), pages in random order: q, kv, metadata."""
+    rng = np.random.default_rng(seed)
+    pages_per_row = -(-max(kv_len for _, kv_len in rows) // page_size)
+    table = rng.permutation(len(rows) * pages_per_row).reshape(len(rows), pages_per_row)
+    starts = np.concatenate([[0], np.cumsum([tokens for tokens, _ in rows])])
+    num_tokens = num_tokens or int(starts[-1])
+    unused = jnp.zeros((num_tokens,), jnp.int32)
+    metadata = AttentionMetadata(
+        jnp.asarray(table, jnp.int32),
+        jnp.asarray([kv_len for _, kv_len in rows], jnp.int32),
+        jnp.asarray(starts, jnp.int32),
+        unused,
+        unused,
+    )
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    kv = tuple(normal(table.size, num_kv_heads, page_size, head_dim).astype(dtype) for _ in range(2))
+    return normal(num_tokens, num_heads, head_dim).astype(jnp.bfloat16), kv, metadata
+
+
+def relative_error(out, q, kv, metadata, **options):
+    """Against the reference in float32, over the tokens that are no padding."""
+    tokens = int(metadata.query_starts[-1])
+    reference = functools.partial(paged_attention_reference, scale=q.shape[-1] ** -0.5, **options)
+    expected = jax.jit(reference)(q.astype(jnp.float32), kv, metadata)[:tokens]
+    out = out.astype(jnp.float32)
+    assert bool(jnp.isfinite(out).all())
+    return float(jnp.linalg.norm(out[:tokens] - expected) / jnp.linalg.norm(expected))
+
+
+DECODE_CASES = [
+    (decode_attention_triton, TritonDecodeConfig(32, 2, 2, 5), [70, 130, 0], 8, 2, 64, 16, BF16, PLAIN),
+    (decode_attention_triton, TritonDecodeConfig(32, 2, 2, 9), [150], 3, 1, 96, 32, FLOAT8, LOCAL),
+    (decode_attention_mosaic, MosaicDecodeConfig(64, 2, 3), [70, 0, 130], 4, 1, 64, 16, BF16, PLAIN),
+    (decode_attention_mosaic, MosaicDecodeConfig(64, 2, 2), [100], 8, 2, 64, 64, FLOAT8, LOCAL),
+]
+
+
+@pytest.mark.parametrize("attention, config, kv_lens, num_heads, num_kv_heads, head_dim, page_size, dtype, options", DECODE_CASES)
+def test_decode_is_the_reference(attention, config, kv_lens, num_heads, num_kv_heads, head_dim, page_size, dtype, options):
+    shape = dict(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, page_size=page_size, dtype=dtype)
+    q, kv, metadata = make_step([(1, kv_len) for kv_len in kv_lens], **shape)
+    call = functools.partial(attention, scale=head_dim**-0.5, config=config, interpret=True, **options)
+    out = jax.jit(call)(q, kv, metadata.page_table, metadata.kv_lens)
+    used = np.flatnonzero(kv_lens)
+    out = np.where((np.asarray(kv_lens) > 0)[:, None, None], out, out * 0)  # what is meaningless must still be finite
+    reference = functools.partial(paged_attention_reference, scale=head_dim**-0.5, **options)
+    expected = np.asarray(jax.jit(reference)(q.astype(jnp.float32), kv, metadata))
+    assert np.isfinite(out.astype(np.float32)).all()
+    error = np.linalg.norm(out.astype(np.float32)[used] - expected[used]) / np.linalg.norm(expected[used])
+    assert error < 4e-3
+
+
+PREFILL_CASES = [
+    (prefill_attention_triton, TritonPrefillConfig(32, 32), 16, BF16, LOCAL),
+    (prefill_attention_triton, TritonPrefillConfig(64, 64), 32, FLOAT8, PLAIN),
+    (prefill_attention_mosaic, MosaicPrefillConfig(64, 2), 32, BF16, LOCAL),
+]
+
+
+@pytest.mark.parametrize("attention, config, page_size, dtype, options", PREFILL_CASES)
+def test_prefill_is_the_reference(attention, config, page_size, dtype, options):
+    shape = dict(num_heads=2, num_kv_heads=1, head_dim=64, page_size=page_size, dtype=dtype)
+    q, kv, metadata = make_step([(50, 90), (20, 20), (8, 70)], num_tokens=100, **shape)
+    call = functools.partial(attention, scale=64**-0.5, config=config, interpret=True, **options)
+    out = jax.jit(call)(q, kv, metadata)
+    assert relative_error(out, q, kv, metadata, **options) < 4e-3
+
+
+def test_mixed_step_sends_each_row_to_its_kernel():
+    q, kv, metadata = make_step(
+        [(1, 40), (1, 70), (30, 60), (1, 9), (0, 0)], num_heads=4, num_kv_heads=2, head_dim=64, page_size=16, num_tokens=40
+    )
+    call = functools.partial(paged_attention_gpu, scale=64**-0.5, gpu=Gpu(4, is_hopper=False), interpret=True, **PLAIN)
+    out = jax.jit(call)(q, kv, metadata)
+    assert relative_error(out, q, kv, metadata, **PLAIN) < 4e-3
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_shares_of_a_plan_cover_all_blocks_equally(window):
+    kv_lens = jnp.asarray([4000, 1, 0, 64, 65, 900, 0], jnp.int32)
+    plan = jax.jit(functools.partial(plan_decode, num_kv_heads=2, block_kv=64, window=window, num_workers=29))(kv_lens)
+    sizes = np.diff(plan.worker_starts)
+    assert sizes.min() >= 0 and sizes.max() - sizes.min() <= 1
+    total = int(plan.row_starts[-1])
+    assert plan.worker_starts[0] == 0 and plan.worker_starts[-1] == total
+    owners = np.searchsorted(np.asarray(plan.worker_starts), np.arange(total), side="right") - 1
+    np.testing.assert_array_equal(worker_of_block(jnp.arange(total, dtype=jnp.int32), plan.row_starts[-1], 29), owners)
+    visible = np.minimum(np.asarray(kv_lens), window or 10**9)
+    assert all(np.diff(plan.row_starts) // 2 * 64 >= visible)
+    row_starts, pairs = np.asarray(plan.row_starts), []
+    for row, (begin, end) in enumerate(itertools.pairwise(row_starts)):
+        for head, blocks in enumerate(np.split(np.arange(begin, end), 2)):
+            if blocks.size and owners[blocks[0]] != owners[blocks[-1]]:
+                pairs.append((owners[blocks[0]], row * 2 + head, owners[blocks[-1]]))
+    begun = np.flatnonzero(np.asarray(plan.begun_pairs) >= 0)
+    assert pairs == [(w, int(plan.begun_pairs[w]), int(plan.last_workers[w])) for w in begun]
+
+
+@pytest.mark.parametrize("is_hopper", [False, True], ids=["triton", "mosaic"])
+@pytest.mark.parametrize("decode_only", [True, False], ids=["decode", "mixed"])
+@pytest.mark.parametrize("head_dim, kv_dtype", [(128, BF16), (64, BF16), (256, BF16), (128, FLOAT8)])
+def test_kernels_lower_for_cuda(is_hopper, decode_only, head_dim, kv_dtype):
+    num_rows, num_tokens = 16, 16 if decode_only else 2048
+
+    def integers(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    metadata = AttentionMetadata(
+        integers(num_rows, 512),
+        integers(num_rows),
+        integers(num_rows + 1),
+        integers(num_tokens),
+        integers(num_tokens),
+        decode_only=decode_only,
+    )
+    pages = jax.ShapeDtypeStruct((4096, 8, 16, head_dim), kv_dtype)
+    q = jax.ShapeDtypeStruct((num_tokens, 32, head_dim), jnp.bfloat16)
+    call = functools.partial(paged_attention_gpu, scale=head_dim**-0.5, window=1024, soft_cap=30.0, gpu=Gpu(132, is_hopper))
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Pallas-Triton is deprecated; nothing else serves GPUs before sm_90
+        text = jax.jit(call).trace(q, (pages, pages), metadata).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu_v2") == (2 - decode_only) * (is_hopper and kv_dtype == BF16)
