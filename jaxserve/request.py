@@ -13,6 +13,7 @@ from jaxserve.errors import ContextTooLong, InvalidRequest
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_TOKEN_IDS = 64
+MAX_STOP_LENGTH = 1024
 MAX_SAMPLES = 128
 
 
@@ -100,6 +101,8 @@ class SamplingParams:
             _integer("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
         if any(not s for s in self.stop):
             raise InvalidRequest("`stop` must not hold empty strings", "stop")
+        if any(len(s) > MAX_STOP_LENGTH for s in self.stop):
+            raise InvalidRequest(f"`stop` supports strings of up to {MAX_STOP_LENGTH} characters", "stop")
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise InvalidRequest(
                 f"`stop_token_ids` supports up to {MAX_STOP_TOKEN_IDS} token ids. Given: {len(self.stop_token_ids)}", "stop_token_ids"

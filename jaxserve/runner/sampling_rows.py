@@ -10,6 +10,7 @@ import numpy as np
 from jaxserve.request import SamplingParams
 
 NUM_SAMPLING_COLUMNS = 13
+MIN_TEMPERATURE = 1e-5  # below it a row is greedy: distances between logits would overflow
 _SLOT, _FLAGS, _POSITION, _SEED_LOW, _SEED_HIGH, _TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _TYPICAL_P, _REPETITION, _PRESENCE, _FREQUENCY = (
     range(NUM_SAMPLING_COLUMNS)
 )
@@ -143,7 +144,7 @@ class RowPacker:
             flags |= _PENALTIES
             floats[[_REPETITION, _PRESENCE, _FREQUENCY]] = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
         row[_FLAGS] = flags
-        if not params.greedy:
+        if params.temperature >= MIN_TEMPERATURE:
             seed = sample_seed(params.seed, index)
             row[[_SEED_LOW, _SEED_HIGH]] = np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32).view(np.int32)
             floats[[_TEMPERATURE, _TOP_P, _MIN_P, _TYPICAL_P]] = params.temperature, params.top_p, params.min_p, params.typical_p
