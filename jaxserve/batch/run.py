@@ -70,8 +70,8 @@ def run_batch(options: BatchOptions, identity: Mapping[str, Any], load: Callable
         first = next(lines, None)
         if first is None:
             return summary
-        bar = stack.enter_context(tqdm(total=total, initial=summary.resumed, unit="line", disable=None, dynamic_ncols=True))
         llm = load()
+        bar = stack.enter_context(tqdm(total=total, initial=summary.resumed, unit="line", disable=None, dynamic_ncols=True))
         started = time.monotonic()
         for answered in _answers(llm, itertools.chain([first], lines), input_format, options.sampling):
             journal.append(answered.record)
@@ -79,7 +79,7 @@ def run_batch(options: BatchOptions, identity: Mapping[str, Any], load: Callable
             summary.output_tokens += answered.output_tokens
             summary.seconds = time.monotonic() - started
             bar.update()
-            bar.set_postfix_str(f"{summary.output_tokens / summary.seconds:.0f} tok/s", refresh=False)
+            bar.set_postfix_str(f"{summary.output_tokens / max(summary.seconds, 1e-9):.0f} tok/s", refresh=False)
     return summary
 
 
