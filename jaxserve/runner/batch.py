@@ -21,40 +21,50 @@ from jaxserve.runner.sampling_rows import NUM_SAMPLING_COLUMNS, RowPacker, Sampl
 
 
 class Sample(Protocol):
-    """What a step must know of a sample (the scheduler's has more)."""
+    """What a step must know of a sample; the scheduler's Sample says what the fields mean."""
 
-    request: Request
-    params: SamplingParams
-    index: int
-    slot: int
-    token_ids: list[int]
-    page_tables: Sequence[Sequence[int]]
+    @property
+    def request(self) -> Request: ...
+    @property
+    def params(self) -> SamplingParams: ...
+    @property
+    def index(self) -> int: ...
+    @property
+    def slot(self) -> int: ...
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+    @property
+    def page_tables(self) -> Sequence[Sequence[int]]: ...
 
 
 class Row(Protocol):
-    """One sample's share of a step; the scheduler's ScheduledRow says what the fields mean."""
+    """One sample's share of a step; as the scheduler's ScheduledRow."""
 
     @property
     def sample(self) -> Sample: ...
-
-    start: int
-    num_tokens: int
-    token_ids: Sequence[int]
-    samples: bool
-    new_slot: bool
-    num_output_tokens: int
+    @property
+    def start(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+    @property
+    def samples(self) -> bool: ...
+    @property
+    def new_slot(self) -> bool: ...
+    @property
+    def num_output_tokens(self) -> int: ...
 
 
 class Batch(Protocol):
-    """One step, as the scheduler's ScheduledBatch."""
-
-    num_tokens: int
+    """One step; as the scheduler's ScheduledBatch."""
 
     @property
     def rows(self) -> Sequence[Row]: ...
-
     @property
     def page_copies(self) -> Sequence[tuple[int, int, int]]: ...
+    @property
+    def num_tokens(self) -> int: ...
 
 
 class Fields(NamedTuple):

@@ -1,0 +1,43 @@
+"""Which compiled shape a batch takes."""
+
+import pytest
+
+from jaxserve.runner.buckets import Bucket, Buckets
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize(("max_batch_size", "max_batch_tokens"), [(32, 512), (1, 1), (1, 16), (3, 40), (256, 8192), (100, 100)])
+def test_every_legal_batch_has_a_bucket(platform: str, max_batch_size: int, max_batch_tokens: int):
+    buckets = Buckets.for_platform(platform, max_batch_size, max_batch_tokens)
+    for rows in range(1, max_batch_size + 1):
+        assert buckets.pick(rows, rows).decode_only
+        for tokens in {rows + 1, (rows + max_batch_tokens) // 2, max_batch_tokens} & set(range(rows + 1, max_batch_tokens + 1)):
+            bucket = buckets.pick(tokens, rows)
+            assert bucket in set(buckets)
+            assert not bucket.decode_only and bucket.num_tokens >= tokens and bucket.num_rows >= rows
+
+
+def test_the_smallest_one_is_taken():
+    buckets = Buckets((1, 4), ((64, 4), (16, 4), (16, 2), (64, 2)))
+    assert buckets.pick(1, 1) == Bucket(1, 1, True)
+    assert buckets.pick(2, 2) == Bucket(4, 4, True)
+    assert buckets.pick(5, 2) == Bucket(16, 2, False)
+    assert buckets.pick(16, 3) == Bucket(16, 4, False)
+    assert buckets.pick(17, 1) == Bucket(64, 2, False)
+
+
+def test_what_no_bucket_holds_is_refused():
+    buckets = Buckets.for_platform("cpu", 4, 64)
+    for tokens, rows in ((65, 1), (5, 5), (20, 5)):
+        with pytest.raises(ValueError, match="no bucket"):
+            buckets.pick(tokens, rows)
+
+
+def test_padding_never_more_than_doubles_a_step():
+    buckets = Buckets.for_platform("cpu", 32, 512)
+    for tokens in range(33, 513):
+        assert buckets.pick(tokens, 1).num_tokens < 2 * tokens
+
+
+def test_a_cpu_compiles_few_programs():
+    assert len(list(Buckets.for_platform("cpu", 32, 512))) <= 16
