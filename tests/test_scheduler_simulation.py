@@ -277,15 +277,20 @@ class Driver:
 MAX_TOTAL_TOKENS = 56
 
 
+def least_pages(page_size: int, window: int | None, num_speculative_tokens: int) -> int:
+    """Pages of a group with which the longest request can run alone: of all its tokens but the last, or of a window wherever it begins."""
+    whole = -(-(MAX_TOTAL_TOKENS - 1) // page_size)
+    return whole if window is None else min(whole, -(-(window - 1 + 2 * num_speculative_tokens) // page_size) + 1)
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     page_size = draw(st.sampled_from([1, 2, 4, 8]))
     speculative = draw(st.sampled_from([0, 0, 0, 1, 3]))
     max_batch_size = draw(st.integers(1, 6))
-    whole = -(-(MAX_TOTAL_TOKENS - 1) // page_size)  # pages of the longest request: the smallest full group there can be
     groups = []
     for window in draw(st.sampled_from([[None], [None, 5], [9], [None, 6, 13], [1], [7, None]])):
-        smallest = whole if window is None else min(whole, -(-(window - 1 + 2 * speculative) // page_size) + 1)
+        smallest = least_pages(page_size, window, speculative)
         groups.append(KVGroupPages(smallest + draw(st.sampled_from([0, 1, 3, 2 * smallest])), window))
     config = SchedulerConfig(
         max_batch_size=max_batch_size,
@@ -343,3 +348,15 @@ def test_a_heavy_load_on_a_tiny_cache(lag: bool, window: int | None):
     stats = driver.scheduler.stats()
     assert stats["num_preemptions"] >= 5 and stats["prefix_hits"] >= 50 and driver.device.num_copies >= 5
     assert len(driver.aborted) == 7
+
+
+@pytest.mark.parametrize("lag", [True, False])
+@pytest.mark.parametrize("page_size", [1, 4, 8])
+@pytest.mark.parametrize("num_speculative_tokens", [0, 1, 3])
+@pytest.mark.parametrize("windows", [[None], [5], [None, 9], [2, 13]])
+def test_one_request_runs_in_the_least_memory(lag: bool, page_size: int, num_speculative_tokens: int, windows: list[int | None]):
+    groups = [KVGroupPages(least_pages(page_size, window, num_speculative_tokens), window) for window in windows]
+    config = SchedulerConfig(1, 16, page_size, MAX_TOTAL_TOKENS, num_speculative_tokens=num_speculative_tokens)
+    request = Request("r", tuple(range(20)), SamplingParams(max_tokens=None, ignore_eos=True))
+    driver = Driver(Case(config, groups, [Arrival(request, 0)], lag)).run()
+    assert len(driver.tokens["r", 0]) == MAX_TOTAL_TOKENS - 20 and driver.scheduler.stats()["num_preemptions"] == 0
