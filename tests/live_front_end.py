@@ -1,7 +1,6 @@
 """The real front end in a thread of this process: uvicorn, routes, gRPC; behind it an EngineDouble."""
 
 import asyncio
-import socket
 import tempfile
 import threading
 import time
@@ -14,6 +13,7 @@ from engine_double import EngineDouble
 from jaxserve.config import ServerOptions
 from jaxserve.http.server import HttpServer
 from jaxserve.http.service import Service
+from jaxserve.launcher.listening import listen
 from jaxserve.metrics import Metrics
 from jaxserve.rpc.client import EngineClient
 from jaxserve.rpc.router import Router
@@ -33,7 +33,7 @@ class LiveFrontEnd:
         self.engine = EngineDouble(str(tokenizer), **{"vocab_size": 320, **(engine or {})})
         self._folder = tempfile.TemporaryDirectory()
         path = Path(self._folder.name) / "engine.sock"
-        self._socket = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self._socket = listen("127.0.0.1", 0, 1)[0]
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = httpx.Client(base_url=self.url, timeout=20)

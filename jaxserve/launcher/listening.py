@@ -8,6 +8,8 @@ import socket
 from jaxserve.errors import StartupError
 
 BACKLOG = 2048
+# Of each connection: the kernel would otherwise keep up to 4 MB for a client that does not read.
+SEND_BUFFER = 131072
 
 
 def listen(hostname: str, port: int, count: int) -> list[socket.socket]:
@@ -40,6 +42,7 @@ def _listen(family: socket.AddressFamily, address: tuple[str, int]) -> socket.so
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     listening.bind(address)
     listening.listen(BACKLOG)
     return listening
