@@ -4,6 +4,7 @@ A module holds a `Parameter` where its array will be: where it comes from in the
 cuts it. Shapes, shardings, random weights and loading all follow from the declaration; running, the array takes its place.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +14,9 @@ from jax.sharding import PartitionSpec
 
 Read = Callable[[str, tuple[slice, ...]], np.ndarray]
 """(checkpoint name, a slice an axis) -> that part of the tensor."""
+
+
+_PIECE_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -101,13 +105,24 @@ class Parameter:
         return tuple(n * shards if i == self.sharded_axis else n for i, n in enumerate(self.local_shape(shards)))
 
     def read(self, read: Read, shard: int, shards: int, dtype: np.dtype) -> np.ndarray:
-        """Build one shard, reading nothing but what it holds and converting piece by piece."""
-        array = np.zeros(self.local_shape(shards), dtype)
-        row = 0
+        """Build one shard, reading nothing but what it holds, in pieces of whole heads that are converted one by one."""
+        array = _aligned_zeros(self.local_shape(shards), dtype)
+        row_size = array[:1].size
+        first = 0
         for source in self.sources:
-            bounds = tuple(axis.bounds(shard, shards) for axis in source.axes)
-            rows = bounds[0].stop - bounds[0].start
-            if rows:
-                array[row : row + rows] = read(source.name, bounds)
-            row += source.axes[0].local_size(shards)
+            rows, *columns = (axis.bounds(shard, shards) for axis in source.axes)
+            unit = source.axes[0].size // (source.axes[0].units or source.axes[0].size)
+            step = max(_PIECE_ELEMENTS // row_size // unit, 1) * unit
+            for start in range(rows.start, rows.stop, step):
+                piece = slice(start, min(start + step, rows.stop))
+                array[first + piece.start - rows.start : first + piece.stop - rows.start] = read(source.name, (piece, *columns))
+            first += source.axes[0].local_size(shards)
         return array
+
+
+def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros at an address that is a multiple of 64, which JAX takes over on the CPU without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)

@@ -8,14 +8,14 @@ from safetensors import SafetensorError, safe_open
 
 from jaxserve.errors import WeightsError
 
-_REMAP_BYTES = 256 << 20
+_REMAP_BYTES = 64 << 20
 _DTYPES = {"F64", "F32", "F16", "BF16"}
 
 
 class SafetensorsCheckpoint:
     """The tensors of a model folder.
 
-    One file is mapped at a time, and mapped anew after each 256 MB read: pages of a mapped file count as memory of the process.
+    One file is mapped at a time, and mapped anew after each 64 MB read: pages of a mapped file count as memory of the process.
 
     Args:
         folder: with model.safetensors, or files and model.safetensors.index.json.
