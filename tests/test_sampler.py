@@ -159,8 +159,10 @@ def test_greedy_takes_the_lowest_of_equal_logits_and_never_padding():
     logits[2, VOCAB - 1] = 3.0
     logits[3] = -np.inf
     logits[4] = np.nan
-    batch = Batch([SamplingParams(temperature=0.0, logprobs=20)] * 8)
+    almost = SamplingParams(temperature=1e-9, top_p=0.5, logprobs=0)
+    batch = Batch([SamplingParams(temperature=0.0, logprobs=20)] * 6 + [almost] * 2)
     tokens = batch.step(logits)
+    assert tokens.token_ids[6:, 0].tolist() == [0, 0]
     assert tokens.token_ids[:3, 0].tolist() == [0, 4000, VOCAB - 1]
     assert all(0 <= token < VOCAB for token in tokens.token_ids[:, 0])
     assert tokens.top_ids[0, 0].tolist() == list(range(20))

@@ -13,8 +13,8 @@ from jaxserve.runner.sampling_rows import SamplingRows
 from jaxserve.runner.thresholds import covering_threshold, nearest
 
 # Truncation mostly keeps tokens of these few blocks; where it keeps more, the whole vocabulary is searched.
-_BLOCK = 64
-_NUM_BLOCKS = 128
+_BLOCK = 128
+_NUM_BLOCKS = 64
 
 
 @jax.tree_util.register_dataclass

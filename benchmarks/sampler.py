@@ -1,0 +1,80 @@
+"""Milliseconds a call of the sampler alone, by what the rows ask for: `python -m benchmarks.sampler [--rows 1 16] [--vocab 49152]`.
+
+Logits are normal with a few likely tokens, as a language model's are. The time is the smallest of many calls, with the copy of the
+result to the host; the sampler is compiled once a number of rows.
+"""
+
+import argparse
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve.request import SamplingParams
+from jaxserve.runner.sampler import pack_sampled, sample
+from jaxserve.runner.sampling_rows import RowPacker, unpack_rows
+from jaxserve.runner.sampling_state import SamplingState, make_sampling_state
+
+CASES = {
+    "greedy": SamplingParams(temperature=0.0),
+    "greedy, penalties": SamplingParams(temperature=0.0, repetition_penalty=1.1),
+    "greedy, logprobs": SamplingParams(temperature=0.0, logprobs=5),
+    "sampled": SamplingParams(seed=1),
+    "sampled, logprobs": SamplingParams(seed=1, logprobs=5),
+    "top_k": SamplingParams(seed=1, top_k=50),
+    "top_p": SamplingParams(seed=1, top_p=0.9),
+    "top_k, top_p": SamplingParams(seed=1, top_k=50, top_p=0.9),
+    "top_p, flat": SamplingParams(seed=1, temperature=5.0, top_p=0.9),
+    "typical_p": SamplingParams(seed=1, typical_p=0.9),
+}
+
+
+@partial(jax.jit, donate_argnums=1)
+def step(logits: jax.Array, state: SamplingState, columns: jax.Array) -> tuple[jax.Array, SamplingState]:
+    tokens, state = sample(logits, state, unpack_rows(columns))
+    return pack_sampled(tokens), state
+
+
+def measure(num_rows: int, vocab_size: int, calls: int) -> None:
+    """Print one line a case."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(scale=2.0, size=(num_rows, vocab_size)).astype(np.float32)
+    for row in range(num_rows):
+        logits[row, rng.choice(vocab_size, 40, replace=False)] += rng.uniform(4, 10, 40).astype(np.float32)
+    on_device = jnp.asarray(logits)
+    state = make_sampling_state(num_rows, vocab_size)
+    slots = np.arange(num_rows)
+    start = time.perf_counter()
+    compiled = step.lower(
+        on_device, state, jnp.asarray(RowPacker(1).pack(slots[:0], slots[:0], slots[:0], slots[:0] > 0, num_rows))
+    ).compile()
+    print(f"{num_rows} rows of {vocab_size} tokens; compiled in {time.perf_counter() - start:.2f} s")
+    for name, params in CASES.items():
+        packer = RowPacker(num_rows)
+        for slot in slots:
+            packer.enter(int(slot), params)
+        columns = jnp.asarray(packer.pack(slots, slots + 100, slots + 50, slots >= 0, num_rows))
+        times = []
+        for _ in range(calls):
+            start = time.perf_counter()
+            packed, state = compiled(on_device, state, columns)
+            np.asarray(packed)
+            times.append(time.perf_counter() - start)
+        print(f"  {name:20} {min(times) * 1e3:7.3f} ms   median {np.median(times) * 1e3:7.3f} ms")
+
+
+def main() -> None:
+    """Measure as the command line asks."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16], metavar="R")
+    parser.add_argument("--vocab", type=int, default=49152, metavar="V")
+    parser.add_argument("--calls", type=int, default=100)
+    options = parser.parse_args()
+    for num_rows in options.rows:
+        measure(num_rows, options.vocab, options.calls)
+
+
+if __name__ == "__main__":
+    main()
