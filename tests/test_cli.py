@@ -1,5 +1,6 @@
 """The command line: every field is a flag and a variable, TGI's flags are taken, wrong usage is one line."""
 
+import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -175,6 +176,16 @@ def test_errors_raised_on_purpose_are_one_line(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr("jaxserve.cli.serve.run", fail)
     assert cli.main(["serve"]) == 1 and cli.main([]) == 1
     assert capsys.readouterr().err == "jaxserve: no such folder: /nowhere\n" * 2
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "jaxserve", "--env"]
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False, timeout=60, env=buffered)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_the_module_runs_without_jax() -> None:

@@ -1,6 +1,7 @@
 """The command line: argv -> options -> processes. Each command is a module with a `run(arguments) -> exit code`."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -26,9 +27,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "serve"
     try:
-        return importlib.import_module(f"jaxserve.cli.{command}").run(arguments)
+        try:
+            return importlib.import_module(f"jaxserve.cli.{command}").run(arguments)
+        finally:
+            sys.stdout.flush()
     except JaxserveError as error:
         print(f"jaxserve: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # Whoever read the output has enough (`| head`); the interpreter must not find the broken pipe again when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
