@@ -62,7 +62,7 @@ class DeviceStep:
     """A dispatched step: its result, and what it holds."""
 
     batch: ScheduledBatch
-    result: StepResult
+    result: StepResult | None  # None: the step fails, and writes nothing
     slots: dict[int, Sample] = field(default_factory=dict)
     # (group, page) -> samples
     read: dict[tuple[int, int], set[Sample]] = field(default_factory=dict)
@@ -84,22 +84,27 @@ class Device:
         self.num_copies = 0
         self.draws = draws
 
-    def dispatch(self, batch: ScheduledBatch) -> None:
-        step = DeviceStep(batch, self._result(batch))
-        self._copy(batch)
-        spans = [self._write(row, step) for row in batch.rows]
-        for row, span in zip(batch.rows, spans, strict=True):
-            self._read(row, span, step)
-        for i, row in enumerate(batch.rows):
-            if row.samples:
-                self._sample(row, step.result, i)
-        self._check_overlap(step)
+    def dispatch(self, batch: ScheduledBatch, fails: bool = False) -> None:
+        step = DeviceStep(batch, None if fails else self._empty_result(batch))
+        if step.result is not None:
+            lost = {row.sample for earlier in self.in_flight if earlier.result is None for row in earlier.batch.rows}
+            failing = {sample.request.request_id for sample in lost}
+            self._copy(batch)
+            rows = [(i, row) for i, row in enumerate(batch.rows) if row.sample not in lost]
+            spans = [self._write(row, step) for _, row in rows]
+            for (_, row), span in zip(rows, spans, strict=True):
+                if row.sample.request.request_id not in failing:  # what is forked from a lost sample reads nonsense, and will fail too
+                    self._read(row, span, step)
+            for i, row in rows:
+                if row.samples:
+                    self._sample(row, step.result, i)
+            self._check_overlap(step)
         self.in_flight.append(step)
 
     def collect(self) -> DeviceStep:
         return self.in_flight.popleft()
 
-    def _result(self, batch: ScheduledBatch) -> StepResult:
+    def _empty_result(self, batch: ScheduledBatch) -> StepResult:
         padded = len(batch.rows) + 2
         return StepResult(np.full((padded, 1 + self.num_speculative_tokens), -7, np.int32), np.zeros(padded, np.int32))
 
@@ -203,6 +208,7 @@ class Case:
     arrivals: list[Arrival]
     lag: bool
     seed: int = 0
+    failing_steps: frozenset[int] = frozenset()
 
 
 class Driver:
@@ -238,7 +244,7 @@ class Driver:
         self.scheduler.check_integrity()
         if batch is not None:
             self.check_batch(batch)
-            self.device.dispatch(batch)
+            self.device.dispatch(batch, self.step_number in self.case.failing_steps)
         wanted = 1 if self.case.lag and batch is not None else 0
         while len(self.device.in_flight) > wanted:
             self.update()
@@ -246,10 +252,11 @@ class Driver:
 
     def update(self) -> None:
         step = self.device.collect()
-        for output in self.scheduler.update(step.batch, step.result):
+        outputs = self.scheduler.fail(step.batch, "lost") if step.result is None else self.scheduler.update(step.batch, step.result)
+        for output in outputs:
             key = output.request_id, output.index
             assert output.request_id not in self.aborted and key not in self.reasons, "an output after the end"
-            assert output.token_ids
+            assert bool(output.token_ids) == (output.finish_reason is not FinishReason.ERROR)
             self.tokens.setdefault(key, []).extend(output.token_ids)
             if output.finish_reason is not None:
                 self.reasons[key] = output.finish_reason
@@ -267,11 +274,11 @@ class Driver:
             for index in range(request.params.n):
                 key = request.request_id, index
                 tokens, reason = solo(request, index, self.case.config.max_total_tokens)
-                if key in self.reasons:
-                    assert (self.tokens[key], self.reasons[key]) == (tokens, reason)
+                yielded = self.tokens.get(key, [])
+                if request.request_id in self.aborted or (self.case.failing_steps and self.reasons[key] is FinishReason.ERROR):
+                    assert yielded == tokens[: len(yielded)]
                 else:
-                    assert request.request_id in self.aborted
-                    assert self.tokens.get(key, []) == tokens[: len(self.tokens.get(key, []))]
+                    assert (yielded, self.reasons[key]) == (tokens, reason)
 
 
 MAX_TOTAL_TOKENS = 56
@@ -321,7 +328,8 @@ def cases(draw: st.DrawFn) -> Case:
         step = draw(st.integers(0, 12))
         abort_step = step + draw(st.integers(0, 25)) if draw(st.integers(0, 3)) == 0 else None
         arrivals.append(Arrival(request, step, abort_step))
-    return Case(config, groups, arrivals, lag=draw(st.booleans()), seed=draw(st.integers(0, 99)))
+    failing = frozenset(draw(st.lists(st.integers(0, 30), max_size=2))) if draw(st.integers(0, 3)) == 0 else frozenset[int]()
+    return Case(config, groups, arrivals, lag=draw(st.booleans()), seed=draw(st.integers(0, 99)), failing_steps=failing)
 
 
 @settings(max_examples=120, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
