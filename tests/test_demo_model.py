@@ -1,0 +1,45 @@
+"""The demo model, as loaded from its GGUF file, gives transformers' greedy tokens (tests/goldens/demo.json), all prompts at once."""
+
+import json
+from pathlib import Path
+
+import pytest
+from demo_prompts import PROMPTS
+
+from jaxserve import LLM, SamplingParams
+
+pytestmark = pytest.mark.demo
+
+GOLDENS = json.loads((Path(__file__).parent / "goldens" / "demo.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(max_batch_size=8, max_batch_prefill_tokens=128, cpu_kv_cache_gib=0.5)
+
+
+def test_prompts_are_tokenized_as_the_reference_does(llm: LLM):
+    assert set(GOLDENS) == set(PROMPTS)
+    for name, prompt in PROMPTS.items():
+        if "messages" in prompt:
+            token_ids = llm.tokenizer.apply_chat_template(prompt["messages"])[1]
+        else:
+            token_ids = llm.tokenizer.encode(prompt["text"])
+        assert token_ids == GOLDENS[name]["prompt"], name
+
+
+def test_greedy_tokens_equal_transformers(llm: LLM):
+    names = list(GOLDENS)
+    params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True, logprobs=0)
+    outputs = llm.generate([GOLDENS[name]["prompt"] for name in names], params)
+    for name, output in zip(names, outputs, strict=True):
+        sample = output.outputs[0]
+        assert sample.token_ids == GOLDENS[name]["tokens"], name
+        assert [logprobs.raw for logprobs in sample.logprobs] == pytest.approx(GOLDENS[name]["logprobs"], abs=2e-3), name
+    assert llm.engines[0].stats().compile_events == 0
+    llm.engines[0].check_integrity()
+
+
+def test_the_answers_are_the_models_own(llm: LLM):
+    (output,) = llm.chat([{"role": "user", "content": "What is the capital of France?"}], SamplingParams(temperature=0.0, max_tokens=20))
+    assert output.outputs[0].text == "The capital of France is Paris."
