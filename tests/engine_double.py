@@ -3,10 +3,10 @@
 It has AsyncEngine's interface. Greedy requests answer with their own prompt (special tokens left out) and then end; a seed or a
 temperature rotates the answer, so that samples differ. As a program it is an engine process, or a whole server:
 
-    python tests/engine_double.py --control-fd N --replica R      what the launcher starts
+    python tests/engine_double.py DESCRIPTOR                      what the launcher starts
     python tests/engine_double.py serve FOLDER [JSON options]     a launcher whose engines are doubles
 
-Options come as JSON in the variable ENGINE_DOUBLE: the arguments of EngineDouble.
+Options come as JSON in the variable ENGINE_DOUBLE: the arguments of EngineDouble, or a `startup_error`.
 """
 
 import os
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxserve.errors import EngineUnavailable, InvalidRequest, Overloaded
+from jaxserve.errors import EngineUnavailable, InvalidRequest, Overloaded, StartupError
 from jaxserve.request import EngineInfo, EngineStats, FinishReason, Request, TokenLogprobs, TokenOutput
 
 
@@ -171,6 +171,8 @@ if __name__ == "__main__":
     options = json.loads(os.environ.get("ENGINE_DOUBLE", "{}"))
 
     def build(model: ModelOptions, engine: EngineOptions, replica: int) -> EngineDouble:
+        if "startup_error" in options:
+            raise StartupError(options["startup_error"])
         return EngineDouble(**options)
 
     if sys.argv[1] == "serve":

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import gc
 import signal
+import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -20,6 +21,7 @@ from jaxserve.http.sse import with_direct_send
 
 MAX_CONNECTIONS = 8192
 KEEP_ALIVE_TIMEOUT = 30  # seconds that an idle connection stays open
+FAREWELL_TIME = 2  # seconds to tell clients that their requests could not be finished in time
 
 
 class HttpServer(uvicorn.Server):
@@ -51,7 +53,7 @@ class HttpServer(uvicorn.Server):
                 server_header=False,
                 limit_concurrency=MAX_CONNECTIONS,
                 timeout_keep_alive=KEEP_ALIVE_TIMEOUT,
-                timeout_graceful_shutdown=service.options.graceful_termination_timeout,
+                timeout_graceful_shutdown=service.options.graceful_termination_timeout + FAREWELL_TIME,
             )
         )
 
@@ -61,6 +63,14 @@ class HttpServer(uvicorn.Server):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self.handle_exit)
         yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept no more, let what runs finish, and break off with an error what has not in time."""
+        time_is_up = asyncio.get_running_loop().call_later(
+            self._service.options.graceful_termination_timeout, self._service.router.fail_all, "the server is ending"
+        )
+        await super().shutdown(sockets)
+        time_is_up.cancel()
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from jaxserve.http.errors import ModelNotServed
 from jaxserve.metrics import Metrics, RequestMeter
 from jaxserve.request import EngineInfo, Request, SamplingParams
 from jaxserve.rpc.router import Router
-from jaxserve.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.tokenizer import Tokenizer, import_transformers, load_tokenizer
 
 TOKENIZER_THREADS = 2
 # Texts that may wait for a tokenizer thread; beyond, requests are refused.
@@ -62,8 +61,7 @@ class Service:
             StartupError: it cannot be loaded.
         """
         loop = asyncio.get_running_loop()
-        # It takes seconds: better while the engine loads.
-        await loop.run_in_executor(self._threads, import_module, "transformers.models.auto.tokenization_auto")
+        await loop.run_in_executor(self._threads, import_transformers)
         while not self.router.available:
             await asyncio.sleep(0.05)
         path = Path(self.info.model_path)

@@ -175,6 +175,12 @@ class EngineClient:
         finally:
             generation.abort()
 
+    def fail_all(self, reason: str) -> None:
+        """Let everything that is in flight fail, here and in the engine."""
+        for generation in set(self._samples.values()):
+            generation.abort()
+            generation.fail(GenerationFailed(reason))
+
     def abort(self, number: int, index: int | None, indices: set[int]) -> None:
         """Forget samples of a request (called by its Generation)."""
         for each in indices:
@@ -199,7 +205,8 @@ class EngineClient:
                 except grpc.aio.AioRpcError as error:
                     logger.warning("engine %d: stream lost: %s", self.replica, error.details())
                 finally:
-                    self._fail_all()
+                    self.available = False
+                    self.fail_all("the engine process ended while the request ran")
                 await asyncio.sleep(RECONNECT_INTERVAL)
 
     async def _converse(self, call: grpc.aio.StreamStreamCall) -> None:
@@ -240,9 +247,3 @@ class EngineClient:
         for index in range(generation.request.params.n):
             self._samples.pop(first + index, None)
         generation.fail(error)
-
-    def _fail_all(self) -> None:
-        self.available = False
-        samples, self._samples = self._samples, {}
-        for generation in samples.values():
-            generation.fail(GenerationFailed("the engine process ended while the request ran"))

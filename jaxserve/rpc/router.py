@@ -46,6 +46,11 @@ class Router:
             raise EngineUnavailable
         return min(available, key=lambda client: client.num_in_flight).submit(request)
 
+    def fail_all(self, reason: str) -> None:
+        """Let everything that is in flight from here fail."""
+        for client in self.clients:
+            client.fail_all(reason)
+
     def start(self) -> None:
         """Connect to all replicas in the background."""
         for client in self.clients:

@@ -10,6 +10,13 @@ from jaxserve.tokenizer.gguf import load_gguf_tokenizer
 from jaxserve.tokenizer.tokenizer import Tokenizer
 
 
+def import_transformers() -> None:
+    """Import what `load_tokenizer` needs: it takes seconds, so a server does it while the model loads."""
+    # It tells everybody on stderr that it cannot find PyTorch, which is as it should be.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers.models.auto.tokenization_auto  # noqa: F401
+
+
 def load_tokenizer(path: Path, tokenizer_config_path: str | None = None) -> Tokenizer:
     """Load the tokenizer of a model. Code from the folder is never run.
 
@@ -29,8 +36,7 @@ def load_tokenizer(path: Path, tokenizer_config_path: str | None = None) -> Toke
 def _load_folder(path: Path) -> Any:
     if not path.is_dir():
         raise ModelNotFound(f"{path} is neither a folder nor a .gguf file")
-    # It tells everybody on stderr that it cannot find PyTorch, which is as it should be.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import_transformers()
     from transformers import AutoTokenizer
 
     try:
