@@ -20,7 +20,9 @@ def status_routes(service: Service) -> APIRouter:
     """Routes that generate nothing."""
     router = APIRouter(tags=["status"])
 
+    @router.head("/", include_in_schema=False)
     @router.get("/", include_in_schema=False)
+    @router.head("/health", include_in_schema=False)
     @router.get("/ping")
     @router.get("/health")
     @router.get("/health/ready")

@@ -1,5 +1,6 @@
 """An HTTP process: the front end on one listening socket. `python -m jaxserve.launcher.http_process DESCRIPTOR LISTENING_DESCRIPTOR`."""
 
+import resource
 import socket
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(control: Control, listening: socket.socket) -> None:
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a connection is a file
     options = control.options
     folder = Path(options.run_folder)
     router = Router([EngineClient(engine_socket(folder, replica), replica) for replica in range(options.engine.data_size)])
