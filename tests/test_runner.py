@@ -12,7 +12,8 @@ from jaxserve.config import ModelOptions
 from jaxserve.errors import DeviceError
 from jaxserve.models import Model
 from jaxserve.request import Request, SamplingParams
-from jaxserve.runner import ModelRunner, RunnerConfig, StepResult, make_mesh
+from jaxserve.runner import ModelRunner, RunnerConfig, make_mesh
+from jaxserve.step import StepResult
 from jaxserve.weights import ModelSource
 from jaxserve.weights.loader import load_model
 

@@ -2,7 +2,8 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from sampler_reference import adjusted_logits, log_softmax, noise, probabilities
 
 from jaxserve.request import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, SamplingParams
 from jaxserve.runner.distribution import sum_masses, truncate, whole_distribution
-from jaxserve.runner.sampler import SampledTokens, pack_sampled, sample, unpack_sampled
+from jaxserve.runner.sampler import pack_sampled, sample, unpack_sampled
 from jaxserve.runner.sampling_rows import RowPacker, unpack_rows
 from jaxserve.runner.sampling_state import LOAD_CHUNK, SamplingState, load_slot, make_sampling_state, needs_slot_load, slot_loads
 
@@ -63,9 +64,11 @@ class Batch:
         samples = np.ones(len(self.slots), bool) if samples is None else samples
         return self.packer.pack(self.slots, positions, lengths, samples, num_rows)
 
-    def step(self, logits: np.ndarray, masks: np.ndarray | None = None, samples: np.ndarray | None = None) -> SampledTokens:
+    def step(self, logits: np.ndarray, masks: np.ndarray | None = None, samples: np.ndarray | None = None) -> SimpleNamespace:
         packed, self.state = step(logits, self.state, self.columns(len(logits), samples), masks)
-        tokens = unpack_sampled(np.asarray(packed))
+        result = unpack_sampled(np.asarray(packed))
+        assert result.logprobs is not None
+        tokens = SimpleNamespace(token_ids=result.token_ids, counts=result.counts, **asdict(result.logprobs))
         for output, count, token in zip(self.outputs, tokens.counts, tokens.token_ids[:, 0], strict=False):
             output += [int(token)] * int(count)
         return tokens

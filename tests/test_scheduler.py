@@ -7,8 +7,9 @@ import pytest
 
 from jaxserve.errors import ContextTooLong, InvalidRequest, StartupError
 from jaxserve.request import FinishReason, Request, SamplingParams, TokenOutput
-from jaxserve.scheduler import KVGroupPages, ScheduledBatch, ScheduledRow, Scheduler, SchedulerConfig, StepLogprobs, StepResult
+from jaxserve.scheduler import KVGroupPages, ScheduledBatch, ScheduledRow, Scheduler, SchedulerConfig
 from jaxserve.scheduler.scheduler import MAX_PASSED
+from jaxserve.step import StepLogprobs, StepResult
 
 TOKEN = 7
 EOS = 0

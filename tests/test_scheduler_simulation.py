@@ -17,7 +17,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from jaxserve.request import FinishReason, Request, SamplingParams
-from jaxserve.scheduler import KVGroupPages, Sample, ScheduledBatch, ScheduledRow, Scheduler, SchedulerConfig, StepResult
+from jaxserve.scheduler import KVGroupPages, Sample, ScheduledBatch, ScheduledRow, Scheduler, SchedulerConfig
+from jaxserve.step import StepResult
 
 VOCAB_SIZE = 24
 EOS = frozenset({0})

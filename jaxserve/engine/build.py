@@ -51,7 +51,6 @@ def join(runner: ModelRunner, config: RunnerConfig, options: EngineOptions, info
             max_total_tokens=info.max_total_tokens,
             prefix_caching=options.prefix_caching,
             eos_token_ids=frozenset(info.eos_token_ids),
-            vocab_size=info.vocab_size,
             max_prefill_tokens_while_decoding=None if gap is None else gap.max_prefill_tokens,
         ),
         [KVGroupPages(num_pages, window) for num_pages, window in runner.kv_groups],

@@ -17,28 +17,14 @@ from jaxserve.runner.config import RunnerConfig
 from jaxserve.runner.kv_cache import KVCachePlan, plan_kv_cache
 from jaxserve.runner.memory import kv_cache_bytes
 from jaxserve.runner.programs import PAGE_COPIES, PAGE_ENTRIES, Program, Programs
-from jaxserve.runner.sampler import SampledTokens, unpack_sampled
+from jaxserve.runner.sampler import unpack_sampled
 from jaxserve.runner.sampling_state import needs_slot_load, slot_loads
 from jaxserve.runner.state import abstract_state, allocate_state
+from jaxserve.step import StepResult
 
 logger = logging.getLogger(__name__)
 
 MAX_STEPS_IN_FLIGHT = 2
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What a step sampled, on the host. Rows beyond those of the batch are padding.
-
-    Attributes:
-        token_ids: int32 [R, 1+K].
-        counts: int32 [R], how many of them are valid; 0 where the row does not sample.
-        logprobs: numpy arrays raw, processed, top_ids, top_raw, top_processed; None where no row asked.
-    """
-
-    token_ids: np.ndarray
-    counts: np.ndarray
-    logprobs: SampledTokens | None
 
 
 @dataclass(slots=True, eq=False)
@@ -168,9 +154,9 @@ class ModelRunner:
     def collect(self, step: Step) -> StepResult:
         """Wait for a step's tokens: one copy from the device."""
         assert step.sampled is not None, "collect() of a step that was not sampled"
-        sampled = unpack_sampled(np.asarray(step.sampled))
+        result = unpack_sampled(np.asarray(step.sampled))
         self._in_flight -= 1
-        return StepResult(sampled.token_ids, sampled.counts, sampled if step.wants_logprobs else None)  # pyright: ignore[reportArgumentType]
+        return result if step.wants_logprobs else StepResult(result.token_ids, result.counts)
 
     def stats(self) -> dict[str, int]:
         """The counters of EngineStats that the runner keeps."""

@@ -19,6 +19,7 @@ from jaxserve.runner.distribution import Distribution, sum_masses, truncate, who
 from jaxserve.runner.noise import exponential_noise
 from jaxserve.runner.sampling_rows import SamplingRows
 from jaxserve.runner.sampling_state import PROMPT_FLAG, SamplingState
+from jaxserve.step import StepLogprobs, StepResult
 
 _BLOCK = 128
 
@@ -220,8 +221,8 @@ def pack_sampled(tokens: SampledTokens) -> jax.Array:
     return jnp.concatenate([jax.lax.bitcast_convert_type(c, jnp.int32).reshape(count, -1) for c in columns], axis=1)
 
 
-def unpack_sampled(packed: np.ndarray) -> SampledTokens:
-    """numpy views of what `pack_sampled` packed: the same fields, on the host."""
+def unpack_sampled(packed: np.ndarray) -> StepResult:
+    """numpy views of what `pack_sampled` packed."""
     count, per_row = packed.shape
     depth = (per_row - 1) // (3 + 3 * MAX_TOP_LOGPROBS)
     widths = [1, *[depth] * 3, *[depth * MAX_TOP_LOGPROBS] * 3]
@@ -230,12 +231,11 @@ def unpack_sampled(packed: np.ndarray) -> SampledTokens:
         packed[:, end - w : end] for w, end in zip(widths, ends, strict=True)
     )
     shape = (count, depth, MAX_TOP_LOGPROBS)
-    return SampledTokens(
-        token_ids=token_ids,  # pyright: ignore[reportArgumentType]
-        counts=counts[:, 0],  # pyright: ignore[reportArgumentType]
-        raw=raw.view(np.float32),  # pyright: ignore[reportArgumentType]
-        processed=processed.view(np.float32),  # pyright: ignore[reportArgumentType]
-        top_ids=top_ids.reshape(shape),  # pyright: ignore[reportArgumentType]
-        top_raw=top_raw.view(np.float32).reshape(shape),  # pyright: ignore[reportArgumentType]
-        top_processed=top_processed.view(np.float32).reshape(shape),  # pyright: ignore[reportArgumentType]
+    logprobs = StepLogprobs(
+        raw=raw.view(np.float32),
+        processed=processed.view(np.float32),
+        top_ids=top_ids.reshape(shape),
+        top_raw=top_raw.view(np.float32).reshape(shape),
+        top_processed=top_processed.view(np.float32).reshape(shape),
     )
+    return StepResult(token_ids, counts[:, 0], logprobs)

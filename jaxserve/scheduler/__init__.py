@@ -3,8 +3,6 @@
 from jaxserve.scheduler.batch import IN_FLIGHT as IN_FLIGHT
 from jaxserve.scheduler.batch import ScheduledBatch as ScheduledBatch
 from jaxserve.scheduler.batch import ScheduledRow as ScheduledRow
-from jaxserve.scheduler.batch import StepLogprobs as StepLogprobs
-from jaxserve.scheduler.batch import StepResult as StepResult
 from jaxserve.scheduler.config import KVGroupPages as KVGroupPages
 from jaxserve.scheduler.config import SchedulerConfig as SchedulerConfig
 from jaxserve.scheduler.page_pool import PageEvent as PageEvent

@@ -1,9 +1,7 @@
-"""What one step computes, and what it yields."""
+"""What one step computes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
 
 from jaxserve.scheduler.sample import Sample
 
@@ -52,35 +50,3 @@ class ScheduledBatch:
     def constrained(self) -> bool:
         """Whether a row's token must obey a grammar, so that its mask is needed before it is sampled."""
         return any(row.sample.constrained for row in self.rows)
-
-
-@dataclass(slots=True)
-class StepLogprobs:
-    """Log probabilities (nats) of a step; rows as in StepResult, N the most tokens that may be asked for.
-
-    Attributes:
-        raw, processed: float32 [R, 1+K], of the chosen tokens.
-        top_ids: int32 [R, 1+K, N], most likely first.
-        top_raw, top_processed: float32 [R, 1+K, N].
-    """
-
-    raw: np.ndarray
-    processed: np.ndarray
-    top_ids: np.ndarray
-    top_raw: np.ndarray
-    top_processed: np.ndarray
-
-
-@dataclass(slots=True)
-class StepResult:
-    """What a step sampled, as collected from the device. Rows beyond those of the batch are padding.
-
-    Attributes:
-        token_ids: int32 [R, 1+K].
-        counts: int32 [R], how many of them are valid; at least 1 where the row samples.
-        logprobs: None where no row asked.
-    """
-
-    token_ids: np.ndarray
-    counts: np.ndarray
-    logprobs: StepLogprobs | None = None

@@ -17,7 +17,6 @@ class SchedulerConfig:
         max_total_tokens: most prompt plus output tokens of a sample.
         prefix_caching: share the pages of equal prefixes.
         eos_token_ids: the model's end-of-sequence tokens.
-        vocab_size: token ids are below it.
         max_prefill_tokens_while_decoding: most prompt tokens a step computes beside running decodes, which bounds the gap that their
             streams see: a number, or a function called once a step. None is no bound but max_batch_tokens.
         num_speculative_tokens: K: a step yields up to 1 + K tokens a sample; pages are reserved for all of them.
@@ -32,7 +31,6 @@ class SchedulerConfig:
     max_total_tokens: int
     prefix_caching: bool = True
     eos_token_ids: frozenset[int] = field(default_factory=frozenset)
-    vocab_size: int = 2**31 - 1
     max_prefill_tokens_while_decoding: Callable[[], int] | int | None = None
     num_speculative_tokens: int = 0
 

@@ -1,8 +1,8 @@
 """From what a step sampled to what a client is told."""
 
 from jaxserve.request import FinishReason, TokenLogprobs, TokenOutput
-from jaxserve.scheduler.batch import StepLogprobs
 from jaxserve.scheduler.sample import Sample
+from jaxserve.step import StepLogprobs
 
 
 def receive(

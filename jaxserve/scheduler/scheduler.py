@@ -8,12 +8,13 @@ from operator import attrgetter
 
 from jaxserve.errors import ContextTooLong, InvalidRequest
 from jaxserve.request import Request, TokenOutput
-from jaxserve.scheduler.batch import IN_FLIGHT, ScheduledBatch, ScheduledRow, StepResult
+from jaxserve.scheduler.batch import IN_FLIGHT, ScheduledBatch, ScheduledRow
 from jaxserve.scheduler.config import KVGroupPages, SchedulerConfig
 from jaxserve.scheduler.outputs import error_output, receive
 from jaxserve.scheduler.page_pool import PageEvent
 from jaxserve.scheduler.page_tables import PageTables
 from jaxserve.scheduler.sample import NEVER, Sample, SampleState
+from jaxserve.step import StepResult
 
 MAX_PASSED = 64  # steps in which later samples may pass one that lacks memory; then it blocks them
 MAX_SKIPPED = 8  # samples skipped for lack of memory before the search for a smaller one ends
