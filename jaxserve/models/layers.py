@@ -9,6 +9,9 @@ from flax import nnx
 
 from jaxserve.models.parameters import Axis, Parameter, Source
 
+# XLA's CPU threads share the rows of the left operand: with few tokens the matrix belongs there (up to 1.4 times faster on 2 cores).
+_SWAPPED_TOKENS = range(8, 33)
+
 
 class RMSNorm(nnx.Module):
     """Root mean square norm (Zhang and Sennrich 2019, arXiv 1910.07467) over the last axis, computed in float32."""
@@ -35,9 +38,14 @@ class DenseFormat(nnx.Module):
 
     def matmul(self, x: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
         """x [T, K] times the transposed matrix: [T, N]."""
-        weight = self.weight[...]
         precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-        return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), precision, out_dtype or x.dtype)
+
+        def product(left: jax.Array, right: jax.Array) -> jax.Array:
+            return jax.lax.dot_general(left, right, (((1,), (1,)), ((), ())), precision, out_dtype or x.dtype)
+
+        if x.shape[0] not in _SWAPPED_TOKENS:
+            return product(x, self.weight[...])
+        return jax.lax.platform_dependent(x, self.weight[...], cpu=lambda x, weight: product(weight, x).T, default=product)
 
     def rows(self, indices: jax.Array) -> jax.Array:
         """Rows of the matrix, [T, K], of indices int32 [T] within it."""
