@@ -307,7 +307,6 @@ def cases(draw: st.DrawFn) -> Case:
         max_total_tokens=MAX_TOTAL_TOKENS,
         prefix_caching=draw(st.booleans()),
         eos_token_ids=EOS,
-        vocab_size=VOCAB_SIZE,
         max_prefill_tokens_while_decoding=draw(st.sampled_from([None, None, 1, 5])),
         num_speculative_tokens=speculative,
     )
@@ -351,7 +350,7 @@ def test_a_heavy_load_on_a_tiny_cache(lag: bool, window: int | None):
         params = SamplingParams(n=draws.choice([1, 1, 1, 3]), max_tokens=draws.randint(1, 24), ignore_eos=draws.random() < 0.9)
         step = draws.randint(0, 60)
         arrivals.append(Arrival(Request(f"r{i}", prompt, params), step, step + draws.randint(0, 30) if i % 6 == 0 else None))
-    config = SchedulerConfig(8, 20, 2, MAX_TOTAL_TOKENS, eos_token_ids=EOS, vocab_size=VOCAB_SIZE)
+    config = SchedulerConfig(8, 20, 2, MAX_TOTAL_TOKENS, eos_token_ids=EOS)
     groups = [KVGroupPages(32)] + ([KVGroupPages(24, window)] if window else [])
     driver = Driver(Case(config, groups, arrivals, lag)).run()
     stats = driver.scheduler.stats()
