@@ -19,10 +19,11 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
     "request": {"errors"},
+    "step": set(),
     "gguf_header": {"errors"},
     "environment": set(),
     # host half
-    "scheduler": PLAIN,
+    "scheduler": PLAIN | {"step"},
     "tokenizer": {"errors", "request", "gguf_header"},
     "metrics": {"errors", "request"},
     "rpc": {"errors", "request", "engine"},
@@ -32,9 +33,9 @@ ALLOWED: dict[str, set[str]] = {
     "pallas_kernels": set(),
     "models": {"errors", "pallas_kernels"},
     "weights": {"errors", "config", "gguf_header", "pallas_kernels", "models"},
-    "runner": PLAIN | {"pallas_kernels", "models", "weights"},
+    "runner": PLAIN | {"step", "pallas_kernels", "models", "weights"},
     # where they meet
-    "engine": PLAIN | {"scheduler", "models", "weights", "runner"},
+    "engine": PLAIN | {"step", "scheduler", "models", "weights", "runner"},
     "llm": PLAIN | {"engine", "tokenizer", "weights"},
     # what people start
     "client": {"errors"},
