@@ -12,19 +12,21 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from jaxserve.pallas_kernels import AttentionMetadata
 from jaxserve.pallas_kernels.paged_attention.decode_plan import plan_decode, worker_of_block
-from jaxserve.pallas_kernels.paged_attention.gpu import Gpu, paged_attention_gpu
+from jaxserve.pallas_kernels.paged_attention.gpu import paged_attention_gpu
+from jaxserve.pallas_kernels.paged_attention.local_gpu import Gpu
 from jaxserve.pallas_kernels.paged_attention.mosaic_decode import MosaicDecodeConfig, decode_attention_mosaic
 from jaxserve.pallas_kernels.paged_attention.mosaic_prefill import MosaicPrefillConfig, prefill_attention_mosaic
 from jaxserve.pallas_kernels.paged_attention.reference import paged_attention_reference
 from jaxserve.pallas_kernels.paged_attention.triton_decode import TritonDecodeConfig, decode_attention_triton
 from jaxserve.pallas_kernels.paged_attention.triton_prefill import TritonPrefillConfig, prefill_attention_triton
 
+UNOPTIMISED = {"xla_backend_optimization_level": 0}  # compiling an interpreted kernel takes longer than running it
 PLAIN = dict(window=None, soft_cap=None)
 LOCAL = dict(window=37, soft_cap=20.0)
 BF16, FLOAT8 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float8_e4m3fn)
 
 
-def make_step(rows, *, num_heads, num_kv_heads, head_dim, page_size, num_tokens=None, dtype=BF16, seed=0):
+def make_step(rows, *, num_heads, num_kv_heads, head_dim, page_size, num_tokens=None, dtype: jnp.dtype = BF16, seed=0):
     """A step of rows (tokens in this step, tokens in the cache), pages in random order: q, kv, metadata."""
     rng = np.random.default_rng(seed)
     pages_per_row = -(-max(kv_len for _, kv_len in rows) // page_size)
@@ -61,16 +63,16 @@ DECODE_CASES = [
     (decode_attention_triton, TritonDecodeConfig(32, 2, 2, 5), [70, 130, 0], 8, 2, 64, 16, BF16, PLAIN),
     (decode_attention_triton, TritonDecodeConfig(32, 2, 2, 9), [150], 3, 1, 96, 32, FLOAT8, LOCAL),
     (decode_attention_mosaic, MosaicDecodeConfig(64, 2, 3), [70, 0, 130], 4, 1, 64, 16, BF16, PLAIN),
-    (decode_attention_mosaic, MosaicDecodeConfig(64, 2, 2), [100], 8, 2, 64, 64, FLOAT8, LOCAL),
+    (decode_attention_mosaic, MosaicDecodeConfig(64, 2, 2), [100], 8, 2, 64, 64, BF16, LOCAL),
 ]
 
 
 @pytest.mark.parametrize("attention, config, kv_lens, num_heads, num_kv_heads, head_dim, page_size, dtype, options", DECODE_CASES)
 def test_decode_is_the_reference(attention, config, kv_lens, num_heads, num_kv_heads, head_dim, page_size, dtype, options):
-    shape = dict(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, page_size=page_size, dtype=dtype)
-    q, kv, metadata = make_step([(1, kv_len) for kv_len in kv_lens], **shape)
+    rows = [(1, kv_len) for kv_len in kv_lens]
+    q, kv, metadata = make_step(rows, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, page_size=page_size, dtype=dtype)
     call = functools.partial(attention, scale=head_dim**-0.5, config=config, interpret=True, **options)
-    out = jax.jit(call)(q, kv, metadata.page_table, metadata.kv_lens)
+    out = jax.jit(call, compiler_options=UNOPTIMISED)(q, kv, metadata.page_table, metadata.kv_lens)
     used = np.flatnonzero(kv_lens)
     out = np.where((np.asarray(kv_lens) > 0)[:, None, None], out, out * 0)  # what is meaningless must still be finite
     reference = functools.partial(paged_attention_reference, scale=head_dim**-0.5, **options)
@@ -89,10 +91,10 @@ PREFILL_CASES = [
 
 @pytest.mark.parametrize("attention, config, page_size, dtype, options", PREFILL_CASES)
 def test_prefill_is_the_reference(attention, config, page_size, dtype, options):
-    shape = dict(num_heads=2, num_kv_heads=1, head_dim=64, page_size=page_size, dtype=dtype)
-    q, kv, metadata = make_step([(50, 90), (20, 20), (8, 70)], num_tokens=100, **shape)
+    rows = [(50, 90), (20, 20), (8, 70)]
+    q, kv, metadata = make_step(rows, num_heads=2, num_kv_heads=1, head_dim=64, page_size=page_size, num_tokens=100, dtype=dtype)
     call = functools.partial(attention, scale=64**-0.5, config=config, interpret=True, **options)
-    out = jax.jit(call)(q, kv, metadata)
+    out = jax.jit(call, compiler_options=UNOPTIMISED)(q, kv, metadata)
     assert relative_error(out, q, kv, metadata, **options) < 4e-3
 
 
@@ -101,7 +103,7 @@ def test_mixed_step_sends_each_row_to_its_kernel():
         [(1, 40), (1, 70), (30, 60), (1, 9), (0, 0)], num_heads=4, num_kv_heads=2, head_dim=64, page_size=16, num_tokens=40
     )
     call = functools.partial(paged_attention_gpu, scale=64**-0.5, gpu=Gpu(4, is_hopper=False), interpret=True, **PLAIN)
-    out = jax.jit(call)(q, kv, metadata)
+    out = jax.jit(call, compiler_options=UNOPTIMISED)(q, kv, metadata)
     assert relative_error(out, q, kv, metadata, **PLAIN) < 4e-3
 
 
@@ -132,22 +134,20 @@ def test_shares_of_a_plan_cover_all_blocks_equally(window):
 def test_kernels_lower_for_cuda(is_hopper, decode_only, head_dim, kv_dtype):
     num_rows, num_tokens = 16, 16 if decode_only else 2048
 
-    def integers(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
+    def make_metadata():
+        sizes = (num_rows, 512), num_rows, num_rows + 1, num_tokens, num_tokens
+        return AttentionMetadata(*(jnp.zeros(size, jnp.int32) for size in sizes), decode_only=decode_only)
 
-    metadata = AttentionMetadata(
-        integers(num_rows, 512),
-        integers(num_rows),
-        integers(num_rows + 1),
-        integers(num_tokens),
-        integers(num_tokens),
-        decode_only=decode_only,
-    )
     pages = jax.ShapeDtypeStruct((4096, 8, 16, head_dim), kv_dtype)
     q = jax.ShapeDtypeStruct((num_tokens, 32, head_dim), jnp.bfloat16)
     call = functools.partial(paged_attention_gpu, scale=head_dim**-0.5, window=1024, soft_cap=30.0, gpu=Gpu(132, is_hopper))
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Pallas-Triton is deprecated; nothing else serves GPUs before sm_90
-        text = jax.jit(call).trace(q, (pages, pages), metadata).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("custom_call @mosaic_gpu_v2") == (2 - decode_only) * (is_hopper and kv_dtype == BF16)
+        text = jax.jit(call).trace(q, (pages, pages), jax.eval_shape(make_metadata)).lower(lowering_platforms=("cuda",)).as_text()
+    decode_by_mosaic, prefill_by_mosaic = (
+        is_hopper and kv_dtype == BF16 and head_dim > 64,
+        is_hopper and kv_dtype == BF16 and not decode_only,
+    )
+    assert text.count("custom_call @mosaic_gpu_v2") == decode_by_mosaic + prefill_by_mosaic
+    assert ("paged_decode_combine" in text) and ("paged_prefill" in text) == (not decode_only and not prefill_by_mosaic)

@@ -3,9 +3,11 @@
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.layer_kv import LayerKV
 from jaxserve.pallas_kernels.metadata import AttentionMetadata
+from jaxserve.pallas_kernels.paged_attention.local_gpu import local_gpu
 from jaxserve.pallas_kernels.paged_attention.xla import paged_attention_xla
 from jaxserve.pallas_kernels.paged_attention.xla_plan import plan_xla
 
@@ -13,11 +15,15 @@ from jaxserve.pallas_kernels.paged_attention.xla_plan import plan_xla
 def plan_attention(metadata: AttentionMetadata, *, page_size: int, window: int | None) -> AttentionMetadata:
     """Lay out a step's attention once for all layers of a KV group.
 
+    The kernels for GPUs lay out their work by themselves, the same in each layer: XLA then does it once.
+
     Args:
         metadata: of the group.
         page_size: tokens a page.
         window: the layers'.
     """
+    if local_gpu() is not None:
+        return metadata
     return replace(metadata, plan=plan_xla(metadata, page_size=page_size, window=window))
 
 
@@ -49,5 +55,11 @@ def paged_attention(
         raise ValueError(f"{num_rows} page tables, kv_lens {metadata.kv_lens.shape}, query_starts {metadata.query_starts.shape}")
     if metadata.decode_only and num_tokens != num_rows:
         raise ValueError(f"decode_only, but {num_tokens} tokens of {num_rows} rows")
+    gpu = local_gpu()
+    if gpu is not None and q.dtype != jnp.float32:
+        # Pallas takes over a second to import: not where there is no GPU.
+        from jaxserve.pallas_kernels.paged_attention.gpu import paged_attention_gpu
+
+        return paged_attention_gpu(q, kv, metadata, scale=scale, window=window, soft_cap=soft_cap, gpu=gpu)
     plan = metadata.plan or plan_xla(metadata, page_size=kv[0].shape[2], window=window)
     return paged_attention_xla(q, kv, plan, scale=scale, window=window, soft_cap=soft_cap)

@@ -1,32 +1,15 @@
 """Paged attention on NVIDIA GPUs: which kernel takes which tokens of a step."""
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.layer_kv import LayerKV
 from jaxserve.pallas_kernels.metadata import AttentionMetadata
+from jaxserve.pallas_kernels.paged_attention.local_gpu import Gpu
 from jaxserve.pallas_kernels.paged_attention.mosaic_decode import MosaicDecodeConfig, decode_attention_mosaic
 from jaxserve.pallas_kernels.paged_attention.mosaic_prefill import MosaicPrefillConfig, prefill_attention_mosaic
 from jaxserve.pallas_kernels.paged_attention.triton_decode import TritonDecodeConfig, decode_attention_triton
 from jaxserve.pallas_kernels.paged_attention.triton_prefill import TritonPrefillConfig, prefill_attention_triton
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What the choice of a kernel depends on: multiprocessors, and whether the device is of the Hopper kind (sm_90)."""
-
-    num_multiprocessors: int
-    is_hopper: bool
-
-
-def local_gpu() -> Gpu | None:
-    """The GPU that this process computes on; None: it computes elsewhere."""
-    if jax.default_backend() != "gpu":
-        return None
-    device = jax.local_devices()[0]
-    return Gpu(device.core_count, getattr(device, "compute_capability", "") == "9.0")
 
 
 def paged_attention_gpu(

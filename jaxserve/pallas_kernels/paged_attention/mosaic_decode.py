@@ -17,8 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxserve.pallas_kernels.layer_kv import LayerKV
 from jaxserve.pallas_kernels.paged_attention.combine import MASKED, combine_transposed
-from jaxserve.pallas_kernels.paged_attention.decode_plan import DecodePlan, plan_decode
-from jaxserve.pallas_kernels.paged_attention.triton_decode import FLOAT8, soft_capped
+from jaxserve.pallas_kernels.paged_attention.decode_plan import plan_decode
+from jaxserve.pallas_kernels.paged_attention.triton_decode import soft_capped
 
 HEIGHT = 64  # of a wgmma
 
@@ -33,13 +33,15 @@ class MosaicDecodeConfig:
 
     @classmethod
     def suited(cls, q: jax.Array, kv: LayerKV, num_multiprocessors: int) -> "MosaicDecodeConfig | None":
-        """The cut measured best on an H200 (docs/performance_gpu.md); None where the kernel does not go or is not the fastest."""
+        """The cut measured best on an H200 (docs/performance_gpu.md); None where the kernel does not go or Triton's is faster."""
         _, num_kv_heads, page_size, head_dim = kv[0].shape
-        if head_dim % HEIGHT or HEIGHT % page_size or q.shape[1] // num_kv_heads > HEIGHT or kv[0].dtype != q.dtype:
+        num_rows, num_heads, _ = q.shape
+        goes = head_dim in (128, 192, 256) and HEIGHT % page_size == 0 and num_heads // num_kv_heads <= HEIGHT and kv[0].dtype == q.dtype
+        if not goes or num_rows * num_kv_heads > 4 * num_multiprocessors:
             return None
         if head_dim > 128:
             return cls(HEIGHT, 3 if head_dim == 192 else 2, num_multiprocessors)
-        return cls(2 * HEIGHT, 128 // head_dim, 2 * num_multiprocessors)
+        return cls(2 * HEIGHT, 1, 2 * num_multiprocessors)
 
 
 def decode_attention_mosaic(
@@ -56,7 +58,7 @@ def decode_attention_mosaic(
 ) -> jax.Array:
     """Attention of one token a row: q [R, H, D], page_table int32 [R, P], kv_lens int32 [R] -> [R, H, D]; zeros for a padding row.
 
-    A float8 cache is widened to float16, which holds every float8 value, on its way to the tensor cores.
+    K and V are of q's type, bfloat16 or float16; D is a multiple of 64, block_kv of the page size.
     """
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads, page_size = kv[0].shape[1], kv[0].shape[2]
@@ -64,28 +66,23 @@ def decode_attention_mosaic(
     block_kv, stages = config.block_kv, config.num_stages
     plan = plan_decode(kv_lens, num_kv_heads=num_kv_heads, block_kv=block_kv, window=window, num_workers=config.num_workers)
     queries = _query_tiles(q, group, num_rows * num_kv_heads)
-    unit = scale
-    widen = kv[0].dtype in FLOAT8
-    if widen:
-        queries, unit = (queries.astype(jnp.float32) * scale).astype(jnp.float16), 1.0
     lanes = queries.shape[1]
-    kv_tiles = plgpu.SMEM((stages, block_kv, head_dim), kv[0].dtype, transforms=_swizzled(head_dim, kv[0].dtype))
-    wide_tile = plgpu.SMEM((block_kv, head_dim), queries.dtype, transforms=_swizzled(head_dim, queries.dtype))
+    kv_tiles = plgpu.SMEM((stages, block_kv, head_dim), kv[0].dtype, transforms=swizzled(head_dim, kv[0].dtype))
     filled = plgpu.Barrier(num_arrivals=block_kv // page_size, num_barriers=stages)
     emptied = plgpu.Barrier(num_barriers=stages)
     places = 2 * config.num_workers + num_rows * num_kv_heads
     sums, maxima, weights = plgpu.kernel(
-        functools.partial(_decode_kernel, scale=unit, window=window, soft_cap=soft_cap, config=config, page_size=page_size),
+        functools.partial(_decode_kernel, scale=scale, window=window, soft_cap=soft_cap, config=config, page_size=page_size),
         out_type=(
             jax.ShapeDtypeStruct((places, head_dim, lanes), jnp.float32),
             jax.ShapeDtypeStruct((places, lanes), jnp.float32),
             jax.ShapeDtypeStruct((places, lanes), jnp.float32),
         ),
         scratch_types=(
-            plgpu.SMEM((2, lanes, head_dim), queries.dtype, transforms=_swizzled(head_dim, queries.dtype)),
+            plgpu.SMEM((2, lanes, head_dim), queries.dtype, transforms=swizzled(head_dim, queries.dtype)),
             kv_tiles,
             kv_tiles,
-            plgpu.SMEM((lanes, block_kv), queries.dtype, transforms=_swizzled(block_kv, queries.dtype)),
+            plgpu.SMEM((lanes, block_kv), queries.dtype, transforms=swizzled(block_kv, queries.dtype)),
             plgpu.SMEM((2, lanes), jnp.float32),
             plgpu.Barrier(num_barriers=2),
             plgpu.Barrier(num_barriers=2),
@@ -93,7 +90,6 @@ def decode_attention_mosaic(
             filled,
             emptied,
             emptied,
-            *([wide_tile, wide_tile] if widen else []),
         ),
         grid=(config.num_workers,),
         grid_names=("worker",),
@@ -107,9 +103,11 @@ def decode_attention_mosaic(
     return combine_transposed(out, sums, maxima, weights, plan, pairs_per_tile=pairs_per_tile, interpret=interpret).reshape(q.shape)
 
 
-def _swizzled(columns: int, dtype) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+def swizzled(columns: int, dtype) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+    """Transforms of a tile in SMEM of rows of `columns` elements (a multiple of 64 bytes), as wgmma and TMA want them."""
     width = min(128, columns * jnp.dtype(dtype).itemsize)
-    return plgpu.TilingTransform((8, width // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(width)
+    tiling = plgpu.TilingTransform((8, width // jnp.dtype(dtype).itemsize))  # pyright: ignore[reportAbstractUsage]
+    return tiling, plgpu.SwizzleTransform(width)  # pyright: ignore[reportAbstractUsage]
 
 
 def _query_tiles(q: jax.Array, group: int, num_pairs: int) -> jax.Array:
@@ -120,13 +118,13 @@ def _query_tiles(q: jax.Array, group: int, num_pairs: int) -> jax.Array:
     return jnp.pad(q.reshape(num_pairs, group, q.shape[-1]), ((0, 0), (0, lanes - group), (0, 0)))
 
 
-def _pairs(worker, num_kv_heads: int, plan: DecodePlan, visit, carry):
+def _pairs(worker, num_kv_heads: int, row_starts_ref, worker_starts_ref, worker_rows_ref, visit, carry):
     """Call visit(row, head, begin, stop, blocks, carry) -> carry for each (row, KV head) of a worker's share."""
-    end = plan.worker_starts[worker + 1]
+    end = worker_starts_ref[worker + 1]
 
     def pair(state):
         position, row, carry = state
-        row_start, row_end = plan.row_starts[row], plan.row_starts[row + 1]
+        row_start, row_end = row_starts_ref[row], row_starts_ref[row + 1]
         blocks = lax.div(row_end - row_start, jnp.int32(num_kv_heads))
         head = lax.div(position - row_start, jnp.maximum(blocks, 1))
         begin = position - row_start - head * blocks
@@ -135,7 +133,7 @@ def _pairs(worker, num_kv_heads: int, plan: DecodePlan, visit, carry):
         position += stop - begin
         return position, jnp.where(position == row_end, row + 1, row), carry
 
-    state = plan.worker_starts[worker], plan.worker_rows[worker], carry
+    state = worker_starts_ref[worker], worker_rows_ref[worker], carry
     return lax.while_loop(lambda state: state[0] < end, pair, state)[2]
 
 
@@ -144,7 +142,6 @@ def _decode_kernel(
     sums_ref, maxima_ref, weights_ref,
     q_smem, keys_smem, values_smem, p_smem, stats_smem,
     q_ready, q_free, keys_ready, values_ready, keys_free, values_free,
-    wide_keys=None, wide_values=None,
     *, scale: float, window: int | None, soft_cap: float | None, config: MosaicDecodeConfig, page_size: int,
 ):  # fmt: skip
     lanes, head_dim = q_ref.shape[1:]
@@ -152,7 +149,7 @@ def _decode_kernel(
     pairs_per_tile = lens_ref.shape[0] * num_kv_heads // q_ref.shape[0]
     block_kv, stages = config.block_kv, config.num_stages
     pages_per_block, num_pages = block_kv // page_size, table_ref.shape[1]
-    plan = DecodePlan(row_starts_ref, first_blocks_ref, worker_starts_ref, worker_rows_ref, None, None)
+    walk_pairs = functools.partial(_pairs, lax.axis_index("worker"), num_kv_heads, row_starts_ref, worker_starts_ref, worker_rows_ref)
     worker = lax.axis_index("worker")
     warpgroup = lax.axis_index("warpgroup")
 
@@ -169,7 +166,7 @@ def _decode_kernel(
 
             tile = lax.div(row * num_kv_heads + head, jnp.int32(pairs_per_tile))
             plgpu.copy_gmem_to_smem(q_ref.at[tile], q_smem.at[q_slot], q_ready.at[q_slot])
-            first = plan.first_blocks[row]
+            first = first_blocks_ref[row]
 
             def block(i, count):
                 slot = lax.rem(count, jnp.int32(stages))
@@ -189,7 +186,7 @@ def _decode_kernel(
 
             return lax.fori_loop(begin, stop, block, count), pairs + 1
 
-        count, pairs = _pairs(worker, num_kv_heads, plan, visit, (jnp.int32(0), jnp.int32(0)))
+        count, pairs = walk_pairs(visit, (jnp.int32(0), jnp.int32(0)))
         for barriers, used in ((q_free, pairs), (keys_free, count), (values_free, count)):
             for slot in range(barriers.shape[0]):  # see every phase of a barrier out, as the interpreter demands
 
@@ -208,32 +205,23 @@ def _decode_kernel(
         def full(shape, value, layout):
             return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
-        def operand(tiles, slot, wide):
-            """The tile in the type of the queries; where it is widened, its slot can be filled again at once."""
-            if wide is None:
-                return tiles.at[slot]
-            wide[...] = plgpu.load(tiles.at[slot], layout=plgpu.Layout.WGMMA_UPCAST_2X).astype(wide.dtype)
-            plgpu.commit_smem()
-            return wide
-
         def visit(row, head, begin, stop, blocks, carry):
             count, pairs = carry
             q_slot = lax.rem(pairs, jnp.int32(2))
             kv_len = lens_ref[row]
-            first = plan.first_blocks[row]
+            first = first_blocks_ref[row]
             plgpu.barrier_wait(q_ready.at[q_slot])
 
             def block(i, carry):
                 total, maximum, weight, count = carry
                 slot = lax.rem(count, jnp.int32(stages))
                 plgpu.barrier_wait(keys_ready.at[slot])
-                keys = operand(keys_smem, slot, wide_keys)
 
                 def qk(acc):
-                    plgpu.wgmma(acc, keys, q_smem.at[q_slot].transpose((1, 0)))
+                    plgpu.wgmma(acc, keys_smem.at[slot], q_smem.at[q_slot].transpose((1, 0)))
                     return acc[...]
 
-                scores = pl.run_scoped(qk, plgpu.ACC((block_kv, lanes), jnp.float32))
+                scores = pl.run_scoped(qk, plgpu.WGMMAAccumulatorRef((block_kv, lanes), jnp.float32))
                 plgpu.barrier_arrive(keys_free.at[slot])
                 scores = soft_capped(scores, soft_cap, scale)
                 token = plgpu.broadcasted_iota(jnp.int32, (block_kv, lanes), 0, layout=wgmma) + (first + i) * block_kv
@@ -247,13 +235,12 @@ def _decode_kernel(
                 weight = weight * per_head(decay, block_kv) + p
                 plgpu.commit_smem()
                 plgpu.barrier_wait(values_ready.at[slot])
-                values = operand(values_smem, slot, wide_values)
 
                 def pv(acc):
-                    plgpu.wgmma(acc, values.transpose((1, 0)), p_smem.transpose((1, 0)))
+                    plgpu.wgmma(acc, values_smem.at[slot].transpose((1, 0)), p_smem.transpose((1, 0)))
                     return acc[...]
 
-                product = pl.run_scoped(pv, plgpu.ACC((head_dim, lanes), jnp.float32))
+                product = pl.run_scoped(pv, plgpu.WGMMAAccumulatorRef((head_dim, lanes), jnp.float32))
                 plgpu.barrier_arrive(values_free.at[slot])
                 return total * per_head(decay, head_dim) + product, new_maximum, weight, count + 1
 
@@ -271,5 +258,5 @@ def _decode_kernel(
             plgpu.copy_smem_to_gmem(stats_smem.at[1], weights_ref.at[place])
             return count, pairs + 1
 
-        _pairs(worker, num_kv_heads, plan, visit, (jnp.int32(0), jnp.int32(0)))
+        walk_pairs(visit, (jnp.int32(0), jnp.int32(0)))
         plgpu.wait_smem_to_gmem(0)

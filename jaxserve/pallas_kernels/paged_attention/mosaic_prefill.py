@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxserve.pallas_kernels.layer_kv import LayerKV
 from jaxserve.pallas_kernels.metadata import AttentionMetadata
 from jaxserve.pallas_kernels.paged_attention.combine import MASKED
+from jaxserve.pallas_kernels.paged_attention.mosaic_decode import swizzled
 from jaxserve.pallas_kernels.paged_attention.prefill_plan import RowSpan, plan_prefill, span_of_row
 from jaxserve.pallas_kernels.paged_attention.triton_decode import soft_capped
 
@@ -59,7 +60,7 @@ def prefill_attention_mosaic(
     plan = plan_prefill(metadata, num_tokens=num_tokens, block_q=BLOCK_Q)
     num_tiles = plan.tiles.shape[0]
     padded = jnp.pad(q, ((0, num_tiles * BLOCK_Q - num_tokens), (0, 0), (0, 0)))
-    tiled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+    tiled = swizzled(head_dim, q.dtype)
     stages = config.num_stages
     kv_tiles = plgpu.SMEM((stages, config.block_kv, head_dim), q.dtype, transforms=tiled)
     filled = plgpu.Barrier(num_arrivals=config.block_kv // page_size, num_barriers=stages)
@@ -185,12 +186,13 @@ def _prefill_kernel(
                     take_turn()
                     return acc[...]
 
-                scores = pl.run_scoped(qk, plgpu.ACC((HALF, block_kv), jnp.float32))
+                scores = pl.run_scoped(qk, plgpu.WGMMAAccumulatorRef((HALF, block_kv), jnp.float32))
                 plgpu.barrier_arrive(keys_free.at[slot])
                 unit = scale * math.log2(math.e)
                 if soft_cap is not None:
                     scores, unit = soft_capped(scores, soft_cap, scale), 1.0
-                if masked:
+                if masked:  # after the unit: a fused multiply-add of a masked score and its rounded maximum would not cancel
+                    scores, unit = scores * unit, 1.0
                     position = plgpu.broadcasted_iota(jnp.int32, (HALF, block_kv), 1, layout=wgmma) + i * block_kv
                     scores = jnp.where(position <= per_token(latest, block_kv), scores, MASKED)
                     if window is not None:
@@ -211,16 +213,17 @@ def _prefill_kernel(
                     def pv(acc):
                         plgpu.wgmma(acc, p, values_smem.at[slot])
 
-                    total = pl.run_state(pv)(plgpu.ACC.init(total))
+                    total = pl.run_state(pv)(plgpu.WGMMAAccumulatorRef.init(total))
                 else:
-                    weights_smem[warpgroup] = p
+                    staged = weights_smem.at[warpgroup]
+                    staged[...] = p
                     plgpu.commit_smem()
 
                     def pv_staged(acc):
-                        plgpu.wgmma(acc, weights_smem.at[warpgroup], values_smem.at[slot])
+                        plgpu.wgmma(acc, staged, values_smem.at[slot])
                         return acc[...]
 
-                    total = total + pl.run_scoped(pv_staged, plgpu.ACC((HALF, head_dim), jnp.float32))
+                    total = total + pl.run_scoped(pv_staged, plgpu.WGMMAAccumulatorRef((HALF, head_dim), jnp.float32))
                 plgpu.barrier_arrive(values_free.at[slot])
                 return total, new_maximum, weight, count + 1
 

@@ -26,7 +26,7 @@ class TritonPrefillConfig:
 
     block_q: int = 128
     block_kv: int = 64
-    num_warps: int = 8
+    num_warps: int = 4
     num_stages: int = 3
 
     @classmethod

@@ -1,0 +1,256 @@
+"""Speed of the attention kernels on this GPU, beside the floor and the rivals: `python -m benchmarks.kernels [--results FILE]`.
+
+A figure is the time of one layer in a chain of layers inside one jit, each with pages of its own (more than the L2 cache holds) and the
+output of the one before as its queries: what a layer costs in a step, launches and the combination of partial results included. Each
+kernel is compared first with the reference in float32 at highest precision on a small step of the same heads. Bytes are those
+of K and V, operations those of visible scores.
+"""
+
+import argparse
+import datetime
+import functools
+import json
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve.pallas_kernels import AttentionMetadata, LayerKV, layer_kv_shape
+from jaxserve.pallas_kernels.paged_attention.gpu import paged_attention_gpu
+from jaxserve.pallas_kernels.paged_attention.local_gpu import Gpu, local_gpu
+from jaxserve.pallas_kernels.paged_attention.reference import paged_attention_reference
+from jaxserve.pallas_kernels.paged_attention.xla import paged_attention_xla
+from jaxserve.pallas_kernels.paged_attention.xla_plan import plan_xla
+
+READ_FLOOR_TBPS, MATMUL_FLOOR_TFLOPS = 4.5, 815.0  # measured on an H200: a sum over an array, a bfloat16 product of 8192-square matrices
+Attention = Callable[[jax.Array, LayerKV, AttentionMetadata], jax.Array]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A step to measure: its rows as (tokens in the step, tokens in the cache), its heads, the type of its cache."""
+
+    name: str
+    rows: tuple[tuple[int, int], ...]
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    page_size: int = 16
+    kv_dtype: str = "bfloat16"
+
+    @property
+    def decode_only(self) -> bool:
+        return all(tokens == 1 for tokens, _ in self.rows)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(kv for _, kv in self.rows) * 2 * self.num_kv_heads * self.head_dim * jnp.dtype(self.kv_dtype).itemsize
+
+    @property
+    def num_operations(self) -> int:
+        return sum(tokens * (kv - tokens) + tokens * (tokens + 1) // 2 for tokens, kv in self.rows) * 4 * self.num_heads * self.head_dim
+
+
+def _lengths(count: int, longest: int) -> tuple[tuple[int, int], ...]:
+    rng = np.random.default_rng(1)
+    return tuple((1, int(length)) for length in np.exp(rng.uniform(np.log(64), np.log(longest), count)))
+
+
+def _on_a_shard(shape: Shape) -> Shape:
+    """The shape as one of 4 tensor shards sees it."""
+    return replace(shape, name=shape.name.replace("attention_", "attention_1x4_"), num_heads=8, num_kv_heads=2)
+
+
+SHAPES = (
+    Shape("decode_attention_b64_4k", ((1, 4096),) * 64),
+    Shape("decode_attention_b8_4k", ((1, 4096),) * 8),
+    Shape("decode_attention_b1_16k", ((1, 16384),)),
+    Shape("decode_attention_fp8_b64_4k", ((1, 4096),) * 64, kv_dtype="float8_e4m3fn"),
+    Shape("prefill_attention_8k", ((8192, 8192),)),
+    Shape("prefill_attention_2k_over_6k", ((2048, 8192),)),
+    Shape("decode_attention_b256_1k", ((1, 1152),) * 256),
+    Shape("decode_attention_b128_mixed_to_16k", _lengths(128, 16384)),
+    Shape("decode_attention_page64_b64_4k", ((1, 4096),) * 64, page_size=64),
+    Shape("decode_attention_fp8_b8_4k", ((1, 4096),) * 8, kv_dtype="float8_e4m3fn"),
+    Shape("decode_attention_d64_b64_4k", ((1, 4096),) * 64, head_dim=64),
+    Shape("prefill_attention_4x2k", ((2048, 2048),) * 4),
+    Shape("prefill_attention_d64_8k", ((8192, 8192),), head_dim=64),
+)
+SHAPES += tuple(_on_a_shard(shape) for shape in SHAPES[:6] if shape.kv_dtype == "bfloat16")
+
+
+def make_step(shape: Shape, num_layers: int) -> tuple[jax.Array, tuple[LayerKV, ...], AttentionMetadata]:
+    """Random queries [T, H, D], pages of `num_layers` layers, and the metadata of the step, pages in random order."""
+    num_rows, pages_per_row = len(shape.rows), -(-max(kv for _, kv in shape.rows) // shape.page_size)
+    needed = [-(-kv // shape.page_size) for _, kv in shape.rows]
+    pages = np.random.default_rng(0).permutation(sum(needed)).astype(np.int32)
+    table = np.zeros((num_rows, pages_per_row), np.int32)
+    for row, (begin, count) in enumerate(zip(np.cumsum(needed) - needed, needed, strict=True)):
+        table[row, :count] = pages[begin : begin + count]
+    starts = np.concatenate([[0], np.cumsum([tokens for tokens, _ in shape.rows])])
+    unused = jnp.zeros((int(starts[-1]),), jnp.int32)
+    metadata = AttentionMetadata(
+        jnp.asarray(table),
+        jnp.asarray([kv for _, kv in shape.rows], jnp.int32),
+        jnp.asarray(starts, jnp.int32),
+        unused,
+        unused,
+        decode_only=shape.decode_only,
+    )
+    size = layer_kv_shape(sum(needed), shape.page_size, shape.num_kv_heads, shape.head_dim)
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def normal(seed, shape, dtype):
+        return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16).astype(dtype)
+
+    dtype = jnp.dtype(shape.kv_dtype)
+    layers = tuple((normal(2 * i + 1, size, dtype), normal(2 * i + 2, size, dtype)) for i in range(num_layers))
+    return normal(0, (int(starts[-1]), shape.num_heads, shape.head_dim), jnp.dtype(jnp.bfloat16)), layers, metadata
+
+
+@functools.cache
+def _small_step(shape: Shape) -> tuple[jax.Array, LayerKV, AttentionMetadata, jax.Array]:
+    """A small step of a shape's heads, and the reference's output, float32 at highest precision."""
+    q, (kv,), metadata = make_step(shape, 1)
+    with jax.default_matmul_precision("highest"):
+        reference = functools.partial(paged_attention_reference, scale=shape.head_dim**-0.5, window=None, soft_cap=None)
+        return q, kv, metadata, jax.jit(reference)(q.astype(jnp.float32), kv, metadata)
+
+
+def relative_error(contender: "Contender", shape: Shape) -> float:
+    """Relative L2 distance to the reference on a small step of the shape's heads; NaN where anything is."""
+    rows = ((1, 700), (1, 65), (1, 2048), (1, 1)) if shape.decode_only else ((100, 300), (1, 500), (37, 37))
+    if contender.one_fresh_prompt:
+        rows = ((256, 256),)
+    q, kv, metadata, expected = _small_step(replace(shape, name="", rows=rows))
+    poison = jnp.full((1 << 26,), jnp.nan, jnp.float32).block_until_ready()
+    del poison
+    out = jax.jit(contender.attention)(q, contender.prepare(kv, metadata), metadata).astype(jnp.float32)
+    return float(jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected))
+
+
+def seconds_per_layer(contender: "Contender", shape: Shape) -> float:
+    """Median over repetitions of the time of a layer in a chain of layers."""
+    num_layers = 4 if shape.num_operations > 1e11 else 8 if shape.num_bytes > 5e8 else 32
+    num_pools = max(2, min(num_layers, -(-600_000_000 // shape.num_bytes)))
+    q, pools, metadata = make_step(shape, num_pools)
+    pools = tuple(contender.prepare(kv, metadata) for kv in pools)
+    layer = jax.jit(contender.attention)
+
+    @jax.jit
+    def chain(q, pools, metadata):
+        for i in range(num_layers):
+            q = layer(q, pools[i % num_pools], metadata)
+        return q
+
+    compiled = chain.lower(q, pools, metadata).compile()
+    compiled(q, pools, metadata).block_until_ready()
+    started = time.perf_counter()
+    compiled(q, pools, metadata).block_until_ready()
+    repetitions = max(3, int(0.03 / (time.perf_counter() - started)))
+    times = []
+    for _ in range(9):
+        started = time.perf_counter()
+        jax.block_until_ready([compiled(q, pools, metadata) for _ in range(repetitions)])
+        times.append((time.perf_counter() - started) / repetitions / num_layers)
+    return statistics.median(times)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute a step. `prepare` brings a layer's pages to the form it wants and is not timed."""
+
+    name: str
+    attention: Attention
+    prepare: Callable[[LayerKV, AttentionMetadata], LayerKV] = lambda kv, _: kv
+    one_fresh_prompt: bool = False
+
+
+def contenders(shape: Shape, gpu: Gpu) -> list[Contender]:
+    """What serves on this GPU, our kernels for GPUs that are no Hopper, and what others made."""
+    options = dict(scale=shape.head_dim**-0.5, window=None, soft_cap=None)
+    triton = Gpu(gpu.num_multiprocessors, is_hopper=False)
+    found = [Contender(name, functools.partial(paged_attention_gpu, gpu=g, **options)) for name, g in (("served", gpu), ("triton", triton))]
+    if shape.name in ("decode_attention_b64_4k", "decode_attention_b8_4k", "decode_attention_b1_16k"):
+
+        def stock(q, kv, metadata):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention as stock_paged_attention
+            return stock_paged_attention(q * options["scale"], *kv, metadata.page_table, metadata.kv_lens)
+
+        def xla(q, kv, metadata):
+            plan = plan_xla(metadata, page_size=shape.page_size, window=None)
+            return paged_attention_xla(q, kv, plan, **options)
+
+        found.append(Contender("stock Pallas", stock, lambda kv, _: (kv[0].swapaxes(0, 1), kv[1].swapaxes(0, 1))))
+        found.append(Contender("XLA", xla))
+    if len(shape.rows) == 1 and shape.rows[0][0] == shape.rows[0][1]:
+
+        def in_order(kv, metadata):
+            keys, values = (pages[metadata.page_table[0]].swapaxes(1, 2).reshape(1, -1, *pages.shape[1::2]) for pages in kv)
+            return keys, values
+
+        def cudnn(q, kv, _):
+            return jax.nn.dot_product_attention(q[None], *kv, is_causal=True, scale=options["scale"], implementation="cudnn")[0]
+
+        found.append(Contender("cuDNN", cudnn, in_order, one_fresh_prompt=True))
+    return found
+
+
+def figure(shape: Shape, seconds: float) -> tuple[str, float, str, float]:
+    """Name, value and unit of a measured time, and the share of the floor."""
+    if not shape.decode_only:
+        tflops = shape.num_operations / seconds / 1e12
+        return f"{shape.name}_tflops", tflops, "TFLOP/s", tflops / MATMUL_FLOOR_TFLOPS
+    tbps = shape.num_bytes / seconds / 1e12
+    if shape.kv_dtype != "bfloat16":
+        return f"{shape.name}_us", seconds * 1e6, "us", tbps / READ_FLOOR_TBPS
+    return f"{shape.name}_tbps", tbps, "TB/s", tbps / READ_FLOOR_TBPS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the attention kernels on this GPU.")
+    parser.add_argument("--results", type=Path, help="file of results to write; rows of the same name are replaced")
+    parser.add_argument("--only", default="", help="measure the shapes whose name contains this")
+    arguments = parser.parse_args()
+    gpu = local_gpu()
+    if gpu is None:
+        sys.exit("benchmarks.kernels needs an NVIDIA GPU")
+    results = (
+        {row["name"]: row for row in json.loads(arguments.results.read_text())} if arguments.results and arguments.results.exists() else {}
+    )
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    wrong = False
+    for shape in (shape for shape in SHAPES if arguments.only in shape.name):
+        for contender in contenders(shape, gpu):
+            try:
+                seconds, error = seconds_per_layer(contender, shape), relative_error(contender, shape)
+            except Exception as failure:  # a rival that does not go must not end the table
+                wrong |= contender.name in ("served", "triton")
+                print(f"{shape.name:44s} {contender.name:12s} failed: {str(failure)[:80]!r}", flush=True)
+                continue
+            name, value, unit, share = figure(shape, seconds)
+            times = f"{seconds * 1e6:9.1f} us {value:8.2f} {unit:8s} {share:4.0%} of floor"
+            print(f"{name:44s} {contender.name:12s} {times}  error {error:.1e}", flush=True)
+            wrong |= not error < 2e-2
+            if contender.name in ("served", "triton") and error < 2e-2:
+                row = dict(name=name if contender.name == "served" else f"{name}_triton", value=round(value, 3), unit=unit)
+                row |= dict(command=f"python -m benchmarks.kernels --only {shape.name}", device=jax.local_devices()[0].device_kind)
+                results[row["name"]] = row | dict(jax=jax.__version__, commit=commit, date=datetime.date.today().isoformat())
+                if arguments.results:
+                    arguments.results.write_text(json.dumps(list(results.values()), indent=1) + "\n")
+    if wrong:
+        sys.exit("some output is far from the reference")
+
+
+if __name__ == "__main__":
+    main()
