@@ -5,8 +5,10 @@ computed on the device, where page tables and last tokens live by slot. A field 
 [T, 3], embedding overrides) is a line more in `BatchLayout.split`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -100,7 +102,7 @@ class BatchLayout:
         """Cut a packed array [size]."""
         tokens, rows, entry = self.bucket.num_tokens, self.bucket.num_rows, 2 + self.num_groups
         shapes = ((tokens,), (rows,), (rows,), (self.num_page_entries, entry), (rows, NUM_SAMPLING_COLUMNS))
-        ends = np.cumsum([np.prod(shape) for shape in shapes]).tolist()
+        ends = list(accumulate(map(math.prod, shapes)))
         return Fields(*(packed[begin:end].reshape(s) for begin, end, s in zip([0, *ends[:-1]], ends, shapes, strict=True)))
 
     @property
