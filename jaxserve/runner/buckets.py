@@ -1,6 +1,6 @@
 """The shapes that steps are compiled for."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -28,7 +28,7 @@ class Buckets:
         mixed: (tokens, rows) of the others.
     """
 
-    def __init__(self, decode: tuple[int, ...], mixed: tuple[tuple[int, int], ...]):
+    def __init__(self, decode: Iterable[int], mixed: Iterable[tuple[int, int]]):
         self._decode = tuple(Bucket(rows, rows, True) for rows in decode)
         self._mixed = tuple(Bucket(tokens, rows, False) for tokens, rows in sorted(mixed))
 
@@ -36,15 +36,16 @@ class Buckets:
     def for_platform(cls, platform: str, max_batch_size: int, max_batch_tokens: int) -> Self:
         """Ladders of powers of two; finer on a GPU, where a program's compile time counts less than a step's padding.
 
-        Mixed shapes come with few rows (the first tokens of a prompt, alone) and with all: the logits and the sampling of rows
-        that are not there would cost as much as some tens of tokens.
+        Small mixed shapes come with few rows (a prompt alone) and with all: the logits and the sampling of rows that are not there
+        cost as much as some tens of tokens, which a large shape does not feel.
         """
         if platform == "cpu":
-            decode, tokens, few_rows = _ladder(1, max_batch_size), _ladder(32, max_batch_tokens), 4
+            decode, tokens, few_rows, few_rows_tokens = _ladder(1, max_batch_size), _ladder(32, max_batch_tokens), 4, 128
         else:
-            decode, tokens, few_rows = _ladder(1, max_batch_size, finer_from=32), _ladder(16, max_batch_tokens, finer_from=256), 16
-        rows = (few_rows, max_batch_size) if few_rows < max_batch_size else (max_batch_size,)
-        return cls(decode, tuple((t, r) for t in tokens for r in rows))
+            decode, tokens = _ladder(1, max_batch_size, finer_from=32), _ladder(16, max_batch_tokens, finer_from=256)
+            few_rows, few_rows_tokens = 16, 1024
+        few = [(t, few_rows) for t in tokens if t <= few_rows_tokens and few_rows < max_batch_size]
+        return cls(decode, (*few, *((t, max_batch_size) for t in tokens)))
 
     def __iter__(self) -> Iterator[Bucket]:
         """All of them."""
