@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 METHOD = "/jaxserve.rpc.Engine/Connect"
 RECONNECT_INTERVAL = 0.2  # seconds
+LOOKAHEAD_BYTES = 4096  # a step of 256 samples
 # Outputs of one request that may wait for whoever reads it; beyond, the request is aborted.
 MAX_UNREAD_OUTPUTS = 8192
 
@@ -192,6 +193,10 @@ class EngineClient:
             ("grpc.max_receive_message_length", -1),
             ("grpc.max_send_message_length", -1),
             ("grpc.enable_http_proxy", 0),
+            # Little is sent ahead of the reader, so that where it is slower than the engine the server merges steps: what waits here
+            # would cost it a wakeup and a socket write for every token.
+            ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
+            ("grpc.http2.bdp_probe", 0),
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 500),
         ]
