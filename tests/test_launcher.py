@@ -195,7 +195,8 @@ def test_ends(server: Callable[..., Server]):
     live, hurried = server(double=ENDLESS, server={"graceful_termination_timeout": 3}), server(double=ENDLESS)
     short, endless = live.until_ready().stream(max_tokens=60), live.stream()
     assert next(short).startswith("data: {") and next(endless).startswith("data: {")
-    assert next(hurried.until_ready().stream()).startswith("data: {")
+    held_up = hurried.until_ready().stream()
+    assert next(held_up).startswith("data: {")
 
     live.process.send_signal(signal.SIGTERM)
     live.until(lambda: not _listening(live.port))  # no more is accepted

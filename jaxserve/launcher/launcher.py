@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 MAX_DEATHS = 3
 DEATH_WINDOW = 300.0  # seconds
 FIRST_BACKOFF = 0.5  # seconds, doubled with every death in the window
+FAREWELL_TIME = 2.0  # seconds http processes have to tell their clients that it is over, where the launcher gives up
 END_TIME = 10.0  # seconds an engine has to end
 EXTRA_TIME = 5.0  # seconds beyond the graceful termination timeout before http processes are killed
 
@@ -105,6 +106,8 @@ class _Launcher:
         try:
             await _first(self._signalled.wait(), self._gave_up.wait())
             if self._gave_up.is_set():
+                self._accept_no_more()
+                await _all_ended(self._http, FAREWELL_TIME)
                 return _fail(self._reason)
             self._signalled.clear()
             await _first(self._drain(), self._signalled.wait())
@@ -119,6 +122,8 @@ class _Launcher:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            # The handlers go with the event loop; a signal after that would end this process before the run folder is removed.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
 
     def _take_signal(self, number: signal.Signals) -> None:
         self._signals.append(number)
@@ -128,13 +133,16 @@ class _Launcher:
     def _ending(self) -> bool:
         return bool(self._signals) or self._gave_up.is_set()
 
-    async def _drain(self) -> None:
-        """Accept no more, let what runs finish, then end the engines."""
-        logger.info("ending: no more requests are accepted; those that run may take %d s", self._server.graceful_termination_timeout)
+    def _accept_no_more(self) -> None:
         for child in self._http:
             child.signal(signal.SIGTERM)
         for each in self._listening:
             each.close()
+
+    async def _drain(self) -> None:
+        """Accept no more, let what runs finish, then end the engines."""
+        logger.info("ending: no more requests are accepted; those that run may take %d s", self._server.graceful_termination_timeout)
+        self._accept_no_more()
         await _all_ended(self._http, self._server.graceful_termination_timeout + EXTRA_TIME)
         for child in self._engines:
             child.signal(signal.SIGTERM)
