@@ -70,6 +70,7 @@ class Server:
         self.until(lambda: self.client.get("/health").status_code == 200)
         self.until(lambda: "ready:" in self.log())
         self.children = psutil.Process(self.process.pid).children(recursive=True)
+        assert len(list(self.folder.glob(PREFIX + "*/engine-*.sock"))) > 0
         return self
 
     def metric(self, name: str) -> list[float]:
@@ -107,12 +108,19 @@ class Server:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+def short_path() -> Iterator[Path]:
+    """A folder whose path leaves room for a socket's name; pytest's own are too long."""
+    with tempfile.TemporaryDirectory(prefix="js", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def server(short_path: Path) -> Iterator[Callable[..., Server]]:
     """Makes servers; those that are left at the end are killed."""
     made: list[Server] = []
 
     def make(**arguments: Any) -> Server:
-        folder = tmp_path / str(len(made))
+        folder = short_path / str(len(made))
         folder.mkdir()
         made.append(Server(folder, **arguments))
         return made[-1]
@@ -216,7 +224,7 @@ def test_ends(server: Callable[..., Server]):
         assert "Traceback" not in each.log(), each.log()
 
 
-def test_startup_errors_are_one_line(server: Callable[..., Server], tmp_path: Path):
+def test_startup_errors_are_one_line(server: Callable[..., Server]):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         in_use = server(server={"port": port})
@@ -257,9 +265,10 @@ def test_replicas_see_their_own_gpus(tmp_path: Path):
         device_environment(mesh, 0, {"CUDA_VISIBLE_DEVICES": "0,1"}, tmp_path)
 
 
-def test_abandoned_run_folders_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_abandoned_run_folders_are_removed(short_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(short_path))
     first, first_lock = make_run_folder()
+    assert first.parent == short_path
     assert first.stat().st_mode & 0o777 == 0o700
     second, second_lock = make_run_folder()
     assert first.exists()

@@ -303,8 +303,7 @@ def test_a_stalled_http_process_holds_up_nobody(tmp_path: Path, monkeypatch: pyt
                 assert await asyncio.to_thread(engine.drain, 10.0)  # the stalled one's requests were aborted
             finally:
                 stalled.kill()
-                stalled.wait()
-                stalled.stdout.close()
+                stalled.communicate()
 
     asyncio.run(run())
 
