@@ -4,7 +4,7 @@ Each side runs in a process of its own, one after the other, on the same prompts
 number of output tokens. tok/s is output tokens over the wall time of one call that generates them all, after one unmeasured call of
 the same shape.
 
-    python benchmarks/cpu_peers.py --gguf MODEL.gguf --reference-python TORCH_PYTHON [--llama-python XLLAMACPP_PYTHON]
+    python -m benchmarks.cpu_peers --gguf MODEL.gguf --reference-python TORCH_PYTHON [--llama-python XLLAMACPP_PYTHON]
 
 prints one JSON line a side and concurrency. The reference interpreter needs torch, transformers and gguf; the llama.cpp one xllamacpp.
 """
@@ -126,7 +126,7 @@ def main() -> None:
     interpreters = {"jaxserve": sys.executable, "transformers": args.reference_python, "llama": args.llama_python}
     for side, python in interpreters.items():
         if python:
-            command = [python, __file__, "--side", side, "--gguf", args.gguf, "--concurrency", *map(str, args.concurrency)]
+            command = [python, "-m", "benchmarks.cpu_peers", "--side", side, "--gguf", args.gguf, "--concurrency", *map(str, args.concurrency)]
             subprocess.run(command, check=True)
 
 
