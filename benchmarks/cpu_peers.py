@@ -126,7 +126,17 @@ def main() -> None:
     interpreters = {"jaxserve": sys.executable, "transformers": args.reference_python, "llama": args.llama_python}
     for side, python in interpreters.items():
         if python:
-            command = [python, "-m", "benchmarks.cpu_peers", "--side", side, "--gguf", args.gguf, "--concurrency", *map(str, args.concurrency)]
+            command = [
+                python,
+                "-m",
+                "benchmarks.cpu_peers",
+                "--side",
+                side,
+                "--gguf",
+                args.gguf,
+                "--concurrency",
+                *map(str, args.concurrency),
+            ]
             subprocess.run(command, check=True)
 
 

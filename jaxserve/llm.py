@@ -1,7 +1,7 @@
 """LLM: the engine in this process, for scripts. No HTTP, no gRPC; the same scheduler, runner and sampler as the server's."""
 
 import itertools
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Generator, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -135,14 +135,16 @@ class LLM:
         prompts = [self.tokenizer.apply_chat_template(list(c), **template_options)[1] for c in conversations]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
-    def stream(self, items: Iterable[tuple[Hashable, Prompt, SamplingParams]]) -> Iterator[tuple[Hashable, RequestOutput | InvalidRequest]]:
+    def stream[Key: Hashable](
+        self, items: Iterable[tuple[Key, Prompt, SamplingParams]]
+    ) -> Generator[tuple[Key, RequestOutput | InvalidRequest]]:
         """Continue prompts as they come, pulling the next only when it can run soon.
 
         Yields:
             (key, output) in order of completion; (key, error) where a prompt or its parameters cannot be served.
         """
 
-        def prepared() -> Iterator[tuple[Hashable, Prompt, Request | InvalidRequest]]:
+        def prepared() -> Iterator[tuple[Key, Prompt, Request | InvalidRequest]]:
             for key, prompt, params in items:
                 try:
                     yield key, prompt, self._request(prompt, params)
@@ -166,7 +168,7 @@ class LLM:
             raise InvalidRequest(f"{count} prompts but {len(given)} sampling params", "sampling_params")
         return list(given)
 
-    def _run(self, items: Iterable[tuple[Any, Prompt, Request | InvalidRequest]]) -> Iterator[tuple[Any, Any]]:
+    def _run(self, items: Iterable[tuple[Any, Prompt, Request | InvalidRequest]]) -> Generator[tuple[Any, Any]]:
         """Feed the engines from the items and yield what finishes; on close, whatever still runs is aborted."""
         source = iter(items)
         running: dict[str, _Running] = {}
@@ -242,4 +244,4 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         return [prompts]
     if prompts and isinstance(prompts[0], int):
         return [prompts]  # pyright: ignore[reportReturnType]
-    return list(prompts)  # pyright: ignore[reportArgumentType]
+    return list(prompts)  # pyright: ignore[reportArgumentType, reportReturnType]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from engines import load_goldens
 
-from jaxserve import LLM, SamplingParams
+from jaxserve import LLM, RequestOutput, SamplingParams
 from jaxserve.errors import ContextTooLong, InvalidRequest, StartupError
 from jaxserve.request import FinishReason
 
@@ -117,7 +117,7 @@ def test_stream_pulls_prompts_lazily_and_tells_what_cannot_be_served(llm: LLM):
     assert pulled < 40
     seen |= dict(stream)
     assert sorted(seen) == list(range(60)) and isinstance(seen[3], InvalidRequest)
-    assert all(len(o.outputs[0].token_ids) == 4 for i, o in seen.items() if i != 3)
+    assert all(isinstance(o, RequestOutput) and len(o.outputs[0].token_ids) == 4 for i, o in seen.items() if i != 3)
 
 
 def test_a_stream_left_early_leaves_nothing_behind(llm: LLM):

@@ -27,7 +27,7 @@ def make_scheduler(
     bound: Callable[[], int] | int | None = None,
     clock: Callable[[], float] = lambda: 0.0,
 ) -> Scheduler:
-    config = SchedulerConfig(max_batch_size, max_batch_tokens, PAGE_SIZE, max_total_tokens, prefix_caching, frozenset({EOS}), 1000, bound)
+    config = SchedulerConfig(max_batch_size, max_batch_tokens, PAGE_SIZE, max_total_tokens, prefix_caching, frozenset({EOS}), bound)
     return Scheduler(config, groups or [KVGroupPages(num_pages)], clock)
 
 

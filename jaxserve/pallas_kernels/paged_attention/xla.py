@@ -25,9 +25,7 @@ class _Options(NamedTuple):
     soft_cap: float | None
 
 
-def paged_attention_xla(
-    q: jax.Array, kv: LayerKV, plan: XlaPlan, *, scale: float, window: int | None, soft_cap: float | None
-) -> jax.Array:
+def paged_attention_xla(q: jax.Array, kv: LayerKV, plan: XlaPlan, *, scale: float, window: int | None, soft_cap: float | None) -> jax.Array:
     """Attention of each token over its row's pages. Shapes as in `paged_attention`, what the rows are says the plan."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = kv[0].shape[1]
@@ -149,5 +147,3 @@ def _normalised(state: Softmax, dtype: jnp.dtype) -> jax.Array:
 
 def _slice(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
     return lax.dynamic_slice_in_dim(x, start, size, allow_negative_indices=False)
-
-
