@@ -90,7 +90,7 @@ def terminal(fake_server: FakeServer) -> Iterator[Terminal]:
     opened.close()
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning", "ignore:.*fork.*:RuntimeWarning")  # the child starts a session
 def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(fake_server: FakeServer, terminal: Terminal) -> None:
     fake_server.pieces = ["tick "] * 1000
     fake_server.delay = 0.02

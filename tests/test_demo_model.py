@@ -30,13 +30,14 @@ def test_prompts_are_tokenized_as_the_reference_does(llm: LLM):
 
 def test_greedy_tokens_equal_transformers(llm: LLM):
     names = list(GOLDENS)
+    num_compiled = llm.engines[0].stats().compile_events
     params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True, logprobs=0)
     outputs = llm.generate([GOLDENS[name]["prompt"] for name in names], params)
     for name, output in zip(names, outputs, strict=True):
         sample = output.outputs[0]
         assert sample.token_ids == GOLDENS[name]["tokens"], name
         assert [logprobs.raw for logprobs in sample.logprobs] == pytest.approx(GOLDENS[name]["logprobs"], abs=2e-3), name
-    assert llm.engines[0].stats().compile_events == 0
+    assert llm.engines[0].stats().compile_events == num_compiled
     llm.engines[0].check_integrity()
 
 

@@ -21,6 +21,7 @@ def runner(tiny_checkpoint: Callable[[str], Path]) -> TinyRunner:
 def check_under_load(engine: Engine, name: str = "llama", preempts: bool = True) -> None:
     """Send everything at once, some of it twice, abort strangers in between, and compare with the goldens."""
     prompts, alone = load_goldens(name)
+    num_compiled = engine.stats().compile_events  # other tests compile in this process
     strangers = [f"stranger {i}" for i in range(0, len(prompts), 4)]
     expected = {}
     for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):  # those of a length run together and grow out of the cache
@@ -47,7 +48,7 @@ def check_under_load(engine: Engine, name: str = "llama", preempts: bool = True)
     stats = engine.stats()
     assert (stats.num_running, stats.num_waiting, stats.num_pages_used) == (0, 0, 0)
     assert stats.num_preemptions > 0 or not preempts, "the cache was meant to be too small"
-    assert stats.compile_events == 0
+    assert stats.compile_events == num_compiled
 
 
 def test_load_changes_no_token(runner: TinyRunner):

@@ -75,10 +75,10 @@ def _wait_for_running(live: LiveFrontEnd, count: int) -> None:
 
 
 def test_clients_that_hang_up(short_limits: LiveFrontEnd):
-    connections = [_connect(short_limits) for _ in range(200)]
-    for connection in connections:
-        connection.sendall(_request(max_tokens=10**5))
-    for connection in connections:
+    connections = []
+    for _ in range(200):
+        connections.append(connection := _connect(short_limits))
+        connection.sendall(_request(max_tokens=10**5))  # at once: a head that is late ends the connection
         assert connection.recv(100).startswith(b"HTTP/1.1 200")
     _wait_for_running(short_limits, 200)
     for connection in connections:

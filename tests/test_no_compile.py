@@ -30,6 +30,7 @@ OPTIONS = {
 
 def test_no_legal_request_compiles(tiny_checkpoint: Callable[[str], Path]):
     engine = tiny_runner(tiny_checkpoint("llama")).engine(eos_token_ids=[0, 2])
+    num_compiled = engine.stats().compile_events  # other tests compile in this process
     longest = engine.info.max_total_tokens
     number = 0
 
@@ -56,7 +57,7 @@ def test_no_legal_request_compiles(tiny_checkpoint: Callable[[str], Path]):
     for options in OPTIONS.values():  # all at once, mixed in every step
         submit(30, **options)
     check()
-    assert engine.stats().compile_events == 0
+    assert engine.stats().compile_events == num_compiled
     engine.check_integrity()
 
 
