@@ -44,6 +44,8 @@ def golden(*names: str) -> tuple[str, ...]:
 
 SHARDED = ("test_models.py::test_tensor_parallel_equals_transformers",)
 
+UNDER_LOAD = ("test_exactness.py::test_load_changes_no_token",)
+
 MUTATIONS = (
     Mutation(
         "rope scaling dropped", "models/rope.py", "_rope(_llama3(plain, fields, original))", "_rope(plain)", golden("llama-rope-llama3")
@@ -143,6 +145,44 @@ MUTATIONS = (
         "return all(np.array_equal(one, other) for one, other in pairs)",
         "return True",
         ("test_weights.py::test_head_beside_tied_embeddings",),
+    ),
+    Mutation(
+        "page table off by one",
+        "runner/batch.py",
+        "table[slots[row], positions // plan.page_size]",
+        "table[slots[row], (positions + 1) // plan.page_size]",
+        UNDER_LOAD,
+    ),
+    Mutation("token of the wrong slot fed back", "runner/batch.py", "last_tokens[slots[row], 0]", "last_tokens[row, 0]", UNDER_LOAD),
+    Mutation("causal mask shifted", "pallas_kernels/paged_attention/xla.py", "visible = behind >= 0", "visible = behind >= -1", UNDER_LOAD),
+    Mutation(
+        "repetition penalty ignored",
+        "runner/sampler.py",
+        "adjusted / repetition, adjusted * repetition",
+        "adjusted, adjusted",
+        ("test_sampler.py",),
+    ),
+    Mutation("frequency penalty ignored", "runner/sampler.py", "- rows.frequency_penalty[:, None] * outputs", "", ("test_sampler.py",)),
+    Mutation(
+        "min_tokens off by one",
+        "runner/sampling_rows.py",
+        "num_output_tokens < self._min_tokens[slots]",
+        "num_output_tokens <= self._min_tokens[slots]",
+        ("test_sampler.py",),
+    ),
+    Mutation(
+        "prefix found under another's salt",
+        "scheduler/prefix_cache.py",
+        "sha256(parent + tokens + extras)",
+        "sha256(parent + tokens)",
+        ("test_scheduler.py",),
+    ),
+    Mutation(
+        "prefix found behind another past",
+        "scheduler/prefix_cache.py",
+        "sha256(parent + tokens + extras)",
+        "sha256(tokens + extras)",
+        ("test_scheduler.py", "test_scheduler_simulation.py"),
     ),
 )
 
