@@ -109,10 +109,10 @@ def test_gguf_sentencepiece_gives_the_tokens_it_was_made_from(tmp_path: Path):
 def test_gguf_sentencepiece_gives_the_tokens_of_transformers(tmp_path: Path):
     from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
 
-    from jaxserve.tokenizer.gguf_metadata import read_gguf_metadata
+    from jaxserve.gguf_header import read_gguf_header
 
     path = write_gguf(tmp_path / "m.gguf", "llama", small_tokenizers.sentencepiece(), add_bos_token=False)
-    metadata = read_gguf_metadata(path)
+    metadata = read_gguf_header(path).metadata
     keys = {"tokenizer_type": "model", "tokens": "tokens", "scores": "scores", "token_type": "token_type"}
     theirs, _ = convert_gguf_tokenizer("llama", {name: metadata[f"tokenizer.ggml.{key}"] for name, key in keys.items()})
     made = load_tokenizer(path)

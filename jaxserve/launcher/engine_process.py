@@ -1,6 +1,7 @@
 """An engine process: one replica of the engine behind a unix socket. `python -m jaxserve.launcher.engine_process DESCRIPTOR`."""
 
 import asyncio
+import gc
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -58,6 +59,9 @@ def _run(control: Control, build: BuildEngine) -> None:
     options = control.options
     # The launcher showed this process only its own devices, so their numbers begin at 0.
     engine = build(options.model, options.engine, 0)
+    # What was built lasts as long as the process: the collector need not look through it again between steps.
+    gc.collect()
+    gc.freeze()
     try:
         asyncio.run(_serve(control, engine))
     finally:

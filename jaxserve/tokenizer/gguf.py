@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from jaxserve.errors import StartupError, UnsupportedModel
-from jaxserve.tokenizer.gguf_metadata import read_gguf_metadata
+from jaxserve.gguf_header import read_gguf_header
 from jaxserve.tokenizer.vocabulary import SPACE
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
@@ -49,7 +49,7 @@ def load_gguf_tokenizer(path: Path) -> Any:
         StartupError: no GGUF file, or one without a tokenizer.
         UnsupportedModel: a kind of tokenizer that no code here builds.
     """
-    metadata = read_gguf_metadata(path)
+    metadata = read_gguf_header(path).metadata
     try:
         backend = build_gguf_tokenizer(metadata)
         names = {
