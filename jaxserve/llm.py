@@ -110,6 +110,8 @@ class LLM:
         outputs: list[RequestOutput | None] = [None] * len(batch)
         items = ((i, prompt, request) for i, (prompt, request) in enumerate(zip(batch, requests, strict=True)))
         for index, output in tqdm(self._run(items), total=len(batch), disable=not use_tqdm):
+            if isinstance(output, InvalidRequest):  # a grammar that cannot be compiled
+                raise output
             outputs[index] = output
         return [output for output in outputs if output is not None]
 
@@ -189,7 +191,7 @@ class LLM:
                     for output in engine.step() if engine.has_work else ():
                         if (state := running.get(output.request_id)) is not None and state.take(output):
                             del running[output.request_id]
-                            yield state.key, state.output
+                            yield state.key, state.error or state.output
         finally:
             for request_id, state in running.items():
                 state.engine.abort(request_id)
@@ -201,11 +203,13 @@ class _Running:
     def __init__(self, key: Hashable, engine: Engine, prompt: Prompt, request: Request, tokenizer: Tokenizer):
         self.key = key
         self.engine = engine
+        self._grammar_param = request.params.grammar.param if request.params.grammar is not None else None
         self.output = RequestOutput(
             prompt if isinstance(prompt, str) else None,
             request.prompt_token_ids,
             [SampleOutput(index) for index in range(request.params.n)],
         )
+        self.error: InvalidRequest | None = None
         self._texts = [TextStream(tokenizer, request.params, request.prompt_token_ids) for _ in range(request.params.n)]
         self._unfinished = set(range(request.params.n))
 
@@ -222,6 +226,10 @@ class _Running:
             return False
         if output.finish_reason is FinishReason.ERROR:
             raise GenerationFailed(output.error)
+        if output.finish_reason is FinishReason.INVALID:
+            self.engine.abort(output.request_id)
+            self.error = InvalidRequest(output.error, self._grammar_param)
+            return True
         sample = self.output.outputs[output.index]
         delta = self._texts[output.index].push(output.token_ids, output.finish_reason)
         sample.text += delta.text

@@ -59,6 +59,7 @@ _REASONS = {
     FinishReason.LENGTH: "length",
     FinishReason.ABORT: "abort",
     FinishReason.ERROR: "error",
+    FinishReason.INVALID: "error",
 }
 
 

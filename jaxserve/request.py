@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from jaxserve.errors import ContextTooLong, InvalidRequest
+from jaxserve.grammar import Grammar
 
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
@@ -25,6 +26,7 @@ class FinishReason(enum.Enum):
     LENGTH = "length"  # max_tokens or the context is used up
     ABORT = "abort"  # the client went away
     ERROR = "error"  # the step failed; TokenOutput.error says why
+    INVALID = "invalid"  # its grammar cannot be compiled or followed, the client's fault; TokenOutput.error says why
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,8 @@ class SamplingParams:
         ignore_eos: the model's end-of-sequence tokens do not end a sample.
         logprobs: None for none, else the number of most likely tokens to report beside the chosen one.
         logit_bias: token id -> value added to its logit.
+        grammar: what the text must match; None is anything. A sample whose grammar is complete and cannot go on ends, whatever
+            min_tokens and ignore_eos say.
         skip_special_tokens: special tokens yield no text.
         include_stop_str_in_output: the matched stop string stays in the text.
     """
@@ -69,6 +73,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    grammar: Grammar | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 
@@ -114,6 +119,8 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _integer("logit_bias", token, 0, vocab_size - 1)
             _number("logit_bias", bias, -100.0, 100.0)
+        if self.grammar is not None:
+            self.grammar.validate()
 
     @property
     def greedy(self) -> bool:
@@ -212,7 +219,7 @@ class TokenOutput:
         finish_reason: None while the sample goes on.
         num_cached_tokens: prompt tokens taken from the prefix cache.
         queue_time: seconds between arrival and the first scheduling.
-        error: what went wrong, with FinishReason.ERROR.
+        error: what went wrong, with FinishReason.ERROR and INVALID.
     """
 
     request_id: str

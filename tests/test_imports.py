@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent / "jaxserve"
-PLAIN = {"errors", "config", "request"}
+PLAIN = {"errors", "config", "request", "grammar"}
 ALLOWED: dict[str, set[str]] = {
     # plain types
     "errors": set(),
     "config": {"errors"},
-    "request": {"errors"},
+    "grammar": {"errors"},
+    "request": {"errors", "grammar"},
     "step": set(),
     "gguf_header": {"errors"},
     "environment": set(),
@@ -26,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "scheduler": PLAIN | {"step"},
     "tokenizer": {"errors", "request", "gguf_header"},
     "metrics": {"errors", "request"},
-    "rpc": {"errors", "request", "engine"},
+    "rpc": {"errors", "request", "grammar", "engine"},
     "http": PLAIN | {"rpc", "tokenizer", "metrics"},
     "launcher": PLAIN | {"rpc", "http", "metrics", "engine"},
     # device half

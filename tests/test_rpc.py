@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import jaxserve.rpc
 from jaxserve.errors import ContextTooLong, EngineUnavailable, GenerationFailed, InvalidRequest, Overloaded
+from jaxserve.grammar import Grammar
 from jaxserve.request import EngineInfo, EngineStats, FinishReason, Request, SamplingParams, TokenLogprobs, TokenOutput
 from jaxserve.rpc import client as client_module
 from jaxserve.rpc import server as server_module
@@ -32,10 +33,12 @@ def test_request_round_trip():
     params = SamplingParams(
         n=3, temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, typical_p=0.5, repetition_penalty=1.1, presence_penalty=-1.0,
         frequency_penalty=2.0, seed=2**64 - 1, max_tokens=None, min_tokens=2, stop_token_ids=(3, 4), ignore_eos=True, logprobs=0,
-        logit_bias={7: -100.0, 9: 0.5},
+        logit_bias={7: -100.0, 9: 0.5}, grammar=Grammar.choice(["é", "b"], "guided_choice"),
     )  # fmt: skip
     request = Request("r-1", (1, 500, 70000), params, "salt", "adapter")
-    assert wire.request_from(wire.generate_message(1, request).generate) == request
+    read = wire.request_from(wire.generate_message(1, request).generate)
+    assert read == request
+    assert read.params.grammar is not None and read.params.grammar.param == "guided_choice"
 
 
 def test_negative_seed_keeps_its_64_bits():

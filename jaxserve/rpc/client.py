@@ -8,7 +8,7 @@ from pathlib import Path
 
 import grpc
 
-from jaxserve.errors import EngineUnavailable, GenerationFailed, JaxserveError
+from jaxserve.errors import EngineUnavailable, GenerationFailed, InvalidRequest, JaxserveError
 from jaxserve.request import MAX_SAMPLES, EngineInfo, EngineStats, FinishReason, Request, TokenOutput
 from jaxserve.rpc import engine_pb2 as pb
 from jaxserve.rpc.wire import error_from, generate_message, info_from, outputs_from, stats_from
@@ -51,6 +51,7 @@ class Generation:
 
         Raises:
             Overloaded, InvalidRequest, EngineUnavailable: the engine did not accept the request.
+            InvalidRequest: it was accepted, and then its grammar could not be compiled or followed.
             GenerationFailed: it was accepted and cannot be finished.
         """
         while not self._unread:
@@ -83,9 +84,9 @@ class Generation:
         output.request_id = self.request.request_id
         if output.finish_reason is not None:
             self._unfinished.discard(output.index)
-            if output.finish_reason is FinishReason.ERROR:
+            if (error := self._error_of(output)) is not None:
                 self.abort()
-                self.fail(GenerationFailed(output.error))
+                self.fail(error)
                 return False
         self._unread.append(output)
         if len(self._unread) > MAX_UNREAD_OUTPUTS:
@@ -101,6 +102,12 @@ class Generation:
         self._error = self._error or error
         self._unfinished.clear()
         self._wake()
+
+    def _error_of(self, output: TokenOutput) -> JaxserveError | None:
+        if output.finish_reason is FinishReason.INVALID:
+            grammar = self.request.params.grammar
+            return InvalidRequest(output.error, grammar.param if grammar is not None else None)
+        return GenerationFailed(output.error) if output.finish_reason is FinishReason.ERROR else None
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

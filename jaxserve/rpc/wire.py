@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any
 
 from jaxserve.errors import ContextTooLong, EngineUnavailable, InvalidRequest, JaxserveError, Overloaded
+from jaxserve.grammar import Grammar, GrammarKind
 from jaxserve.request import MAX_SAMPLES, EngineInfo, EngineStats, FinishReason, Request, SamplingParams, TokenLogprobs, TokenOutput
 from jaxserve.rpc import engine_pb2 as pb
 
@@ -35,6 +36,7 @@ def generate_message(number: int, request: Request) -> pb.ClientMessage:
                 seed=None if params.seed is None else params.seed % 2**64,
                 logit_bias_token_ids=list(params.logit_bias),
                 logit_bias_values=list(params.logit_bias.values()),
+                grammar=None if params.grammar is None else _grammar_message(params.grammar),
             ),
             cache_salt=request.cache_salt,
             adapter=request.adapter,
@@ -55,10 +57,19 @@ def request_from(message: pb.Generate) -> Request:
             **values,
             seed=params.seed if params.HasField("seed") else None,
             logit_bias=dict(zip(params.logit_bias_token_ids, params.logit_bias_values, strict=True)),
+            grammar=_grammar_from(params.grammar) if params.HasField("grammar") else None,
         ),
         message.cache_salt,
         message.adapter,
     )
+
+
+def _grammar_message(grammar: Grammar) -> pb.Grammar:
+    return pb.Grammar(kind=grammar.kind.value, text=grammar.text, param=grammar.param)
+
+
+def _grammar_from(message: pb.Grammar) -> Grammar:
+    return Grammar(GrammarKind(message.kind), message.text, message.param)
 
 
 class OutputColumns:
