@@ -1,25 +1,26 @@
-"""The whole engine on one model shape: decode step by batch size, prefill throughput, host time a step, start to ready.
+"""The whole engine on one model's shape: decode step by batch size, prefill throughput, what sampling adds, host time a step.
 
-    python -m benchmarks.engine FOLDER [--batch-sizes 1 64] [--max-batch-tokens 8192] [--dtype bfloat16]
+    python -m benchmarks.engine FOLDER [--label 1b] [--only decode prefill top_p] [--results FILE]
 
-FOLDER holds a config.json and a tokenizer; the weights are random. A decode step is (time of [1024 in, 257 out] - time of [1024 in, 1 out])
-/ 256 with all requests sent at once; prompts are uniform token ids, greedy, `ignore_eos`, prefix cache off. One JSON line a figure.
+FOLDER holds a config.json and a tokenizer; the weights are random. The engine runs with its default flags but for three: dummy
+weights, no prefix cache, requests of at most 32768 tokens. Prompts are token ids uniform in 3..48999, new ones for every run; greedy,
+`ignore_eos`, all requests sent at once. A decode step is (time of [1024 in, 257 out] - time of [1024 in, 1 out]) / 256. The extra
+time of sampling is the same figure with temperature 0.8 and top_p 0.95 less the greedy one. Each figure is the median of
+the repetitions. A decode figure comes with the host's milliseconds a step, by verb.
 """
 
 import argparse
 import json
 import random
+import statistics
 import time
+from collections.abc import Callable
 
+from benchmarks.rows import Rows, add_row_flags, command_line, make_rows
 from jaxserve import LLM, SamplingParams
 
-IN, OUT = 1024, 257
-PREFILLS = ((64, 2048), (8, 8192))
-
-
-def say(**figures: object) -> None:
-    """Print one line."""
-    print(json.dumps(figures), flush=True)
+MAX_TOTAL_TOKENS = 32768
+VERBS = ("schedule", "dispatch", "collect")
 
 
 class Workload:
@@ -28,50 +29,113 @@ class Workload:
     def __init__(self, llm: LLM):
         self._llm = llm
         self._random = random.Random(0)
+        self._largest_id = min(49000, llm.info.vocab_size)
 
-    def seconds(self, count: int, tokens_in: int, tokens_out: int) -> float:
-        """Wall time of `count` requests sent at once."""
-        prompts = [[self._random.randrange(3, 49000) for _ in range(tokens_in)] for _ in range(count)]
-        params = SamplingParams(temperature=0.0, max_tokens=tokens_out, ignore_eos=True)
+    def seconds(self, count: int, tokens_in: int, tokens_out: int, **sampling: float) -> float:
+        """Wall time of `count` requests sent at once; greedy where `sampling` does not say otherwise."""
+        prompts = [[self._random.randrange(3, self._largest_id) for _ in range(tokens_in)] for _ in range(count)]
+        params = SamplingParams(**{"temperature": 0.0, **sampling}, max_tokens=tokens_out, ignore_eos=True)  # pyright: ignore
         begin = time.perf_counter()
         outputs = self._llm.generate(prompts, params)
         seconds = time.perf_counter() - begin
         tokens = {token for output in outputs for token in output.outputs[0].token_ids}
-        assert tokens_out == 1 or len(tokens) > 1, "constant logits: the run is void"
+        assert count * tokens_out == 1 or len(tokens) > 1, "constant logits: the run is void"
         return seconds
+
+
+class Measurement:
+    """The figures of one engine.
+
+    Args:
+        label: of the shape, part of the rows' names; "" for none.
+        tokens_in, tokens_out: of a request of a decode figure.
+        repetitions: of each figure.
+    """
+
+    def __init__(self, llm: LLM, rows: Rows, label: str, tokens_in: int, tokens_out: int, repetitions: int):
+        self._llm = llm
+        self._rows = rows
+        self._label = f"{label}_" if label else ""
+        self._in, self._out = tokens_in, tokens_out
+        self._repetitions = repetitions
+        self._command = command_line("benchmarks.engine")
+        self._workload = Workload(llm)
+
+    def decode(self, count: int) -> float:
+        """Milliseconds of a decode step of `count` requests."""
+        milliseconds = self._step_milliseconds(count)
+        self._rows.add(f"decode_step_{self._label}b{count}_ms", milliseconds, "ms", self._command)
+        return milliseconds
+
+    def sampled(self, count: int, greedy_milliseconds: float) -> None:
+        """What temperature and top_p add to a step."""
+        extra = self._step_milliseconds(count, temperature=0.8, top_p=0.95) - greedy_milliseconds
+        self._rows.add(f"top_p_extra_{self._label}ms_b{count}", extra, "ms", self._command)
+
+    def prefill(self, count: int, length: int) -> None:
+        """Prompt tokens a second."""
+        self._workload.seconds(min(count, 2), length, 1)
+        rate = count * length / self._median(lambda: self._workload.seconds(count, length, 1))
+        self._rows.add(f"prefill_{self._label}{count}x{length}_tok_s", rate, "tok/s", self._command)
+
+    def _step_milliseconds(self, count: int, **sampling: float) -> float:
+        self._workload.seconds(count, min(64, self._in), 4, **sampling)
+        first = self._median(lambda: self._workload.seconds(count, self._in, 1, **sampling))
+        before = self._llm.engines[0].stats()
+        whole = self._median(lambda: self._workload.seconds(count, self._in, self._out, **sampling))
+        after = self._llm.engines[0].stats()
+        steps = after.num_steps - before.num_steps
+        host = {verb: _difference(before, after, f"{verb}_seconds") / steps * 1000 for verb in VERBS}
+        told = ", ".join(f"{verb} {milliseconds:.3f}" for verb, milliseconds in host.items())
+        milliseconds = (whole - first) / (self._out - 1) * 1000
+        print(f"B={count} {json.dumps(sampling)}: step {milliseconds:.3f} ms; host ms a step: {told}", flush=True)
+        return milliseconds
+
+    def _median(self, run: Callable[[], float]) -> float:
+        return statistics.median(run() for _ in range(self._repetitions))
 
 
 def main() -> None:
     """Read the arguments and measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64])
-    parser.add_argument("--max-batch-tokens", type=int, default=8192)
-    parser.add_argument("--dtype", default="auto")
-    args = parser.parse_args()
+    parser.add_argument("--label", default="", help="part of the rows' names, for a shape that is not the 8B one: 1b")
+    parser.add_argument("--only", nargs="+", choices=("decode", "prefill", "top_p"), default=("decode", "prefill", "top_p"))
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64, 256])
+    parser.add_argument("--prefills", nargs="*", default=["64x2048", "8x8192"], metavar="COUNTxLENGTH")
+    parser.add_argument("--tokens-in", type=int, default=1024)
+    parser.add_argument("--tokens-out", type=int, default=257)
+    parser.add_argument("--max-total-tokens", type=int, default=MAX_TOTAL_TOKENS)
+    parser.add_argument("--repetitions", type=int, default=3)
+    add_row_flags(parser)
+    arguments = parser.parse_args()
     begin = time.perf_counter()
-    llm = LLM(
-        args.folder,
-        load_format="dummy",
-        dtype=args.dtype,
-        prefix_caching=False,
-        max_batch_size=max(args.batch_sizes),
-        max_total_tokens=9000,
-        max_batch_prefill_tokens=args.max_batch_tokens,
-    )
-    say(ready_s=round(time.perf_counter() - begin, 1), device=llm.info.device, dtype=llm.info.dtype, pages=llm.info.num_pages)
-    workload = Workload(llm)
-    for size in args.batch_sizes:
-        workload.seconds(size, 64, 4)
-        first = workload.seconds(size, IN, 1)
-        say(batch_size=size, decode_step_ms=round((workload.seconds(size, IN, OUT) - first) / (OUT - 1) * 1000, 3))
-    for count, length in PREFILLS:
-        say(prefill=f"{count} x {length}", tok_s=round(count * length / workload.seconds(count, length, 1)))
+    llm = LLM(arguments.folder, load_format="dummy", prefix_caching=False, max_total_tokens=arguments.max_total_tokens)
+    print(f"ready after {time.perf_counter() - begin:.1f} s on {llm.info.device}, {llm.info.dtype}, {llm.info.num_pages} pages", flush=True)
+    rows = make_rows(arguments, llm.info.device)
+    measurement = Measurement(llm, rows, arguments.label, arguments.tokens_in, arguments.tokens_out, arguments.repetitions)
+    if "prefill" in arguments.only:
+        for prefill in arguments.prefills:
+            measurement.prefill(*map(int, prefill.split("x")))
+    if "decode" in arguments.only or "top_p" in arguments.only:
+        sizes = arguments.batch_sizes if "decode" in arguments.only else arguments.batch_sizes[-1:]
+        greedy = [measurement.decode(size) for size in sizes]
+        if "top_p" in arguments.only:
+            measurement.sampled(sizes[-1], greedy[-1])
     stats = llm.engines[0].stats()
-    milliseconds = {
-        name: round(getattr(stats, f"{name}_seconds") / stats.num_steps * 1000, 3) for name in ("schedule", "dispatch", "collect")
-    }
-    say(steps=stats.num_steps, compile_events=stats.compile_events, host_ms_a_step=milliseconds)
+    print(f"{stats.num_steps} steps, {stats.compile_events} compile events, {_share(stats):.1%} of the tokens were padding")
+    rows.show()
+    if stats.compile_events:
+        raise SystemExit("something was compiled after ready")
+
+
+def _difference(before: object, after: object, name: str) -> float:
+    return getattr(after, name) - getattr(before, name)
+
+
+def _share(stats: object) -> float:
+    padded, useful = getattr(stats, "padded_tokens", 0), getattr(stats, "useful_tokens", 0)
+    return padded / max(padded + useful, 1)
 
 
 if __name__ == "__main__":

@@ -7,22 +7,19 @@ of K and V, operations those of visible scores.
 """
 
 import argparse
-import datetime
 import functools
-import json
 import statistics
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.rows import add_row_flags, make_rows
 from jaxserve.pallas_kernels import AttentionMetadata, LayerKV, layer_kv_shape
 from jaxserve.pallas_kernels.paged_attention.gpu import paged_attention_gpu
 from jaxserve.pallas_kernels.paged_attention.local_gpu import Gpu, local_gpu
@@ -219,16 +216,13 @@ def figure(shape: Shape, seconds: float) -> tuple[str, float, str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the attention kernels on this GPU.")
-    parser.add_argument("--results", type=Path, help="file of results to write; rows of the same name are replaced")
     parser.add_argument("--only", default="", help="measure the shapes whose name contains this")
+    add_row_flags(parser)
     arguments = parser.parse_args()
     gpu = local_gpu()
     if gpu is None:
         sys.exit("benchmarks.kernels needs an NVIDIA GPU")
-    results = (
-        {row["name"]: row for row in json.loads(arguments.results.read_text())} if arguments.results and arguments.results.exists() else {}
-    )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    rows = make_rows(arguments, jax.local_devices()[0].device_kind)
     wrong = False
     for shape in (shape for shape in SHAPES if arguments.only in shape.name):
         for contender in contenders(shape, gpu):
@@ -243,11 +237,8 @@ def main() -> None:
             print(f"{name:44s} {contender.name:12s} {times}  error {error:.1e}", flush=True)
             wrong |= not error < 2e-2
             if contender.name in ("served", "triton") and error < 2e-2:
-                row = dict(name=name if contender.name == "served" else f"{name}_triton", value=round(value, 3), unit=unit)
-                row |= dict(command=f"python -m benchmarks.kernels --only {shape.name}", device=jax.local_devices()[0].device_kind)
-                results[row["name"]] = row | dict(jax=jax.__version__, commit=commit, date=datetime.date.today().isoformat())
-                if arguments.results:
-                    arguments.results.write_text(json.dumps(list(results.values()), indent=1) + "\n")
+                row = name if contender.name == "served" else f"{name}_triton"
+                rows.add(row, value, unit, f"python -m benchmarks.kernels --only {shape.name}")
     if wrong:
         sys.exit("some output is far from the reference")
 

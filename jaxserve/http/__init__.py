@@ -1,5 +1,8 @@
 """The HTTP front end: OpenAI's and TGI's routes over engines reached through rpc. Never imports jax."""
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
-VERSION = version("jaxserve")
+try:
+    VERSION = version("jaxserve")
+except PackageNotFoundError:  # a tree that was not installed
+    VERSION = "unknown"
