@@ -2,6 +2,11 @@
 #   docker run --gpus all --shm-size 1g -p 8080:80 -v $PWD/data:/data jaxserve --model-id Qwen/Qwen3-0.6B
 # Not built by the project's tests: there is no Docker engine where they run.
 #
+# An image that holds the compiled programs of a model, so that its containers start without compiling; made where the GPU is:
+#   docker run --gpus all --user root --name compiled jaxserve compile --model-id Qwen/Qwen3-0.6B --compilation-cache-dir /opt/xla
+#   docker commit --change 'ENV COMPILATION_CACHE_DIR=/opt/xla' --change 'USER jaxserve' --change 'ENTRYPOINT ["jaxserve"]' --change 'CMD []' compiled jaxserve-qwen3
+# The servers take the same flags as `compile` did, of the model and the engine; what fits a GPU of another size is compiled anew.
+#
 # CUDA's own libraries come with the locked Python packages; of the base image only the driver's hooks are used.
 FROM nvidia/cuda:12.9.1-base-ubuntu24.04
 

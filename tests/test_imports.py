@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "chat": {"config", "client"},
     "batch": PLAIN | {"llm", "tokenizer", "http"},
     "bench": PLAIN | {"llm", "tokenizer", "weights", "client", "environment"},
-    "cli": PLAIN | {"llm", "batch", "bench", "chat", "launcher", "environment"},
+    "cli": PLAIN | {"llm", "batch", "bench", "chat", "launcher", "engine", "environment"},
     "__main__": {"cli"},
     "__init__": {"request", "llm"},
 }
@@ -53,6 +53,7 @@ WITHOUT_JAX = (
     "jaxserve.cli.generate",
     "jaxserve.cli.bench",
     "jaxserve.cli.chat",
+    "jaxserve.cli.compile",
     "jaxserve.scheduler",
     "jaxserve.tokenizer",
     "jaxserve.metrics",

@@ -12,6 +12,7 @@ COMMANDS = {
     "generate": "answer a file of prompts, resumably",
     "bench": "measure throughput, latency or a running server",
     "chat": "chat with a running server in the terminal",
+    "compile": "compile a model's programs ahead of its first start",
 }
 
 

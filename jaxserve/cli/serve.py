@@ -18,17 +18,20 @@ HOSTNAME counts only where it is an IP address, because shells and containers se
 """
 
 
-def read_options(arguments: Sequence[str], environment: dict[str, str]) -> tuple[ModelOptions, EngineOptions, ServerOptions]:
+def read_options(
+    arguments: Sequence[str], environment: dict[str, str], parser: Parser | None = None
+) -> tuple[ModelOptions, EngineOptions, ServerOptions]:
     """Options from flags and environment.
 
     Args:
         arguments: after the command's name.
         environment: of this process; --huggingface-hub-cache changes it.
+        parser: of another command with the same flags (`add_all_flags`).
 
     Raises:
         SystemExit: 0 after --help, --version and --env; 2 after a line on stderr for anything wrong.
     """
-    parser = _parser()
+    parser = parser or _parser()
     parsed = parse(parser, arguments)
     if hasattr(parsed, "env"):
         print("\n".join(f"{name}: {value}" for name, value in describe_environment().items()))
@@ -59,7 +62,7 @@ def _parser() -> Parser:
     commands = "\n".join(f"  {name:<12}{text}" for name, text in COMMANDS.items())
     parser = Parser(
         "jaxserve",
-        usage="jaxserve [serve] [flags]\n       jaxserve {generate,bench,chat} --help",
+        usage="jaxserve [serve] [flags]\n       jaxserve {generate,bench,chat,compile} --help",
         description=DESCRIPTION,
         epilog=f"commands:\n{commands}",
     )
@@ -67,11 +70,16 @@ def _parser() -> Parser:
         "--version", "-V", action="version", version=f"jaxserve {versions().get('jaxserve', 'unknown')}", help="Show the version."
     )
     parser.add_argument("-e", "--env", action="store_const", const=True, help="Show versions and devices, for bug reports.")
+    add_all_flags(parser)
+    return parser
+
+
+def add_all_flags(parser: Parser) -> None:
+    """Every option of the server, and TGI's spellings."""
     add_flags(parser, ModelOptions, "model")
     add_flags(parser, EngineOptions, "engine")
     add_flags(parser, ServerOptions, "server", short={"port": "-p", "graceful_termination_timeout": "-g"})
     add_tgi_flags(parser)
-    return parser
 
 
 def _check_together(parser: Parser, engine: EngineOptions) -> None:

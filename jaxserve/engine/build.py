@@ -1,6 +1,8 @@
 """From options to an engine that is ready: files, mesh, weights, programs, scheduler."""
 
 import logging
+import os
+from pathlib import Path
 
 from jaxserve.config import EngineOptions, ModelOptions
 from jaxserve.engine.async_engine import AsyncEngine
@@ -30,11 +32,11 @@ def build_engine(
         StartupError: one line says why.
     """
     source = source or resolve_model(model_options)
+    _limit_gpu_memory(engine_options)
     mesh = make_mesh(engine_options.tensor_size, replica)
     model = load_model(source, model_options, mesh)
     platform = mesh.devices.flat[0].platform
-    cache = engine_options.compilation_cache_dir or str(cache_folder() / "xla")
-    config = RunnerConfig.from_options(engine_options, platform, cache)
+    config = RunnerConfig.from_options(engine_options, platform, str(compilation_cache(engine_options)))
     runner = ModelRunner(model, mesh, config)
     runner.warmup()
     return join(runner, config, engine_options, _info(source, engine_options, model, runner, mesh.devices.flat[0].device_kind))
@@ -56,6 +58,11 @@ def join(runner: ModelRunner, config: RunnerConfig, options: EngineOptions, info
         [KVGroupPages(num_pages, window) for num_pages, window in runner.kv_groups],
     )
     return Engine(runner, scheduler, info, sync=options.sync, decode_gap=gap)
+
+
+def compilation_cache(options: EngineOptions) -> Path:
+    """The folder of compiled programs."""
+    return Path(options.compilation_cache_dir or cache_folder() / "xla")
 
 
 def build_async_engine(model_options: ModelOptions, engine_options: EngineOptions, replica: int = 0) -> AsyncEngine:
@@ -87,3 +94,9 @@ def _info(source: ModelSource, options: EngineOptions, model: Model, runner: Mod
         device=device,
         defaults={name: int(value) if name == "top_k" else value for name, value in model.config.defaults},
     )
+
+
+def _limit_gpu_memory(options: EngineOptions) -> None:
+    """Tell JAX its share of a GPU; heeded only before the process has used one. A user's own variable goes before the flag."""
+    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = str(options.cuda_memory_fraction)

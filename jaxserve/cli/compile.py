@@ -1,0 +1,31 @@
+"""`jaxserve compile`: fill the folder of compiled programs, for images and first starts."""
+
+import os
+from collections.abc import Sequence
+
+from jaxserve.cli.flags import Parser
+from jaxserve.cli.serve import add_all_flags, read_options
+
+DESCRIPTION = """\
+Compile what a server with the same flags would, and keep it in --compilation-cache-dir: that server then starts without compiling.
+The model's weights are neither fetched nor read; the device must be the one that will serve. Flags of the server have no effect.
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Compile; what was done is told in one line on stdout."""
+    parser = Parser("jaxserve compile", usage="jaxserve compile [flags of jaxserve serve]", description=DESCRIPTION)
+    add_all_flags(parser)
+    environment = dict(os.environ)
+    model, engine, _ = read_options(arguments, environment, parser)
+    from jaxserve.launcher.devices import device_environment
+
+    # The devices that the server's first replica will see.
+    os.environ.update(environment | device_environment(engine, 0, environment))
+    from jaxserve.engine.precompile import precompile
+
+    done = precompile(model, engine)
+    print(
+        f"jaxserve compile: {done.num_compiled} programs compiled, {done.num_found} were there already, {done.seconds:.1f} s, {done.folder}"
+    )
+    return 0

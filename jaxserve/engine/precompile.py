@@ -1,0 +1,54 @@
+"""Filling the folder of compiled programs before a server needs them (`jaxserve compile`)."""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jax import monitoring
+
+from jaxserve.config import EngineOptions, ModelOptions
+from jaxserve.engine.build import build_engine, compilation_cache
+
+_COMPILED_EVENT = "/jax/compilation_cache/cache_misses"
+_FOUND_EVENT = "/jax/compilation_cache/cache_hits"
+
+
+@dataclass(frozen=True, slots=True)
+class Precompiled:
+    """What was done.
+
+    Attributes:
+        folder: of compiled programs.
+        num_compiled, num_found: programs that were compiled into it, and that it had already.
+        seconds: of all of it.
+    """
+
+    folder: Path
+    num_compiled: int
+    num_found: int
+    seconds: float
+
+
+def precompile(model_options: ModelOptions, engine_options: EngineOptions) -> Precompiled:
+    """Compile what a server with these options would, on random weights of the model's shape: its own are not read.
+
+    It starts an engine as a server does, down to the sizes of the KV cache, because they are in the programs. So it needs the device
+    that the server will have. All replicas of a mesh take the same programs.
+
+    Raises:
+        StartupError: one line says why.
+    """
+    begin = time.monotonic()
+    counts = dict.fromkeys((_COMPILED_EVENT, _FOUND_EVENT), 0)
+
+    def listen(event: str, **_: str | int) -> None:
+        if event in counts:
+            counts[event] += 1
+
+    monitoring.register_event_listener(listen)
+    try:
+        build_engine(replace(model_options, load_format="dummy"), engine_options).close()
+    finally:
+        monitoring.unregister_event_listener(listen)
+    seconds = time.monotonic() - begin
+    return Precompiled(compilation_cache(engine_options), counts[_COMPILED_EVENT], counts[_FOUND_EVENT], seconds)
