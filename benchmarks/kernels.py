@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.rows import add_row_flags, make_rows
-from jaxserve.pallas_kernels import AttentionMetadata, LayerKV, layer_kv_shape
+from jaxserve.pallas_kernels import AttentionMetadata, LayerKV, layer_kv_shape, paged_attention
+from jaxserve.pallas_kernels.paged_attention.api import IMPLEMENTATIONS
 from jaxserve.pallas_kernels.paged_attention.gpu import paged_attention_gpu
 from jaxserve.pallas_kernels.paged_attention.local_gpu import Gpu, local_gpu
 from jaxserve.pallas_kernels.paged_attention.reference import paged_attention_reference
@@ -28,6 +29,7 @@ from jaxserve.pallas_kernels.paged_attention.xla import paged_attention_xla
 from jaxserve.pallas_kernels.paged_attention.xla_plan import plan_xla
 
 READ_FLOOR_TBPS, MATMUL_FLOOR_TFLOPS = 4.5, 815.0  # measured on an H200: a sum over an array, a bfloat16 product of 8192-square matrices
+OURS = ("served", *IMPLEMENTATIONS[1:])
 Attention = Callable[[jax.Array, LayerKV, AttentionMetadata], jax.Array]
 
 
@@ -171,6 +173,12 @@ class Contender:
     one_fresh_prompt: bool = False
 
 
+def one_contender(shape: Shape, attention: str) -> list[Contender]:
+    """What serves with `--attention`."""
+    options = dict(scale=shape.head_dim**-0.5, window=None, soft_cap=None, implementation=attention)
+    return [Contender(attention, functools.partial(paged_attention, **options))]
+
+
 def contenders(shape: Shape, gpu: Gpu) -> list[Contender]:
     """What serves on this GPU, our kernels for GPUs that are no Hopper, and what others made."""
     options = dict(scale=shape.head_dim**-0.5, window=None, soft_cap=None)
@@ -217,6 +225,7 @@ def figure(shape: Shape, seconds: float) -> tuple[str, float, str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the attention kernels on this GPU.")
     parser.add_argument("--only", default="", help="measure the shapes whose name contains this")
+    parser.add_argument("--attention", choices=IMPLEMENTATIONS[1:], help="measure what serves with this flag, and nothing beside it")
     add_row_flags(parser)
     arguments = parser.parse_args()
     gpu = local_gpu()
@@ -225,20 +234,21 @@ def main() -> None:
     rows = make_rows(arguments, jax.local_devices()[0].device_kind)
     wrong = False
     for shape in (shape for shape in SHAPES if arguments.only in shape.name):
-        for contender in contenders(shape, gpu):
+        for contender in one_contender(shape, arguments.attention) if arguments.attention else contenders(shape, gpu):
             try:
                 seconds, error = seconds_per_layer(contender, shape), relative_error(contender, shape)
             except Exception as failure:  # a rival that does not go must not end the table
-                wrong |= contender.name in ("served", "triton")
+                wrong |= contender.name in OURS
                 print(f"{shape.name:44s} {contender.name:12s} failed: {str(failure)[:80]!r}", flush=True)
                 continue
             name, value, unit, share = figure(shape, seconds)
             times = f"{seconds * 1e6:9.1f} us {value:8.2f} {unit:8s} {share:4.0%} of floor"
             print(f"{name:44s} {contender.name:12s} {times}  error {error:.1e}", flush=True)
             wrong |= not error < 2e-2
-            if contender.name in ("served", "triton") and error < 2e-2:
-                row = name if contender.name == "served" else f"{name}_triton"
-                rows.add(row, value, unit, f"python -m benchmarks.kernels --only {shape.name}")
+            if contender.name in OURS and error < 2e-2:
+                row = name if contender.name == "served" else f"{name}_{contender.name}"
+                command = f"python -m benchmarks.kernels --only {shape.name}"
+                rows.add(row, value, unit, f"{command} --attention {arguments.attention}" if arguments.attention else command)
     if wrong:
         sys.exit("some output is far from the reference")
 

@@ -40,6 +40,11 @@ class EngineOptions:
 
     mesh: str = option("1x1", "Data x tensor parallel, e.g. 1x4. The engine replicas are the first number.", metavar="DxT")
     page_size: int = option(16, "Tokens a KV page.", low=1)
+    attention: str = option(
+        "auto",
+        "Kernels that compute attention; auto: the fastest for each step that the device has.",
+        ("auto", "mosaic", "triton", "xla"),
+    )
     cuda_memory_fraction: float = option(0.9, "Share of a GPU's memory that jaxserve may use.", low=0.01, high=1.0)
     cpu_kv_cache_gib: float = option(2.0, "Memory for the KV cache when serving on the CPU, in GiB.", low=0.001)
     max_batch_size: int | None = option(None, "Most requests that run at once. Default: 32 on CPU, 256 on a GPU.", low=1)

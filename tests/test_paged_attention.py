@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from jaxserve.pallas_kernels import AttentionMetadata, LayerKV, make_layer_kv, paged_attention, plan_attention, write_kv
+from jaxserve.pallas_kernels.paged_attention import api
 from jaxserve.pallas_kernels.paged_attention.arg_specs import SMALL, ArgSpec
+from jaxserve.pallas_kernels.paged_attention.local_gpu import Gpu
 from jaxserve.pallas_kernels.paged_attention.reference import paged_attention_reference
 
 SCALE = 0.3
@@ -66,6 +68,39 @@ def test_bfloat16_stays_bfloat16():
     spec = SMALL["soft cap, one KV head"]
     expected = attend(reference_attention, spec)
     np.testing.assert_allclose(attend(planned_attention, spec, "bfloat16").astype(np.float32), expected, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "gpu", "sizes", "refusal"),
+    [
+        ("triton", "bfloat16", None, {}, "triton needs an NVIDIA GPU; this process computes on: cpu"),
+        ("mosaic", "float32", Gpu(132, True), {}, "mosaic computes bfloat16 and float16, not float32"),
+        ("mosaic", "bfloat16", Gpu(108, False), {}, "mosaic needs a Hopper GPU"),
+        ("mosaic", "bfloat16", Gpu(132, True), {"head_dim": 96}, "mosaic does not go with 32 heads, 8 KV heads of 96"),
+        ("mosaic", "bfloat16", Gpu(132, True), {"page_size": 48}, "pages of 48 tokens"),
+        ("mosaic", "bfloat16", Gpu(132, True), {}, None),
+        ("triton", "float16", Gpu(108, False), {"head_dim": 96}, None),
+        ("xla", "float32", None, {}, None),
+        ("auto", "float32", None, {}, None),
+    ],
+)
+def test_an_implementation_that_cannot_serve_is_refused(
+    implementation: str, dtype: str, gpu: Gpu | None, sizes: dict[str, int], refusal: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(api, "local_gpu", lambda: gpu)
+    sizes = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": 16} | sizes
+    if refusal is None:
+        api.check_implementation(implementation, jnp.dtype(dtype), **sizes)
+        return
+    with pytest.raises(ValueError, match=refusal):
+        api.check_implementation(implementation, jnp.dtype(dtype), **sizes)
+
+
+def test_the_implementation_chooses_the_kernels(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(api, "local_gpu", lambda: Gpu(132, True))
+    chosen = {name: api.chosen_gpu(name) for name in api.IMPLEMENTATIONS}
+    assert chosen["auto"] == Gpu(132, True) and chosen["xla"] is None
+    assert chosen["triton"] == Gpu(132, False) and chosen["mosaic"] == Gpu(132, True, only_mosaic=True)
 
 
 @pytest.mark.parametrize("change", [{"num_kv_heads": 4}, {"head_dim": 8}])

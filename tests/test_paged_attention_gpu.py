@@ -128,10 +128,8 @@ def test_shares_of_a_plan_cover_all_blocks_equally(window):
     assert pairs == [(w, int(plan.begun_pairs[w]), int(plan.last_workers[w])) for w in begun]
 
 
-@pytest.mark.parametrize("is_hopper", [False, True], ids=["triton", "mosaic"])
-@pytest.mark.parametrize("decode_only", [True, False], ids=["decode", "mixed"])
-@pytest.mark.parametrize("head_dim, kv_dtype", [(128, BF16), (64, BF16), (256, BF16), (128, FLOAT8)])
-def test_kernels_lower_for_cuda(is_hopper, decode_only, head_dim, kv_dtype):
+def lowered(gpu: Gpu, decode_only: bool, head_dim: int, kv_dtype: jnp.dtype) -> str:
+    """StableHLO for CUDA of a step of 16 rows at serving sizes."""
     num_rows, num_tokens = 16, 16 if decode_only else 2048
 
     def make_metadata():
@@ -140,11 +138,23 @@ def test_kernels_lower_for_cuda(is_hopper, decode_only, head_dim, kv_dtype):
 
     pages = jax.ShapeDtypeStruct((4096, 8, 16, head_dim), kv_dtype)
     q = jax.ShapeDtypeStruct((num_tokens, 32, head_dim), jnp.bfloat16)
-    call = functools.partial(paged_attention_gpu, scale=head_dim**-0.5, window=1024, soft_cap=30.0, gpu=Gpu(132, is_hopper))
+    call = functools.partial(paged_attention_gpu, scale=head_dim**-0.5, window=1024, soft_cap=30.0, gpu=gpu)
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Pallas-Triton is deprecated; nothing else serves GPUs before sm_90
-        text = jax.jit(call).trace(q, (pages, pages), jax.eval_shape(make_metadata)).lower(lowering_platforms=("cuda",)).as_text()
+        return jax.jit(call).trace(q, (pages, pages), jax.eval_shape(make_metadata)).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_mosaic_alone_computes_what_triton_is_faster_at():
+    text = lowered(Gpu(132, is_hopper=True, only_mosaic=True), decode_only=True, head_dim=64, kv_dtype=BF16)
+    assert text.count("custom_call @mosaic_gpu_v2") == 1
+
+
+@pytest.mark.parametrize("is_hopper", [False, True], ids=["triton", "mosaic"])
+@pytest.mark.parametrize("decode_only", [True, False], ids=["decode", "mixed"])
+@pytest.mark.parametrize("head_dim, kv_dtype", [(128, BF16), (64, BF16), (256, BF16), (128, FLOAT8)])
+def test_kernels_lower_for_cuda(is_hopper, decode_only, head_dim, kv_dtype):
+    text = lowered(Gpu(132, is_hopper), decode_only, head_dim, kv_dtype)
     decode_by_mosaic, prefill_by_mosaic = (
         is_hopper and kv_dtype == BF16 and head_dim > 64,
         is_hopper and kv_dtype == BF16 and not decode_only,

@@ -8,13 +8,13 @@ from jaxserve.config import EngineOptions, ModelOptions
 from jaxserve.engine.async_engine import AsyncEngine
 from jaxserve.engine.decode_gap import DecodeGap
 from jaxserve.engine.engine import Engine
-from jaxserve.models import Model
+from jaxserve.models import Model, check_attention
 from jaxserve.request import EngineInfo
 from jaxserve.runner import ModelRunner, RunnerConfig, make_mesh
 from jaxserve.scheduler import KVGroupPages, Scheduler, SchedulerConfig
 from jaxserve.weights import ModelSource, resolve_model
 from jaxserve.weights.demo import cache_folder
-from jaxserve.weights.loader import load_model
+from jaxserve.weights.loader import load_model, read_config, resolve_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +34,13 @@ def build_engine(
     source = source or resolve_model(model_options)
     _limit_gpu_memory(engine_options)
     mesh = make_mesh(engine_options.tensor_size, replica)
-    model = load_model(source, model_options, mesh)
     platform = mesh.devices.flat[0].platform
+    attention = engine_options.attention
+    if attention != "auto":  # before the weights, which take long
+        shape = read_config(source)
+        dtype = resolve_dtype(model_options.dtype, shape, platform)
+        check_attention(shape, attention, dtype, engine_options.page_size, engine_options.tensor_size)
+    model = load_model(source, model_options, mesh, attention=attention)
     config = RunnerConfig.from_options(engine_options, platform, str(compilation_cache(engine_options)))
     runner = ModelRunner(model, mesh, config)
     runner.warmup()

@@ -19,12 +19,13 @@ Rotation = tuple[jax.Array, jax.Array]
 class Attention(nnx.Module):
     """Causal self-attention with grouped queries (Ainslie et al. 2023, arXiv 2305.13245) over a paged KV cache."""
 
-    def __init__(self, config: ModelConfig, window: int | None):
+    def __init__(self, config: ModelConfig, window: int | None, implementation: str):
         hidden, head_dim, traits = Axis("hidden", config.hidden_size), config.head_dim, config.traits
         heads = Axis("attention heads", config.num_heads * head_dim, units=config.num_heads)
         kv_heads = Axis("KV heads", config.num_kv_heads * head_dim, units=config.num_kv_heads, repeat=True)
         self.head_dim = head_dim
         self.window = window
+        self.implementation = implementation
         names = tuple(f"self_attn.{name}_proj" for name in "qkv")
         self.qkv = Linear(names, (heads, kv_heads, kv_heads), hidden, traits.qkv_bias)
         self.output = Linear(("self_attn.o_proj",), (hidden,), heads, traits.output_bias)
@@ -42,7 +43,8 @@ class Attention(nnx.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = rotate(q, rotation), rotate(k, rotation)
         kv = write_kv(kv, k, v, metadata)
-        out = paged_attention(q, kv, metadata, scale=self.head_dim**-0.5, window=self.window, soft_cap=None)
+        options = dict(window=self.window, soft_cap=None, implementation=self.implementation)
+        out = paged_attention(q, kv, metadata, scale=self.head_dim**-0.5, **options)
         return self.output(out.reshape(out.shape[0], query_size)), kv
 
 
@@ -63,9 +65,9 @@ class GatedMLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Attention, then the feed-forward network."""
 
-    def __init__(self, config: ModelConfig, window: int | None):
+    def __init__(self, config: ModelConfig, window: int | None, attention: str):
         self.attention_norm = RMSNorm("input_layernorm", config.hidden_size, config.norm_eps)
-        self.attention = Attention(config, window)
+        self.attention = Attention(config, window, attention)
         self.mlp_norm = RMSNorm("post_attention_layernorm", config.hidden_size, config.norm_eps)
         self.mlp = GatedMLP(config)
 
@@ -90,13 +92,17 @@ class Decoder(nnx.Module):
     """Token ids in, logits out; runs inside `jax.shard_map` over a mesh with an axis "tensor".
 
     Made from a config alone its leaves are the parameters' declarations; `weights.loader` puts arrays in their place.
+
+    Args:
+        config: the model's shape.
+        attention: which kernels compute it, one of pallas_kernels' implementations.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, attention: str = "auto"):
         self.config = config
         self.embedding = Embedding("model.embed_tokens", config.vocab_size, config.hidden_size)
         windows = (config.kv_groups[group].window for group in config.group_of_layer)
-        self.layers = nnx.List([DecoderLayer(config, window) for window in windows])
+        self.layers = nnx.List([DecoderLayer(config, window, attention) for window in windows])
         self.norm = RMSNorm("model.norm", config.hidden_size, config.norm_eps)
         self.head = None if config.tie_embeddings else Embedding("lm_head", config.vocab_size, config.hidden_size)
 

@@ -5,13 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from jaxserve.errors import StartupError
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder, layer_prefix
 from jaxserve.models.parameters import Parameter, Source
 from jaxserve.pallas_kernels import AttentionMetadata, LayerKV
+from jaxserve.pallas_kernels.paged_attention import check_implementation
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,9 @@ class Architecture:
     treedef: Any
 
     @classmethod
-    def of(cls, config: ModelConfig) -> "Architecture":
-        """Declare a decoder of this shape."""
-        graphdef, state = nnx.split(Decoder(config))
+    def of(cls, config: ModelConfig, attention: str = "auto") -> "Architecture":
+        """Declare a decoder of this shape; `attention` as `Decoder` takes it."""
+        graphdef, state = nnx.split(Decoder(config, attention))
         declarations, treedef = jax.tree.flatten(state)
         prefixes = [layer_prefix(path) for path, _ in nnx.to_flat_state(state)]
         parameters = (_prefixed(parameter, prefix) for parameter, prefix in zip(declarations, prefixes, strict=True))
@@ -54,6 +57,19 @@ class Architecture:
         """`Decoder.__call__` on local shards of the arrays; to be traced inside `jax.shard_map`, never called as it is."""
         decoder = nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
         return decoder(token_ids, positions, kv, metadata, last)
+
+
+def check_attention(config: ModelConfig, attention: str, dtype: jnp.dtype, page_size: int, shards: int) -> None:
+    """Whether `attention` can serve this model, cut over `shards` devices.
+
+    Raises:
+        StartupError: it cannot; one line.
+    """
+    sizes = dict(num_heads=config.num_heads // shards, num_kv_heads=config.local_kv_heads(shards))
+    try:
+        check_implementation(attention, dtype, head_dim=config.head_dim, page_size=page_size, **sizes)
+    except ValueError as error:
+        raise StartupError(f"--attention: {error}") from None
 
 
 def _prefixed(parameter: Parameter, prefix: str) -> Parameter:

@@ -22,11 +22,12 @@ from jaxserve.weights.safetensors_folder import SafetensorsCheckpoint
 from jaxserve.weights.source import ModelSource
 
 
-def load_model(source: ModelSource, options: ModelOptions, mesh: Mesh, dtype: jnp.dtype | None = None) -> Model:
+def load_model(source: ModelSource, options: ModelOptions, mesh: Mesh, dtype: jnp.dtype | None = None, attention: str = "auto") -> Model:
     """Read a model, or make up its weights (`--load-format dummy`), on the devices of a mesh with an axis "tensor".
 
     Args:
         dtype: of weights and activations; None: what `options.dtype` says (`resolve_dtype`).
+        attention: which kernels compute it (`Decoder`).
 
     Raises:
         StartupError: UnsupportedModel, WeightsError, or a mesh that cannot share the model; one line each.
@@ -34,12 +35,12 @@ def load_model(source: ModelSource, options: ModelOptions, mesh: Mesh, dtype: jn
     config = read_config(source)
     dtype = jnp.dtype(dtype or resolve_dtype(options.dtype, config, mesh.devices.flat[0].platform))
     if options.load_format == "dummy":
-        architecture = Architecture.of(config)
+        architecture = Architecture.of(config, attention)
         _check_mesh(architecture, mesh.shape["tensor"])
         return Model(architecture, tuple(random_array(parameter, mesh, dtype) for parameter in architecture.parameters))
     checkpoint: Checkpoint = GGUFCheckpoint(source.path) if source.is_gguf else SafetensorsCheckpoint(source.path)
     tied = config.tie_embeddings and embeddings_are_tied(checkpoint)
-    architecture = Architecture.of(replace(config, tie_embeddings=tied))
+    architecture = Architecture.of(replace(config, tie_embeddings=tied), attention)
     _check_mesh(architecture, mesh.shape["tensor"])
     check_tensors(architecture.parameters, checkpoint, ignored={HEAD} if tied else set())
     order = {name: i for i, name in enumerate(checkpoint.shapes)}

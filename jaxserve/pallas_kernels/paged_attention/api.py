@@ -7,9 +7,51 @@ import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.layer_kv import LayerKV
 from jaxserve.pallas_kernels.metadata import AttentionMetadata
-from jaxserve.pallas_kernels.paged_attention.local_gpu import local_gpu
+from jaxserve.pallas_kernels.paged_attention.local_gpu import Gpu, local_gpu
 from jaxserve.pallas_kernels.paged_attention.xla import paged_attention_xla
 from jaxserve.pallas_kernels.paged_attention.xla_plan import plan_xla
+
+IMPLEMENTATIONS = ("auto", "mosaic", "triton", "xla")
+
+
+def check_implementation(
+    implementation: str, dtype: jnp.dtype, *, num_heads: int, num_kv_heads: int, head_dim: int, page_size: int
+) -> None:
+    """Whether `paged_attention` with this implementation can serve a model on this process's device.
+
+    Args:
+        implementation: of IMPLEMENTATIONS.
+        dtype: of queries, keys and values.
+        num_heads, num_kv_heads: on one device.
+
+    Raises:
+        ValueError: it cannot; one line.
+    """
+    if implementation in ("auto", "xla"):
+        return
+    gpu = local_gpu()
+    if gpu is None:
+        raise ValueError(f"{implementation} needs an NVIDIA GPU; this process computes on: {jax.default_backend()}")
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(f"{implementation} computes bfloat16 and float16, not {dtype}")
+    if implementation == "mosaic":
+        # Pallas takes over a second to import: not where there is no GPU.
+        from jaxserve.pallas_kernels.paged_attention.mosaic_decode import MosaicDecodeConfig
+
+        if not gpu.is_hopper:
+            raise ValueError("mosaic needs a Hopper GPU (compute capability 9.0); triton serves others")
+        if not MosaicDecodeConfig.goes(num_heads, num_kv_heads, head_dim, page_size):
+            raise ValueError(
+                f"mosaic does not go with {num_heads} heads, {num_kv_heads} KV heads of {head_dim}, pages of {page_size} tokens"
+            )
+
+
+def chosen_gpu(implementation: str) -> Gpu | None:
+    """The GPU that kernels are chosen for, as `implementation` wants them; None: XLA computes."""
+    gpu = local_gpu()
+    if gpu is None or implementation == "xla":
+        return None
+    return replace(gpu, is_hopper=gpu.is_hopper and implementation != "triton", only_mosaic=implementation == "mosaic")
 
 
 def plan_attention(metadata: AttentionMetadata, *, page_size: int, window: int | None) -> AttentionMetadata:
@@ -28,7 +70,14 @@ def plan_attention(metadata: AttentionMetadata, *, page_size: int, window: int |
 
 
 def paged_attention(
-    q: jax.Array, kv: LayerKV, metadata: AttentionMetadata, *, scale: float, window: int | None, soft_cap: float | None
+    q: jax.Array,
+    kv: LayerKV,
+    metadata: AttentionMetadata,
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    implementation: str = "auto",
 ) -> jax.Array:
     """Causal attention of a step's tokens over their rows' pages, this step's own K and V (already written) included.
 
@@ -39,6 +88,7 @@ def paged_attention(
         scale: scores are multiplied by it (before the soft cap).
         window: a token sees only the `window` latest positions, its own included; None: all.
         soft_cap: scores become soft_cap * tanh(scores / soft_cap); None: as they are.
+        implementation: of IMPLEMENTATIONS; one that `check_implementation` lets pass.
 
     Returns:
         [T, H, D] in q's dtype; finite but meaningless for padding tokens.
@@ -55,7 +105,7 @@ def paged_attention(
         raise ValueError(f"{num_rows} page tables, kv_lens {metadata.kv_lens.shape}, query_starts {metadata.query_starts.shape}")
     if metadata.decode_only and num_tokens != num_rows:
         raise ValueError(f"decode_only, but {num_tokens} tokens of {num_rows} rows")
-    gpu = local_gpu()
+    gpu = chosen_gpu(implementation)
     if gpu is not None and q.dtype != jnp.float32:
         # Pallas takes over a second to import: not where there is no GPU.
         from jaxserve.pallas_kernels.paged_attention.gpu import paged_attention_gpu

@@ -41,6 +41,8 @@ def paged_attention_gpu(
 
 def _decode(q: jax.Array, kv: LayerKV, page_table: jax.Array, kv_lens: jax.Array, gpu: Gpu, options: dict) -> jax.Array:
     config = MosaicDecodeConfig.suited(q, kv, gpu.num_multiprocessors) if gpu.is_hopper else None
+    if gpu.only_mosaic:
+        config = MosaicDecodeConfig.cut(q.shape[2], gpu.num_multiprocessors)
     if config is not None:
         return decode_attention_mosaic(q, kv, page_table, kv_lens, config=config, **options)
     config = TritonDecodeConfig.suited(q, kv, gpu.num_multiprocessors)

@@ -7,10 +7,17 @@ import jax
 
 @dataclass(frozen=True)
 class Gpu:
-    """What the choice of a kernel depends on: multiprocessors, and whether the device is of the Hopper kind (sm_90)."""
+    """What the choice of a kernel depends on.
+
+    Attributes:
+        num_multiprocessors: of the device.
+        is_hopper: whether it is of the Hopper kind (sm_90), and Mosaic's kernels may be taken.
+        only_mosaic: take them also where Triton's are faster.
+    """
 
     num_multiprocessors: int
     is_hopper: bool
+    only_mosaic: bool = False
 
 
 def local_gpu() -> Gpu | None:

@@ -31,14 +31,24 @@ class MosaicDecodeConfig:
     num_stages: int = 3
     num_workers: int = 132 * 2
 
+    @staticmethod
+    def goes(num_heads: int, num_kv_heads: int, head_dim: int, page_size: int) -> bool:
+        """Whether the kernel computes these shapes at all."""
+        return head_dim in (64, 128, 192, 256) and HEIGHT % page_size == 0 and num_heads // num_kv_heads <= HEIGHT
+
     @classmethod
     def suited(cls, q: jax.Array, kv: LayerKV, num_multiprocessors: int) -> "MosaicDecodeConfig | None":
-        """The cut measured best on an H200 (docs/performance_gpu.md); None where the kernel does not go or Triton's is faster."""
+        """`cut`; None where the kernel does not go or Triton's is faster."""
         _, num_kv_heads, page_size, head_dim = kv[0].shape
         num_rows, num_heads, _ = q.shape
-        goes = head_dim in (128, 192, 256) and HEIGHT % page_size == 0 and num_heads // num_kv_heads <= HEIGHT and kv[0].dtype == q.dtype
+        goes = cls.goes(num_heads, num_kv_heads, head_dim, page_size) and head_dim > HEIGHT and kv[0].dtype == q.dtype
         if not goes or num_rows * num_kv_heads > 4 * num_multiprocessors:
             return None
+        return cls.cut(head_dim, num_multiprocessors)
+
+    @classmethod
+    def cut(cls, head_dim: int, num_multiprocessors: int) -> "MosaicDecodeConfig":
+        """The cut measured best on an H200 (docs/performance_gpu.md)."""
         if head_dim > 128:
             return cls(HEIGHT, 3 if head_dim == 192 else 2, num_multiprocessors)
         return cls(2 * HEIGHT, 1, 2 * num_multiprocessors)
