@@ -89,6 +89,9 @@ class ServerOptions:
     max_client_batch_size: int = option(32, "Most prompts of one /v1/completions request.", low=1)
     graceful_termination_timeout: int = option(90, "Seconds that running requests may take after SIGTERM.", metavar="SECONDS", low=0)
     json_output: bool = option(False, "Log in JSON lines.")
+    validation_workers: int = option(2, "Threads of an HTTP process that tokenize.", low=1, high=64)
+    disable_grammar_support: bool = option(False, "Refuse requests with a grammar.")
+    tgi_strict: bool = option(False, "Do what TGI does where jaxserve does better, see docs/tgi.md.")
 
 
 def parse_mesh(text: str) -> tuple[int, int]:

@@ -159,6 +159,38 @@ def test_requests_must_arrive_in_time(short_limits: LiveFrontEnd):
             assert time.monotonic() - begin < 5
 
 
+def test_a_body_that_is_too_large_ends_the_connection(short_limits: LiveFrontEnd):
+    head = b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    for more in (
+        b"content-length: 900000000000\r\n\r\n{",
+        b"transfer-encoding: chunked\r\n\r\n" + b"100000\r\n" + b" " * 0x100000 + b"\r\n",
+    ):
+        with _connect(short_limits) as connection:
+            connection.sendall(head + more)
+            if b"chunked" in more:
+                connection.sendall(b"100000\r\n" + b" " * 0x100000)
+            data = _read_all(connection)
+            assert data.startswith(b"HTTP/1.1 413") and b"connection: close" in data and b"larger than 2000000 bytes" in data
+
+
+def test_upgrades_are_not_taken_and_not_told(short_limits: LiveFrontEnd, caplog: pytest.LogCaptureFixture):
+    with _connect(short_limits) as connection:
+        connection.sendall(
+            b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
+            b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        )
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+    assert not [record for record in caplog.records if "upgrade" in record.getMessage().lower()]
+
+
+def test_too_many_connections(short_limits: LiveFrontEnd, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(protocol, "MAX_CONNECTIONS", len(short_limits.http.server_state.connections))
+    with _connect(short_limits) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+        data = _read_all(connection)
+        assert data.startswith(b"HTTP/1.1 503") and b"retry-after" in data
+
+
 def test_bytes_that_are_not_http(short_limits: LiveFrontEnd):
     with _connect(short_limits) as connection:
         connection.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")

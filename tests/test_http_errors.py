@@ -175,9 +175,10 @@ def test_body_over_the_limit(front_end: LiveFrontEnd):
 
 def test_unknown_paths_and_methods(front_end: LiveFrontEnd):
     assert front_end.client.get("/v1/nothing").json()["error"]["type"] == "invalid_request_error"
-    assert front_end.client.get("/nothing").json()["error_type"] == "validation"
+    assert front_end.client.get("/nothing").json() == {"error": "Not Found", "error_type": "not_found"}
     assert front_end.client.get("/v1/completions").status_code == 405
-    assert front_end.client.get("/generate").status_code == 405
+    wrong = front_end.client.get("/generate")
+    assert (wrong.status_code, wrong.json()["error_type"], wrong.headers["allow"]) == (405, "method_not_allowed", "POST")
 
 
 TGI_BAD: list[tuple[dict[str, Any], str]] = [
@@ -185,12 +186,13 @@ TGI_BAD: list[tuple[dict[str, Any], str]] = [
     ({"best_of": 3, "do_sample": True}, "`best_of` must be > 0 and <= 2. Given: 3"),
     ({"best_of": 2}, "you must use sampling when `best_of` is > 1"),
     ({"best_of": 2, "do_sample": True, "seed": 1}, "`seed` must not be set when `best_of` > 1"),
-    ({"temperature": 0.0}, "`temperature` must be strictly positive"),
+    ({"temperature": -0.1}, "`temperature` must be positive"),
+    ({"temperature": 0.0, "best_of": 2}, "you must use sampling when `best_of` is > 1"),
     ({"repetition_penalty": 0.0}, "`repetition_penalty` must be strictly positive"),
     ({"frequency_penalty": 2.1}, "`frequency_penalty` must be >= -2.0 and <= 2.0"),
-    ({"top_p": 1.0}, "`top_p` must be > 0.0 and < 1.0"),
-    ({"typical_p": 0.0}, "`typical_p` must be > 0.0 and < 1.0"),
-    ({"top_k": 0}, "`top_k` must be strictly positive"),
+    ({"top_p": 1.1}, "`top_p` must be > 0.0 and <= 1.0"),
+    ({"typical_p": 0.0}, "`typical_p` must be > 0.0 and <= 1.0"),
+    ({"top_k": -1}, "`top_k` must be positive"),
     ({"truncate": 0}, "`truncate` must be strictly positive and less than 2047. Given: 0"),
     ({"truncate": 2048}, "`truncate` must be strictly positive and less than 2047. Given: 2048"),
     ({"max_new_tokens": 0}, "`max_new_tokens` must be strictly positive"),
@@ -218,6 +220,7 @@ def test_tgi_input_messages(front_end: LiveFrontEnd):
     assert message("/generate", {"inputs": ""}) == "`inputs` cannot be empty"
     assert message("/tokenize", {"inputs": ""}) == "`inputs` cannot be empty"
     assert message("/generate", {"inputs": "z" * 2100}) == "`inputs` must have less than 2047 tokens. Given: 2100"
+    assert message("/generate", {"inputs": "z" * 100_000}).startswith("`inputs` must have less than 2047 tokens. Given: at least ")
     assert message("/generate", {"inputs": "z" * 2040, "parameters": {"max_new_tokens": 9}}) == (
         "`inputs` tokens + `max_new_tokens` must be <= 2048. Given: 2040 `inputs` tokens and 9 `max_new_tokens`"
     )
@@ -226,7 +229,7 @@ def test_tgi_input_messages(front_end: LiveFrontEnd):
     )
     assert "inputs" in message("/generate", {"parameters": {}})
     assert "parameters.temperature" in message("/generate", {"inputs": "a", "parameters": {"temperature": "x"}})
-    assert "parameters" in message("/generate", {"inputs": "a", "parameters": None})
+    assert "parameters" in message("/generate", {"inputs": "a", "parameters": 7})
 
 
 def test_failed_generation(front_end: LiveFrontEnd):

@@ -116,6 +116,80 @@ def test_tokenize(front_end: LiveFrontEnd):
     assert "".join(span["text"] for span in spans) == "a hello" and spans[-1]["stop"] == 7
 
 
+def test_tokenize_keeps_the_end_with_truncate(front_end: LiveFrontEnd):
+    body = {"inputs": "<|end|>a h\u00e9llo", "parameters": {"truncate": 2}}
+    spans = front_end.client.post("/tokenize", json=body).json()
+    whole = front_end.client.post("/tokenize", json={"inputs": body["inputs"]}).json()
+    assert len(spans) == 2 and spans == whole[-2:]
+    body["parameters"]["truncate"] = 0
+    assert front_end.client.post("/tokenize", json=body).status_code == 422
+
+
+def test_chat_tokenize(front_end: LiveFrontEnd):
+    body = {"messages": [{"role": "user", "content": "hello"}], "model": "tgi"}
+    told = front_end.client.post("/chat_tokenize", json=body).json()
+    assert "hello" in told["templated_text"]
+    covered = "".join(token["text"] for token in told["tokenize_response"])
+    assert covered == told["templated_text"] and set(told["tokenize_response"][0]) == {"id", "text", "start", "stop"}
+
+
+def test_invocations_dispatch_by_field(front_end: LiveFrontEnd):
+    def ask(body: dict[str, Any]) -> Any:
+        return front_end.client.post("/invocations", json=body)
+
+    assert ask({"inputs": "ab", "parameters": {}}).json() == [{"generated_text": "abab"}]
+    assert ask({"inputs": "ab", "parameters": {}, "stream": True}).text.startswith('data: {"index":1,')
+    chat = ask({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2})
+    assert chat.json()["object"] == "chat.completion" and "x-total-time" in chat.headers
+    assert ask({"prompt": "abc", "temperature": 0}).json()["choices"][0]["text"] == "abc"
+    assert ask({"inputs": "", "parameters": {}}).json()["error"] == "Input validation error: `inputs` cannot be empty"
+    assert ask({"prompt": "a", "n": -1}).json()["error"]["param"] == "n"  # in the other route's shape
+    refused = ask({"text": "a"})
+    assert refused.status_code == 422 and "`inputs`, `messages` or `prompt`" in refused.json()["error"]
+    assert front_end.client.post("/invocations", content=b"{", headers={"content-type": "application/json"}).status_code == 400
+
+
+def test_vertex(front_end: LiveFrontEnd):
+    chat = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3, "temperature": 0}
+    instances = [{"inputs": "abc", "parameters": {"max_new_tokens": 2}}, chat]
+    told = front_end.client.post("/vertex", json={"instances": instances, "parameters": {"ignored": 1}}).json()
+    assert told["predictions"][0] == "ab" and len(told["predictions"]) == 2 and told["predictions"][1]
+    for instances in ([], [{"inputs": ""}], [{"inputs": "a"}] * 33, [{}]):
+        refused = front_end.client.post("/vertex", json={"instances": instances})
+        assert (refused.status_code, refused.json()["error_type"]) == (422, "validation")
+
+
+def test_values_that_mean_off_are_taken(front_end: LiveFrontEnd):
+    """TGI refuses them; see test_tgi_strict."""
+    off = {"top_p": 1.0, "typical_p": 1.0, "top_k": 0, "temperature": 0.0, "details": True, "do_sample": True}
+    details = _post(front_end, "/generate", "ab", **off)["details"]
+    assert details["seed"] is None and [token["text"] for token in details["tokens"]] == ["a", "b", "<|end|>"]  # greedy
+    assert front_end.client.post("/generate", json={"inputs": "ab", "parameters": None}).status_code == 200
+
+
+def test_long_texts_do_not_hold_up_health(front_end: LiveFrontEnd):
+    """A megabyte is refused by its characters, and what must be tokenized is tokenized beside the event loop."""
+    service = front_end.service
+    encoded: list[int] = []
+    tokenizer = service.tokenizer
+    with pytest.MonkeyPatch.context() as patch:
+        encode = tokenizer._backend.encode_batch_fast  # type: ignore[union-attr]
+
+        class Counting:
+            def encode_batch_fast(self, texts: list[str], **options: Any) -> Any:
+                encoded.append(len(texts[0]))
+                return encode(texts, **options)
+
+        patch.setattr(tokenizer, "_backend", Counting())
+        for path, body in (
+            ("/generate", {"inputs": "ab " * 300_000}),
+            ("/v1/completions", {"prompt": "ab " * 300_000}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "ab " * 300_000}]}),
+        ):
+            assert front_end.client.post(path, json=body).status_code in (400, 422)
+    assert encoded == []
+
+
 def test_info_and_health(front_end: LiveFrontEnd):
     info = front_end.client.get("/info").json()
     assert (info["model_id"], info["max_total_tokens"], info["max_input_tokens"]) == ("double", 2048, 2047)
@@ -133,9 +207,17 @@ def test_inference_client_text_generation(front_end: LiveFrontEnd, monkeypatch: 
     assert list(client.text_generation("hello", stream=True, do_sample=False)) == ["he", "ll", "o", "<|end|>"]
 
 
-@pytest.mark.parametrize("path", ["/docs", "/openapi.json", "/chat", "/chat/chat.js", "/chat/chat.css"])
+@pytest.mark.parametrize("path", ["/docs", "/openapi.json", "/api-doc/openapi.json", "/chat", "/chat/chat.js", "/chat/chat.css"])
 def test_pages(front_end: LiveFrontEnd, path: str):
     assert front_end.client.get(path).status_code == 200
+
+
+def test_docs_load_nothing_from_elsewhere(front_end: LiveFrontEnd):
+    page = front_end.client.get("/docs").text
+    links = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert len(links) >= 3 and all(link.startswith("/docs/static/") for link in links), links
+    for link in links:
+        assert front_end.client.get(link).status_code == 200
 
 
 def test_chat_page_may_run_no_foreign_code(front_end: LiveFrontEnd):

@@ -181,7 +181,7 @@ def test_an_engine_dies_and_comes_back_but_not_for_ever(server: Callable[..., Se
     live.engine().kill()
     *_, error, done = stream
     assert done == "data: [DONE]"
-    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "generation_failed"
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "engine_unavailable"
     refused = live.client.post("/v1/completions", json={"prompt": "abc"})
     assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
     assert refused.json()["error"]["code"] == "engine_unavailable"
@@ -191,7 +191,8 @@ def test_an_engine_dies_and_comes_back_but_not_for_ever(server: Callable[..., Se
         live.until(lambda: live.client.get("/health").status_code == 200)
         assert live.client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 2}).status_code == 200
         broken = live.client.post("/v1/completions", json={"prompt": [70, 71, 300, 72, 73], "max_tokens": 5})
-        assert broken.json()["error"]["code"] == "generation_failed"
+        assert (broken.status_code, broken.json()["error"]["code"]) == (503, "engine_unavailable")
+        assert int(broken.headers["retry-after"]) > 0
     assert live.process.wait(20) == 1
     last = live.log().strip().splitlines()[-1]
     assert last == "jaxserve: error: engine 0 died 3 times in 5 minutes; the last time it ended with exit code 7"

@@ -11,8 +11,9 @@ import pytest
 import small_tokenizers
 from small_tokenizers import SPECIAL, TEXTS, random_texts
 from tokenizers import Tokenizer as Backend
+from tokenizers.normalizers import NFC, Strip
 
-from jaxserve.errors import InvalidRequest, ModelNotFound, StartupError, UnsupportedModel
+from jaxserve.errors import ContextTooLong, InvalidRequest, ModelNotFound, StartupError, UnsupportedModel
 from jaxserve.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.tokenizer.gguf import _SPLITS
 
@@ -200,11 +201,11 @@ def test_spans_are_bytes_of_the_input():
     tokenizer = Tokenizer(small_tokenizers.fast(small_tokenizers.byte_level()))
     for text in TEXTS:
         data = text.encode()
-        spans = tokenizer.spans(text)
+        spans = list(tokenizer.spans(text))
         assert [span.token_id for span in spans] == tokenizer.encode(text)
         assert all(data[span.start : span.stop].decode() == span.text for span in spans)
         assert (spans[0].start, spans[-1].stop) == (0, len(data))
-    bos = Tokenizer(small_tokenizers.fast(small_tokenizers.sentencepiece())).spans("a")[0]
+    bos = Tokenizer(small_tokenizers.fast(small_tokenizers.sentencepiece())).spans("a").__next__()
     assert (bos.token_id, bos.start, bos.stop) == (1, 0, 0)
 
 
@@ -257,3 +258,33 @@ def test_the_demo_model_gives_the_tokens_of_llama_cpp():
     assert len(goldens) > 40
     for golden in goldens:
         assert tokenizer.encode(golden["text"]) == golden["token_ids"], golden["text"]
+
+
+@pytest.mark.parametrize("make", [small_tokenizers.byte_level, small_tokenizers.sentencepiece])
+def test_least_tokens_is_never_more_than_there_are(make: Any) -> None:
+    tokenizer = Tokenizer(small_tokenizers.fast(make()))
+    for text in [*ALL_TEXTS, " " * 50, "\u2581" * 50, "e\u0301" * 50, "aaaa", "\u4e2d" * 9]:
+        assert tokenizer.least_tokens(text) <= len(tokenizer.encode(text, add_special_tokens=False)), text
+    assert tokenizer.least_tokens("the quick brown fox " * 100) > 100  # and it tells something
+
+
+def test_a_text_that_is_too_long_is_not_tokenized() -> None:
+    backend = small_tokenizers.byte_level()
+    tokenizer = Tokenizer(small_tokenizers.fast(backend))
+    text = "abc " * 1000
+    assert len(tokenizer.encode(text, limit=4000)) <= 4000
+    with pytest.raises(ContextTooLong, match=f"at least {tokenizer.least_tokens(text)} tokens"):
+        tokenizer.encode(text, limit=10)
+    number = len(tokenizer.encode(text))
+    with pytest.raises(ContextTooLong, match=f"has {number} tokens"):
+        tokenizer.encode(text, limit=number - 1)
+
+
+def test_no_bound_where_text_may_get_lost() -> None:
+    assert Tokenizer(small_tokenizers.fast(small_tokenizers.word_pieces())).least_tokens("a" * 100) == 0
+    backend = small_tokenizers.byte_level()
+    backend.normalizer = Strip()
+    assert Tokenizer(small_tokenizers.fast(backend)).least_tokens("a" * 100) == 0
+    backend.normalizer = NFC()
+    composing = Tokenizer(small_tokenizers.fast(backend))
+    assert composing.least_tokens("e\u0301" * 100) == 0 < composing.least_tokens("e" * 100)

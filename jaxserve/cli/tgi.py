@@ -23,7 +23,6 @@ class Foreign:
 
 
 UNNEEDED = (
-    Foreign("validation-workers", "tokenizing runs in the HTTP processes, see --http-workers"),
     Foreign("waiting-served-ratio", "prompts join the running batch at every step"),
     Foreign("max-waiting-tokens", "prompts join the running batch at every step"),
     Foreign("max-batch-total-tokens", "the KV cache takes the memory there is, see --cuda-memory-fraction"),
@@ -35,7 +34,6 @@ UNNEEDED = (
     Foreign("master-port", "the devices of a host need no rendezvous"),
     Foreign("prometheus-port", "metrics are at /metrics on the HTTP port"),
     Foreign("usage-stats", "no usage data is sent"),
-    Foreign("disable-grammar-support", "grammars are not supported yet"),
 )
 REFUSED = (
     Foreign("quantize", "quantization is not supported yet, but for .gguf files, which are dequantized"),

@@ -1,21 +1,25 @@
 """The ASGI application: routes, errors, who may ask."""
 
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 from fastapi import FastAPI
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
 from jaxserve.http import VERSION
-from jaxserve.http.auth import ApiKey
+from jaxserve.http.auth import TGI_OPEN_ROUTES, ApiKey
 from jaxserve.http.errors import add_error_handlers
 from jaxserve.http.openai_routes import openai_routes
+from jaxserve.http.platform_routes import platform_routes
 from jaxserve.http.service import Service
 from jaxserve.http.status_routes import status_routes
 from jaxserve.http.tgi_routes import tgi_routes
+from jaxserve.http.tokenize_routes import tokenize_routes
 
 STATIC = Path(__file__).parent / "static"
 # The chat page runs no code but its own and talks to nobody but this server.
@@ -33,17 +37,26 @@ def build_app(service: Service, lifespan: Callable[[FastAPI], AbstractAsyncConte
         lifespan: entered before the first request and left after the last.
     """
     options = service.options
-    app = FastAPI(
+    # Its pages of the API load their scripts from here: browsers ask no other server.
+    app = FastAPIOffline(
+        "/docs",
+        None,
+        static_url="/docs/static",
         title="jaxserve",
         version=VERSION,
         description="Serves language models on JAX, with the APIs of OpenAI and of Text Generation Inference.",
-        redoc_url=None,
         lifespan=lifespan or _no_lifespan,
     )
-    add_error_handlers(app, service.metrics)
+    add_error_handlers(app, service.metrics, options.tgi_strict)
     app.include_router(openai_routes(service))
     app.include_router(tgi_routes(service))
+    app.include_router(tokenize_routes(service))
+    app.include_router(platform_routes(service, os.environ))
     app.include_router(status_routes(service))
+
+    @app.get("/api-doc/openapi.json", include_in_schema=False)
+    async def tgi_api_description() -> JSONResponse:
+        return JSONResponse(app.openapi())
 
     @app.get("/chat", include_in_schema=False)
     async def chat_page() -> FileResponse:
@@ -54,7 +67,7 @@ def build_app(service: Service, lifespan: Callable[[FastAPI], AbstractAsyncConte
 
     app.mount("/chat", StaticFiles(directory=STATIC))
     if options.api_key is not None:
-        app.add_middleware(ApiKey, key=options.api_key)
+        app.add_middleware(ApiKey, key=options.api_key, open_routes=TGI_OPEN_ROUTES if options.tgi_strict else ())
     app.add_middleware(
         CORSMiddleware,
         allow_origins=list(options.cors_allow_origin) or ["*"],

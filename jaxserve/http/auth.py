@@ -1,7 +1,7 @@
 """The API key: every route asks for it but the few that are listed here.
 
 Open are the probes, the metrics, the description of the API and the chat page itself (which sends the key that its user types in).
-TGI leaves /info and /v1/models open too; here they tell nothing without the key.
+TGI leaves /info, /v1/models and /chat_tokenize open too; here they tell nothing without the key, unless --tgi-strict asks for it.
 """
 
 import hmac
@@ -20,12 +20,17 @@ OPEN_PATHS = frozenset(
         "/health/ready",
         "/metrics",
         "/docs",
+        "/docs/static/swagger-ui-bundle.js",
+        "/docs/static/swagger-ui.css",
+        "/docs/static/favicon.png",
         "/openapi.json",
+        "/api-doc/openapi.json",
         "/chat",
         "/chat/chat.css",
         "/chat/chat.js",
     }
 )
+TGI_OPEN_ROUTES = frozenset({("GET", "/info"), ("GET", "/v1/models"), ("POST", "/chat_tokenize")})
 _WRONG_KEY = {"message": "Incorrect API key provided.", "type": "invalid_request_error", "param": None, "code": "invalid_api_key"}
 
 
@@ -36,12 +41,13 @@ class ApiKey:
         app: what it guards.
         key: as in `Authorization: Bearer KEY`.
         open_paths: may be read without it.
+        open_routes: further (method, path) pairs without it.
     """
 
-    def __init__(self, app: ASGIApp, key: str, open_paths: Iterable[str] = OPEN_PATHS):
+    def __init__(self, app: ASGIApp, key: str, open_paths: Iterable[str] = OPEN_PATHS, open_routes: Iterable[tuple[str, str]] = ()):
         self._app = app
         self._key = key.encode()
-        self._open_paths = frozenset(open_paths)
+        self._open_routes = frozenset(open_routes) | {(method, path) for method in ("GET", "HEAD") for path in open_paths}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or self._allows(scope):
@@ -53,7 +59,7 @@ class ApiKey:
         await response(scope, receive, send)
 
     def _allows(self, scope: Scope) -> bool:
-        if scope["method"] in ("GET", "HEAD") and scope["path"] in self._open_paths:
+        if (scope["method"], scope["path"]) in self._open_routes:
             return True
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self._key)

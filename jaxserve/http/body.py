@@ -47,9 +47,11 @@ class _JsonRequest(Request):
     def __init__(self, scope: Scope, receive: Receive, payload_limit: int):
         super().__init__(scope, receive)
         self._payload_limit = payload_limit
-        self._data = b""
+        self._data: bytes | None = None
 
     async def body(self) -> bytes:
+        if self._data is not None:
+            return self._data
         too_large = HTTPException(413, f"the body is larger than {self._payload_limit} bytes")
         length = self.headers.get("content-length", "")
         if length.isdecimal() and int(length) > self._payload_limit:
@@ -64,7 +66,7 @@ class _JsonRequest(Request):
 
     async def json(self) -> Any:
         try:
-            return from_json(self._data, allow_inf_nan=False)
+            return from_json(await self.body(), allow_inf_nan=False)
         except ValueError as error:
             raise JSONDecodeError(str(error), "", 0) from error
 

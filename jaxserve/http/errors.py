@@ -13,22 +13,27 @@
 | Overloaded        | 429 overloaded, Retry-After    | 429 overloaded, Retry-After       |
 | GenerationFailed  | 500 server_error               | 424 generation                    |
 | EngineUnavailable | 503 server_error, Retry-After  | 503 unavailable, Retry-After      |
+| no such route     | 404 invalid_request_error      | 404 not_found                     |
+| wrong method      | 405 invalid_request_error      | 405 method_not_allowed            |
+
+With --tgi-strict all routes answer in TGI's shape, and a body that is not what a route takes is told in plain text, as TGI does it.
 """
 
 import json
 import logging
-from collections.abc import Mapping
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from jaxserve.errors import ContextTooLong, EngineUnavailable, GenerationFailed, InvalidRequest, JaxserveError, Overloaded
 from jaxserve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
+
+_HTTP_KINDS = {404: "not_found", 405: "method_not_allowed"}
 
 
 class ModelNotServed(InvalidRequest):
@@ -70,7 +75,7 @@ def tgi_error(error: Exception) -> tuple[int, dict[str, Any]]:
         case GenerationFailed():
             return 424, _tgi(f"Request failed during generation: {error}", "generation")
         case HTTPException():
-            return error.status_code, _tgi(str(error.detail), "validation")
+            return error.status_code, _tgi(str(error.detail), _HTTP_KINDS.get(error.status_code, "validation"))
     return 500, _tgi("internal error", "internal")
 
 
@@ -92,9 +97,13 @@ def error_event(path: str, error: Exception) -> str:
     return f"data: {json.dumps(error_body(path, error)[1])}\n\n"
 
 
-def retry_header(error: Exception) -> Mapping[str, str]:
-    """Retry-After where a retry makes sense."""
-    return {"retry-after": str(error.retry_after)} if isinstance(error, Overloaded | EngineUnavailable) else {}
+def answer_headers(error: Exception) -> dict[str, str]:
+    """Retry-After where a retry makes sense; the end of the connection where the rest of a body is not wanted."""
+    if isinstance(error, Overloaded | EngineUnavailable):
+        return {"retry-after": str(error.retry_after)}
+    if not isinstance(error, HTTPException):
+        return {}
+    return {**(error.headers or {}), **({"connection": "close"} if error.status_code == 413 else {})}
 
 
 def failure_kind(error: Exception) -> str:
@@ -121,18 +130,33 @@ def field_error(error: RequestValidationError) -> InvalidRequest | HTTPException
     return InvalidRequest(f"`{name}`: {first['msg']}", name)
 
 
-def add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
-    """Answer every error of every route."""
+def _plain_rejection(error: Exception, told: Exception, headers: dict[str, str]) -> Response:
+    """What TGI says of a body before it looks at what the body asks for."""
+    if isinstance(told, HTTPException):
+        prefix = "Failed to parse the request body as JSON: " if isinstance(error, RequestValidationError) else ""
+        return PlainTextResponse(f"{prefix}{told.detail}", told.status_code, headers)
+    return PlainTextResponse(f"Failed to deserialize the JSON body into the target type: {told}", 422, headers)
 
-    async def answer(request: Request, error: Exception) -> JSONResponse:
+
+def add_error_handlers(app: FastAPI, metrics: Metrics, strict: bool = False) -> None:
+    """Answer every error of every route.
+
+    Args:
+        strict: as TGI does it.
+    """
+
+    async def answer(request: Request, error: Exception) -> Response:
         told = field_error(error) if isinstance(error, RequestValidationError) else error
         if not isinstance(told, JaxserveError | HTTPException):
             logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
         if request.method == "POST":
             metrics.tgi_failure.labels(failure_kind(told)).inc()
         path = request.url.path
-        status, body = error_body(path, told)
-        return JSONResponse(body, status, headers=dict(retry_header(told)))
+        headers = answer_headers(told)
+        if strict and isinstance(error, RequestValidationError | HTTPException):
+            return _plain_rejection(error, told, headers)
+        status, body = tgi_error(told) if strict else error_body(path, told)
+        return JSONResponse(body, status, headers=headers)
 
     for kind in (JaxserveError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, answer)

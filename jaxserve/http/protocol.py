@@ -1,4 +1,4 @@
-"""HTTP/1.1 with the limits that uvicorn lacks: on headers, on the time a request takes to arrive, on clients that do not read.
+"""HTTP/1.1 with the limits that uvicorn lacks: on connections, headers, the time a request takes to arrive, clients that do not read.
 
 uvicorn takes headers of megabytes and waits for ever for half a request or for a client that does not read.
 """
@@ -14,6 +14,9 @@ BODY_TIMEOUT = 60.0  # seconds from there to the end of the body
 STALL_TIMEOUT = 30.0  # seconds that written data may wait for the client to read
 # A chunked body of small chunks is longer on the wire than what it carries.
 MAX_CHUNKED_OVERHEAD = 8
+MAX_CONNECTIONS = 8192  # of an http process
+LINGER_TIME = 1.0  # seconds that a refused client may go on sending without a reset that would swallow the answer
+RETRY_AFTER = 5  # seconds, where there are too many connections
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -25,6 +28,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, payload_limit: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self._payload_limit = payload_limit
         self._most_bytes = MAX_HEAD_BYTES + MAX_CHUNKED_OVERHEAD * payload_limit
         # Of the connection.
         self._stall_timer: asyncio.TimerHandle | None = None
@@ -36,7 +40,10 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._arm_receive_timer(HEAD_TIMEOUT)
+        if len(self.connections) > MAX_CONNECTIONS:
+            self._refuse(b"503 Service Unavailable\r\nretry-after: %d" % RETRY_AFTER)
+        else:
+            self._arm_receive_timer(HEAD_TIMEOUT)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm_receive_timer()
@@ -73,6 +80,8 @@ class LimitedProtocol(HttpToolsProtocol):
             return
         self._arm_receive_timer(BODY_TIMEOUT)
         super().on_headers_complete()
+        if self._body_may_be_too_large():
+            self.cycle.transport = _Lingering(self)  # type: ignore[assignment]
 
     def on_body(self, body: bytes) -> None:
         if not self._refused:
@@ -96,6 +105,26 @@ class LimitedProtocol(HttpToolsProtocol):
             self._stall_timer = None
         super().resume_writing()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """A request to upgrade is answered as if it had not asked; no line in the log, which any client could fill."""
+
+    def _body_may_be_too_large(self) -> bool:
+        for name, value in self.headers:
+            if name == b"transfer-encoding" or (name == b"content-length" and int(value) > self._payload_limit):
+                return True
+        return False
+
+    def hang_up(self) -> None:
+        """Close after what was written; the rest of an unfinished request is read and dropped for a while."""
+        if self._in_head and not self._refused:  # nothing is being sent
+            self.transport.close()
+            return
+        self._refused = True
+        self._disarm_receive_timer()
+        if not self.transport.is_closing():
+            self.transport.write_eof()
+            self.loop.call_later(LINGER_TIME, self.transport.abort)
+
     def _arm_receive_timer(self, seconds: float) -> None:
         self._disarm_receive_timer()
         self._receive_timer = self.loop.call_later(seconds, self._timed_out)
@@ -118,6 +147,14 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: bytes) -> None:
         self._refused = True
-        self._disarm_receive_timer()
         self.transport.write(b"HTTP/1.1 " + status + b"\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
-        self.transport.close()
+        self.hang_up()
+
+
+class _Lingering:
+    """A transport whose close() lets a client that still sends read the answer first."""
+
+    def __init__(self, protocol: LimitedProtocol):
+        self.write = protocol.transport.write
+        self.is_closing = protocol.transport.is_closing
+        self.close = protocol.hang_up

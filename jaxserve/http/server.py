@@ -13,13 +13,12 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from jaxserve.errors import StartupError
+from jaxserve.errors import EngineUnavailable, StartupError
 from jaxserve.http.app import build_app
 from jaxserve.http.protocol import LimitedProtocol
 from jaxserve.http.service import Service
 from jaxserve.http.sse import with_direct_send
 
-MAX_CONNECTIONS = 8192
 KEEP_ALIVE_TIMEOUT = 30  # seconds that an idle connection stays open
 FAREWELL_TIME = 2  # seconds to tell clients that their requests could not be finished in time
 
@@ -51,7 +50,6 @@ class HttpServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                limit_concurrency=MAX_CONNECTIONS,
                 timeout_keep_alive=KEEP_ALIVE_TIMEOUT,
                 timeout_graceful_shutdown=service.options.graceful_termination_timeout + FAREWELL_TIME,
             )
@@ -67,7 +65,7 @@ class HttpServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept no more, let what runs finish, and break off with an error what has not in time."""
         time_is_up = asyncio.get_running_loop().call_later(
-            self._service.options.graceful_termination_timeout, self._service.router.fail_all, "the server is ending"
+            self._service.options.graceful_termination_timeout, self._service.router.fail_all, EngineUnavailable("the server is ending")
         )
         await super().shutdown(sockets)
         time_is_up.cancel()

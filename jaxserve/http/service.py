@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from jaxserve.request import EngineInfo, Request, SamplingParams
 from jaxserve.rpc.router import Router
 from jaxserve.tokenizer import Tokenizer, import_transformers, load_tokenizer
 
-TOKENIZER_THREADS = 2
 # Texts that may wait for a tokenizer thread; beyond, requests are refused.
 MAX_PENDING_TEXTS = 512
+# A text with more characters leaves the other threads to shorter ones.
+LONG_TEXT = 65536
 MAX_STOP_CHARACTERS = 1000
 # Sent where no model was chosen: by TGI's users, and by huggingface_hub's InferenceClient.
 PLACEHOLDER_NAMES = ("tgi", "dummy")
@@ -51,8 +53,9 @@ class Service:
         self.started_at = int(time.time())
         self._tokenizer: Tokenizer | None = None
         self._tokenizer_config_path = tokenizer_config_path
-        self._threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenizer")
+        self._threads = ThreadPoolExecutor(options.validation_workers, thread_name_prefix="tokenizer")
         self._num_pending_texts = 0
+        self._long_text = asyncio.Semaphore(1)
 
     async def load_tokenizer(self) -> None:
         """Wait for an engine to tell which model it serves, then load its tokenizer.
@@ -101,31 +104,40 @@ class Service:
         if any(len(text) > MAX_STOP_CHARACTERS for text in stop):
             raise InvalidRequest(f"`stop` supports stop sequences of up to {MAX_STOP_CHARACTERS} characters", "stop")
 
-    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    async def encode(self, text: str, add_special_tokens: bool = True, limited: bool = True) -> list[int]:
         """Token ids of a text.
+
+        Args:
+            limited: refuse a prompt that is too long; where this can be told of its characters it is not tokenized.
 
         Raises:
             InvalidRequest: the text cannot be tokenized.
+            ContextTooLong: it has more tokens than a prompt may have.
             Overloaded: too many texts wait already.
         """
-        return await self.in_thread(self.tokenizer.encode, text, add_special_tokens)
+        limit = self.info.max_input_tokens if limited else None
+        return await self.in_thread(self.tokenizer.encode, text, add_special_tokens, limit, size=len(text))
 
     async def render_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> tuple[str, list[int]]:
         """Text and token ids of a conversation, by the model's chat template.
 
         Raises:
             InvalidRequest: the template refuses the messages.
+            ContextTooLong: the conversation has more tokens than a prompt may have.
             Overloaded: too many texts wait already.
         """
-        return await self.in_thread(lambda: self.tokenizer.apply_chat_template(messages, **variables))
+        size = sum(len(content) for message in messages if isinstance(content := message.get("content"), str))
+        variables.setdefault("limit", self.info.max_input_tokens)
+        return await self.in_thread(lambda: self.tokenizer.apply_chat_template(messages, **variables), size=size)
 
-    async def in_thread[T](self, work: Callable[..., T], *arguments: Any) -> T:
-        """Run tokenizer work in one of the few threads for it."""
+    async def in_thread[T](self, work: Callable[..., T], *arguments: Any, size: int = 0) -> T:
+        """Run tokenizer work in one of the few threads for it; of long texts (`size` in characters) one at a time."""
         if self._num_pending_texts >= MAX_PENDING_TEXTS:
             raise Overloaded
         self._num_pending_texts += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+            async with self._long_text if size > LONG_TEXT else nullcontext():
+                return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
         finally:
             self._num_pending_texts -= 1
 

@@ -55,12 +55,18 @@ class EventStream(Response):
 
     Status and headers wait for the first event, so that whatever goes wrong before it has a status of its own; after 15 s of silence
     they are sent with a comment. An error after that is told by an event.
+
+    Args:
+        events: what to write.
+        headers: beside those that every stream has.
+        errors_are_events: even before the first event, as in TGI.
     """
 
-    def __init__(self, events: Events, headers: Mapping[str, str]):
+    def __init__(self, events: Events, headers: Mapping[str, str], errors_are_events: bool = False):
         super().__init__(None, 200, {"cache-control": "no-cache", "x-accel-buffering": "no", **headers}, "text/event-stream")
         del self.headers["content-length"]
         self._events = events
+        self._errors_are_events = errors_are_events
         self._started = False
         self._writing = False
         self._written_at = 0.0
@@ -76,7 +82,7 @@ class EventStream(Response):
                 await self._write(data)
                 self._written_at = loop.time()
         except JaxserveError as error:
-            if not self._started:
+            if not self._started and not self._errors_are_events:
                 raise
             await self._write(self._events.failed(error))
         finally:

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from jaxserve.http import VERSION
-from jaxserve.http.service import TOKENIZER_THREADS, Service
+from jaxserve.http.service import Service
 from jaxserve.metrics import CONTENT_TYPE
 
 RETRY_AFTER = 5  # seconds
@@ -54,7 +54,7 @@ def status_routes(service: Service) -> APIRouter:
             "max_stop_sequences": options.max_stop_sequences,
             "max_input_tokens": told.max_input_tokens,
             "max_total_tokens": told.max_total_tokens,
-            "validation_workers": TOKENIZER_THREADS,
+            "validation_workers": options.validation_workers,
             "max_client_batch_size": options.max_client_batch_size,
             "router": "jaxserve",
             "version": VERSION,

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from jaxserve.errors import JaxserveError
+from jaxserve.errors import EngineUnavailable, GenerationFailed, JaxserveError
 from jaxserve.http.answer import Answers, SampleResult, SampleToken
 from jaxserve.http.errors import error_event, failure_kind
 from jaxserve.http.service import Service
@@ -107,6 +107,8 @@ class GenerateEvents:
 
     def failed(self, error: JaxserveError) -> bytes:
         self._service.metrics.tgi_failure.labels(failure_kind(error)).inc()
+        if isinstance(error, EngineUnavailable) and self._texts[1:]:
+            error = GenerationFailed(str(error))  # too late to be sent again
         return error_event("/generate_stream", error).encode()
 
     def abort(self) -> None:
@@ -135,3 +137,21 @@ class GenerateEvents:
             "seed": self._task.params[0].seed if self._task.sampling else None,
             "input_length": len(self._answers.answers[0].request.prompt_token_ids),
         }
+
+
+class FailedEvents:
+    """Events (see sse.Events) of a stream that never began: TGI tells even that as an event of an answer with status 200."""
+
+    def __init__(self, service: Service, error: JaxserveError):
+        self._service = service
+        self._error = error
+
+    async def read(self) -> bytes:
+        raise self._error
+
+    def failed(self, error: JaxserveError) -> bytes:
+        self._service.metrics.tgi_failure.labels(failure_kind(error)).inc()
+        return error_event("/generate_stream", error).encode()
+
+    def abort(self) -> None:
+        """Nothing runs."""

@@ -1,4 +1,4 @@
-"""TGI's own routes: /generate, /generate_stream, / and /tokenize."""
+"""TGI's own routes that generate: /generate, /generate_stream and /."""
 
 import time
 import uuid
@@ -8,19 +8,20 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from jaxserve.errors import InvalidRequest
+from jaxserve.errors import ContextTooLong, InvalidRequest, JaxserveError
 from jaxserve.http.answer import Answers, aborted_on_disconnect
 from jaxserve.http.body import json_route
-from jaxserve.http.service import Service
+from jaxserve.http.service import LONG_TEXT, Service
 from jaxserve.http.sse import EventStream
-from jaxserve.http.tgi_rendering import GenerateEvents, generate_body
-from jaxserve.http.tgi_types import CompatGenerateBody, GenerateBody, GenerateTask, checked_prompt, generate_task
+from jaxserve.http.tgi_rendering import FailedEvents, GenerateEvents, generate_body
+from jaxserve.http.tgi_types import CompatGenerateBody, GenerateBody, GenerateTask, check_truncate, checked_prompt, generate_task
 from jaxserve.http.timing import stream_headers, timing_headers
 
 
 def tgi_routes(service: Service) -> APIRouter:
     """The routes that TGI has and OpenAI has not."""
     router = APIRouter(route_class=json_route(service.options.payload_limit), tags=["TGI"])
+    strict = service.options.tgi_strict
 
     @router.post("/generate", response_model=None)
     async def generate(request: Request, body: GenerateBody) -> Response:
@@ -39,43 +40,50 @@ def tgi_routes(service: Service) -> APIRouter:
             return await streamed(body, full_text=True)
         return await whole(request, body, full_text=True, as_list=True)
 
-    @router.post("/tokenize", response_model=None)
-    async def tokenize(body: GenerateBody) -> Response:
-        """The tokens of a text, with the bytes that each covers."""
-        check_inputs(body)
-        spans = await service.in_thread(service.tokenizer.spans, body.inputs)
-        return JSONResponse([{"id": span.token_id, "text": span.text, "start": span.start, "stop": span.stop} for span in spans])
-
-    def check_inputs(body: GenerateBody) -> None:
-        if not body.inputs:
-            raise InvalidRequest("`inputs` cannot be empty", "inputs")
+    async def encode(inputs: str, truncate: int | None) -> list[int]:
+        check_truncate(truncate, service.info)
+        if truncate is not None:
+            return await service.encode(inputs, limited=False)
+        limit = service.info.max_input_tokens
+        # Of what is quickly tokenized the message tells the number itself.
+        if len(inputs) > LONG_TEXT and (least := await service.in_thread(service.tokenizer.least_tokens, inputs)) > limit:
+            raise ContextTooLong(f"`inputs` must have less than {limit} tokens. Given: at least {least}", "inputs")
+        return await service.encode(inputs, limited=False)
 
     async def submit(body: GenerateBody, stream: bool) -> tuple[str, Answers, GenerateTask]:
         arrived = time.perf_counter()
-        task = generate_task(body.parameters, service.options, stream)
-        service.check_stop(body.parameters.stop)
-        check_inputs(body)
-        token_ids = checked_prompt(await service.encode(body.inputs), body.parameters, service.info)
+        parameters = body.given
+        task = generate_task(parameters, service.options, stream)
+        service.check_stop(parameters.stop)
+        if not body.inputs:
+            raise InvalidRequest("`inputs` cannot be empty", "inputs")
+        token_ids = checked_prompt(await encode(body.inputs, parameters.truncate), parameters, service.info)
         room = service.info.max_total_tokens - len(token_ids)
         prompts = [(token_ids, replace(params, max_tokens=min(params.max_tokens or room, room))) for params in task.params]
         request_id = f"generate-{uuid.uuid4().hex}"
         return request_id, service.answers(request_id, prompts, arrived, keep_pieces=True), task
 
     def prefix(body: GenerateBody, full_text: bool) -> str:
-        wanted = body.parameters.return_full_text
+        wanted = body.given.return_full_text
         return body.inputs if (full_text if wanted is None else wanted) else ""
 
     async def whole(request: Request, body: GenerateBody, full_text: bool, as_list: bool = False) -> Response:
         request_id, answers, task = await submit(body, stream=False)
         async with aborted_on_disconnect(request.receive, answers):
             results = await answers.collect()
-        told: Any = generate_body(service, answers, results, body.parameters, task, prefix(body, full_text))
+        told: Any = generate_body(service, answers, results, body.given, task, prefix(body, full_text))
         headers = {"x-request-id": request_id, **timing_headers(service, answers, len(body.inputs))}
         return JSONResponse([told] if as_list else told, headers=headers)
 
     async def streamed(body: GenerateBody, full_text: bool) -> Response:
-        request_id, answers, task = await submit(body, stream=True)
-        events = GenerateEvents(service, answers, body.parameters, task, prefix(body, full_text))
-        return EventStream(events, {"x-request-id": request_id, **stream_headers(service, len(body.inputs))})
+        headers = stream_headers(service, len(body.inputs))
+        try:
+            request_id, answers, task = await submit(body, stream=True)
+        except JaxserveError as error:
+            if not strict:
+                raise
+            return EventStream(FailedEvents(service, error), headers, errors_are_events=True)
+        events = GenerateEvents(service, answers, body.given, task, prefix(body, full_text))
+        return EventStream(events, {"x-request-id": request_id, **headers}, errors_are_events=strict)
 
     return router

@@ -44,7 +44,12 @@ class GenerateBody(Body):
 
     inputs: str
     # Without any parameters TGI samples; with parameters that do not say `do_sample` it is greedy.
-    parameters: GenerateParameters = Field(default_factory=lambda: GenerateParameters(do_sample=True))
+    parameters: GenerateParameters | None = None
+
+    @property
+    def given(self) -> GenerateParameters:
+        """The parameters, or those that TGI takes where there are none."""
+        return self.parameters or GenerateParameters(do_sample=True)
 
 
 class CompatGenerateBody(GenerateBody):
@@ -74,18 +79,19 @@ def generate_task(parameters: GenerateParameters, options: ServerOptions, stream
     Raises:
         InvalidRequest: with TGI's message.
     """
+    if options.tgi_strict:
+        _check_neutral(parameters)
     best_of = parameters.best_of if parameters.best_of is not None else 1
-    has_warper = any(value is not None for value in (parameters.temperature, parameters.top_k, parameters.top_p, parameters.typical_p))
     refusals = (
         ("best_of", not 0 < best_of <= options.max_best_of, f"must be > 0 and <= {options.max_best_of}. Given: {best_of}"),
         ("best_of", best_of != 1 and stream, "!= 1 is not supported when streaming tokens"),
         ("decoder_input_details", parameters.decoder_input_details and stream, "== true is not supported when streaming tokens"),
-        ("temperature", not _above(parameters.temperature, 0.0), "must be strictly positive"),
+        ("temperature", (parameters.temperature or 0.0) < 0.0, "must be positive"),
         ("repetition_penalty", not _above(parameters.repetition_penalty, 0.0), "must be strictly positive"),
         ("frequency_penalty", abs(parameters.frequency_penalty or 0.0) > 2.0, "must be >= -2.0 and <= 2.0"),
-        ("top_p", not _inside(parameters.top_p), "must be > 0.0 and < 1.0"),
-        ("typical_p", not _inside(parameters.typical_p), "must be > 0.0 and < 1.0"),
-        ("top_k", not _above(parameters.top_k, 0), "must be strictly positive"),
+        ("top_p", not _share(parameters.top_p), "must be > 0.0 and <= 1.0"),
+        ("typical_p", not _share(parameters.typical_p), "must be > 0.0 and <= 1.0"),
+        ("top_k", (parameters.top_k or 0) < 0, "must be positive"),
         ("max_new_tokens", not _above(parameters.max_new_tokens, 0), "must be strictly positive"),
         (
             "stop",
@@ -106,11 +112,11 @@ def generate_task(parameters: GenerateParameters, options: ServerOptions, stream
             raise InvalidRequest(f"`{name}` {reason}", name)
     if parameters.grammar is not None:
         raise InvalidRequest("grammar is not supported", "grammar")
-    if best_of > 1 and not (parameters.do_sample or has_warper):
+    sampling = (parameters.do_sample or _warps(parameters)) and parameters.temperature != 0.0
+    if best_of > 1 and not sampling:
         raise InvalidRequest("you must use sampling when `best_of` is > 1", "best_of")
     if best_of > 1 and parameters.seed is not None:
         raise InvalidRequest("`seed` must not be set when `best_of` > 1", "seed")
-    sampling = parameters.do_sample or _warps(parameters)
     seeds = [random.getrandbits(64) if parameters.seed is None else parameters.seed for _ in range(best_of)]
     return GenerateTask(tuple(_params(parameters, sampling, seed) for seed in seeds), sampling, parameters.top_n_tokens or 0)
 
@@ -119,14 +125,24 @@ def _above(value: float | None, low: float) -> bool:
     return value is None or value > low
 
 
-def _inside(value: float | None) -> bool:
-    return value is None or 0.0 < value < 1.0
+def _share(value: float | None) -> bool:
+    return value is None or 0.0 < value <= 1.0
+
+
+def _check_neutral(parameters: GenerateParameters) -> None:
+    """Refuse the values that mean "off", as TGI does."""
+    for name in ("temperature", "top_k"):
+        if not _above(getattr(parameters, name), 0):
+            raise InvalidRequest(f"`{name}` must be strictly positive", name)
+    for name in ("top_p", "typical_p"):
+        if (value := getattr(parameters, name)) is not None and not 0.0 < value < 1.0:
+            raise InvalidRequest(f"`{name}` must be > 0.0 and < 1.0", name)
 
 
 def _warps(parameters: GenerateParameters) -> bool:
     """Whether anything but the default distribution was asked for: TGI samples then, whatever `do_sample` says."""
-    temperature = parameters.temperature if parameters.temperature is not None else 1.0
-    return temperature != 1.0 or any(value is not None for value in (parameters.top_k, parameters.top_p, parameters.typical_p))
+    off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0}
+    return any(getattr(parameters, name) not in (None, value) for name, value in off.items())
 
 
 def _params(parameters: GenerateParameters, sampling: bool, seed: int) -> SamplingParams:
@@ -149,18 +165,20 @@ def _params(parameters: GenerateParameters, sampling: bool, seed: int) -> Sampli
     )
 
 
+def check_truncate(truncate: int | None, info: EngineInfo) -> None:
+    """Raise InvalidRequest, with TGI's message, unless a prompt can be cut to so many tokens."""
+    if truncate is not None and not 0 < truncate <= info.max_input_tokens:
+        raise InvalidRequest(f"`truncate` must be strictly positive and less than {info.max_input_tokens}. Given: {truncate}", "truncate")
+
+
 def checked_prompt(token_ids: list[int], parameters: GenerateParameters, info: EngineInfo) -> list[int]:
     """The prompt, cut on its left where `truncate` says so, held against the limits as TGI does.
 
     Raises:
-        InvalidRequest, ContextTooLong: with TGI's message.
+        ContextTooLong: with TGI's message.
     """
-    if (truncate := parameters.truncate) is not None:
-        if not 0 < truncate <= info.max_input_tokens:
-            raise InvalidRequest(
-                f"`truncate` must be strictly positive and less than {info.max_input_tokens}. Given: {truncate}", "truncate"
-            )
-        token_ids = token_ids[-truncate:]
+    if parameters.truncate is not None:
+        token_ids = token_ids[-parameters.truncate :]
     length = len(token_ids)
     if length > info.max_input_tokens:
         raise ContextTooLong(f"`inputs` must have less than {info.max_input_tokens} tokens. Given: {length}", "inputs")

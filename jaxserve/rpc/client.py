@@ -183,11 +183,11 @@ class EngineClient:
         finally:
             generation.abort()
 
-    def fail_all(self, reason: str) -> None:
+    def fail_all(self, error: JaxserveError) -> None:
         """Let everything that is in flight fail, here and in the engine."""
         for generation in set(self._samples.values()):
             generation.abort()
-            generation.fail(GenerationFailed(reason))
+            generation.fail(error)
 
     def abort(self, number: int, index: int | None, indices: set[int]) -> None:
         """Forget samples of a request (called by its Generation)."""
@@ -218,7 +218,8 @@ class EngineClient:
                     logger.warning("engine %d: stream lost: %s", self.replica, error.details())
                 finally:
                     self.available = False
-                    self.fail_all("the engine process ended while the request ran")
+                    # Not a failure of the request: what has told its client nothing yet may be sent again, and the client hears so.
+                    self.fail_all(EngineUnavailable("the engine process ended while the request ran"))
                 await asyncio.sleep(RECONNECT_INTERVAL)
 
     async def _converse(self, call: grpc.aio.StreamStreamCall) -> None:

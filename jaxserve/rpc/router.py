@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 
-from jaxserve.errors import EngineUnavailable
+from jaxserve.errors import EngineUnavailable, JaxserveError
 from jaxserve.request import EngineInfo, Request
 from jaxserve.rpc.client import EngineClient, Generation
 
@@ -46,10 +46,10 @@ class Router:
             raise EngineUnavailable
         return min(available, key=lambda client: client.num_in_flight).submit(request)
 
-    def fail_all(self, reason: str) -> None:
+    def fail_all(self, error: JaxserveError) -> None:
         """Let everything that is in flight from here fail."""
         for client in self.clients:
-            client.fail_all(reason)
+            client.fail_all(error)
 
     def start(self) -> None:
         """Connect to all replicas in the background."""

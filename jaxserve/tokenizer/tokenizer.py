@@ -1,13 +1,14 @@
 """The model's tokenizer as the front end sees it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from jaxserve.errors import InvalidRequest
+from jaxserve.errors import ContextTooLong, InvalidRequest
 from jaxserve.tokenizer.detokenizer import IncrementalDetokenizer, WindowDetokenizer
+from jaxserve.tokenizer.token_bound import token_bound
 from jaxserve.tokenizer.vocabulary import read_vocabulary
 
 if TYPE_CHECKING:  # importing it takes seconds
@@ -65,11 +66,13 @@ class Tokenizer:
         self._inner = inner
         self._backend = getattr(inner, "backend_tokenizer", None)
         self._vocabulary = None
+        self._bound = None
         special = set(inner.all_special_ids)
         if self._backend is not None:
             self._backend.no_truncation()
             self._backend.no_padding()
             self._vocabulary = read_vocabulary(self._backend)
+            self._bound = None if self._vocabulary is None else token_bound(self._backend, self._vocabulary)
             special = {token_id for token_id, token in self._backend.get_added_tokens_decoder().items() if token.special}
         self._special_ids = frozenset(special)
         self.bos_token_id: int | None = getattr(inner, "bos_token_id", None)
@@ -85,23 +88,35 @@ class Tokenizer:
         """Whether `apply_chat_template` can work."""
         return bool(self._inner.chat_template)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def least_tokens(self, text: str) -> int:
+        """A number of tokens that the text has at least, told without tokenizing it; 0 where nothing is sure."""
+        return 0 if self._bound is None else self._bound.least_tokens(text)
+
+    def encode(self, text: str, add_special_tokens: bool = True, limit: int | None = None) -> list[int]:
         """Token ids of a text; other threads run meanwhile.
 
         Args:
             text: any text; special tokens written in it are recognized.
             add_special_tokens: add what the tokenizer adds around a text, such as BOS.
+            limit: most tokens; a text that is sure to have more is not tokenized at all.
 
         Raises:
             InvalidRequest: the text has half a surrogate pair.
+            ContextTooLong: it has more tokens than `limit`.
         """
         _check_unicode(text)
+        if limit is not None and (least := self.least_tokens(text)) > limit:
+            raise ContextTooLong(f"the prompt has at least {least} tokens, more than the {limit} allowed", "prompt")
         if self._backend is None:
-            return self._inner.encode(text, add_special_tokens=add_special_tokens)
+            token_ids = self._inner.encode(text, add_special_tokens=add_special_tokens)
+            _check_length(token_ids, limit)
+            return token_ids
         # Of all the encode functions only those for batches release the GIL.
-        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        encoding = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+        _check_length(encoding, limit)
+        return encoding.ids
 
-    def spans(self, text: str, add_special_tokens: bool = True) -> list[TokenSpan]:
+    def spans(self, text: str, add_special_tokens: bool = True) -> Iterator[TokenSpan]:
         """The tokens of a text with the bytes that each covers.
 
         Raises:
@@ -111,16 +126,17 @@ class Tokenizer:
         if self._backend is None:
             raise InvalidRequest("the model's tokenizer does not tell where in the text a token is")
         encoding = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
-        spans = []
+        return self._spans(text, encoding.ids, encoding.offsets)
+
+    def _spans(self, text: str, token_ids: list[int], offsets: list[tuple[int, int]]) -> Iterator[TokenSpan]:
         character = byte = 0
-        for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+        for token_id, (start, stop) in zip(token_ids, offsets, strict=True):
             if start < character:  # characters cut into several tokens begin again
                 character, byte = 0, 0
             byte += len(text[character:start].encode())
             character = start
             covered = text[start:stop]
-            spans.append(TokenSpan(token_id, covered, byte, byte + len(covered.encode())))
-        return spans
+            yield TokenSpan(token_id, covered, byte, byte + len(covered.encode()))
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids. Ids that the tokenizer does not have give no text."""
@@ -160,6 +176,8 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        *,
+        limit: int | None = None,
         **variables: Any,
     ) -> tuple[str, list[int]]:
         """Render a conversation as the model expects it, in a sandbox.
@@ -169,6 +187,7 @@ class Tokenizer:
             tools: JSON schemas of functions.
             add_generation_prompt: end with the start of an answer.
             continue_final_message: leave the last message open, for the model to go on with it.
+            limit: most tokens, as in `encode`.
             variables: further variables of the template.
 
         Returns:
@@ -176,6 +195,7 @@ class Tokenizer:
 
         Raises:
             InvalidRequest: the model has no chat template, or the template refuses the conversation (with its own message).
+            ContextTooLong: it has more tokens than `limit`.
         """
         if not self.has_chat_template:
             raise InvalidRequest(
@@ -200,7 +220,12 @@ class Tokenizer:
             raise InvalidRequest(f"chat template: {error}", "messages") from error
         if not isinstance(text, str) or len(text) > MAX_RENDERED_CHARACTERS:
             raise InvalidRequest(f"chat template: the conversation is longer than {MAX_RENDERED_CHARACTERS} characters", "messages")
-        return text, self.encode(text, add_special_tokens=False)
+        return text, self.encode(text, add_special_tokens=False, limit=limit)
+
+
+def _check_length(token_ids: Sized, limit: int | None) -> None:
+    if limit is not None and len(token_ids) > limit:
+        raise ContextTooLong(f"the prompt has {len(token_ids)} tokens, more than the {limit} allowed", "prompt")
 
 
 def _check_unicode(text: str) -> None:
