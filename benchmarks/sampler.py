@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.request import SamplingParams
-from jaxserve.runner.sampler import pack_sampled, sample
-from jaxserve.runner.sampling_rows import RowPacker, unpack_rows
+from jaxserve.runner.sampler import sample
+from jaxserve.runner.sampling_rows import RowPacker
 from jaxserve.runner.sampling_state import SamplingState, make_sampling_state
 
 CASES = {
@@ -31,10 +31,9 @@ CASES = {
 }
 
 
-@partial(jax.jit, donate_argnums=1)
-def step(logits: jax.Array, state: SamplingState, columns: jax.Array) -> tuple[jax.Array, SamplingState]:
-    tokens, state = sample(logits, state, unpack_rows(columns))
-    return pack_sampled(tokens), state
+@partial(jax.jit, donate_argnums=1, static_argnames="logprobs")
+def step(logits: jax.Array, state: SamplingState, columns: jax.Array, *, logprobs: bool) -> tuple[jax.Array, SamplingState]:
+    return sample(logits, state, columns, logprobs=logprobs)
 
 
 def measure(num_rows: int, vocab_size: int, calls: int) -> None:
@@ -47,9 +46,8 @@ def measure(num_rows: int, vocab_size: int, calls: int) -> None:
     state = make_sampling_state(num_rows, vocab_size)
     slots = np.arange(num_rows)
     start = time.perf_counter()
-    compiled = step.lower(
-        on_device, state, jnp.asarray(RowPacker(1).pack(slots[:0], slots[:0], slots[:0], slots[:0] > 0, num_rows))
-    ).compile()
+    nobody = jnp.asarray(RowPacker(1).pack(slots[:0], slots[:0], slots[:0], slots[:0] > 0, num_rows))
+    compiled = [step.lower(on_device, state, nobody, logprobs=logprobs).compile() for logprobs in (False, True)]
     print(f"{num_rows} rows of {vocab_size} tokens; compiled in {time.perf_counter() - start:.2f} s")
     for name, params in CASES.items():
         packer = RowPacker(num_rows)
@@ -59,7 +57,7 @@ def measure(num_rows: int, vocab_size: int, calls: int) -> None:
         times = []
         for _ in range(calls):
             start = time.perf_counter()
-            packed, state = compiled(on_device, state, columns)
+            packed, state = compiled[params.logprobs is not None](on_device, state, columns)
             np.asarray(packed)
             times.append(time.perf_counter() - start)
         print(f"  {name:20} {min(times) * 1e3:7.3f} ms   median {np.median(times) * 1e3:7.3f} ms")

@@ -19,7 +19,7 @@ from jaxserve.weights.loader import load_model
 
 PAGE_SIZE = 4
 MAX_TOTAL_TOKENS = 64
-CONFIG = RunnerConfig(2, 32, PAGE_SIZE, MAX_TOTAL_TOKENS, kv_bytes=2**20, fused=True, masked=True)
+CONFIG = RunnerConfig(2, 32, PAGE_SIZE, MAX_TOTAL_TOKENS, kv_bytes=2**20, masked=True)
 GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -173,16 +173,16 @@ def test_many_page_copies(runner: ModelRunner, plain):
     assert chosen(run(runner, row(again, 62, 63), page_copies=copies)) == plain(sample.prompt, 1)[0]
 
 
-def test_split_is_fused(runner: ModelRunner):
+def test_a_mask_of_ones_changes_nothing(runner: ModelRunner):
     sample = Sample(0, prompt(7, 20), SamplingParams(temperature=1.0, seed=3, logprobs=2))
-    fused = run(runner, row(sample, 0, 20))
+    free = run(runner, row(sample, 0, 20))
     sample.entered = False
     step = runner.forward(Batch([row(sample, 0, 20)]))
     runner.sample(step, np.full((1, 10), 0xFFFFFFFF, np.uint32))
-    split = runner.collect(step)
-    assert chosen(split) == chosen(fused)
-    assert fused.logprobs is not None and split.logprobs is not None
-    np.testing.assert_allclose(split.logprobs.top_raw[0], fused.logprobs.top_raw[0], atol=1e-5)
+    masked = runner.collect(step)
+    assert chosen(masked) == chosen(free)
+    assert free.logprobs is not None and masked.logprobs is not None
+    np.testing.assert_allclose(masked.logprobs.top_raw[0], free.logprobs.top_raw[0], atol=1e-5)
 
 
 def test_a_mask_forbids(runner: ModelRunner, model: Model):

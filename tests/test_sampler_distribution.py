@@ -9,10 +9,10 @@ import pytest
 from sampler_reference import noise, probabilities
 from scipy import stats
 
+from jaxserve.pallas_kernels.noise import exponential_noise, noise_keys
 from jaxserve.request import SamplingParams
-from jaxserve.runner.noise import exponential_noise
 from jaxserve.runner.sampler import sample
-from jaxserve.runner.sampling_rows import RowPacker, sample_seed, unpack_rows
+from jaxserve.runner.sampling_rows import RowPacker, sample_seed
 from jaxserve.runner.sampling_state import SamplingState, make_sampling_state
 
 VOCAB = 48
@@ -21,8 +21,8 @@ ROWS = 512
 
 @functools.partial(jax.jit, donate_argnums=(1,))
 def step(logits: jax.Array, state: SamplingState, columns: jax.Array) -> tuple[jax.Array, SamplingState]:
-    tokens, state = sample(logits, state, unpack_rows(columns))
-    return tokens.token_ids[:, 0], state
+    packed, state = sample(logits, state, columns, logprobs=False)
+    return packed[:, 1], state
 
 
 def draw(logits: np.ndarray, params: SamplingParams, count: int, index: int = 0) -> np.ndarray:
@@ -87,7 +87,7 @@ def test_noise_is_that_of_the_reference_and_independent_of_the_part_of_the_vocab
     seeds = [0, 1, 2**64 - 1, 0x0123456789ABCDEF]
     positions = [0, 5, 2**31 - 1, 77]
     halves = np.array([[s & 0xFFFFFFFF, s >> 32] for s in seeds], np.uint32)
-    make = jax.jit(exponential_noise)
+    make = jax.jit(lambda low, high, positions, tokens: exponential_noise(noise_keys(low, high, positions), tokens))
     whole = np.asarray(make(halves[:, 0], halves[:, 1], np.array(positions, np.int32), jnp.arange(5000, dtype=jnp.int32)))
     for row in range(4):
         expected = noise(seeds[row], positions[row], 5000)
@@ -102,7 +102,9 @@ def test_noise_of_neighbouring_seeds_positions_and_tokens_is_unrelated():
     count, tokens = 256, jnp.arange(512, dtype=jnp.int32)
     zeros, numbers = np.zeros(count, np.uint32), np.arange(count, dtype=np.uint32)
     for low, high, positions in ((numbers, zeros, zeros), (zeros, numbers, zeros), (zeros, zeros, numbers)):
-        found = np.asarray(exponential_noise(jnp.asarray(low), jnp.asarray(high), jnp.asarray(positions.astype(np.int32)), tokens))
+        found = np.asarray(
+            exponential_noise(noise_keys(jnp.asarray(low), jnp.asarray(high), jnp.asarray(positions.astype(np.int32))), tokens)
+        )
         uniform = np.exp(-found.astype(np.float64))
         assert stats.kstest(uniform.ravel(), "uniform").pvalue > 1e-3
         centred = uniform - 0.5

@@ -10,4 +10,5 @@ from jaxserve.pallas_kernels.layer_kv import make_layer_kv as make_layer_kv
 from jaxserve.pallas_kernels.metadata import AttentionMetadata as AttentionMetadata
 from jaxserve.pallas_kernels.paged_attention import paged_attention as paged_attention
 from jaxserve.pallas_kernels.paged_attention import plan_attention as plan_attention
+from jaxserve.pallas_kernels.paged_attention.local_gpu import local_gpu as local_gpu
 from jaxserve.pallas_kernels.write_kv import write_kv as write_kv

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.pallas_kernels import AttentionMetadata, plan_attention
+from jaxserve.pallas_kernels.token_options import Column
 from jaxserve.request import Request, SamplingParams
 from jaxserve.runner.buckets import Bucket
 from jaxserve.runner.kv_cache import KVCachePlan
-from jaxserve.runner.sampling_rows import NUM_SAMPLING_COLUMNS, RowPacker, SamplingRows, unpack_rows
+from jaxserve.runner.sampling_rows import NUM_SAMPLING_COLUMNS, RowPacker
 
 
 class Sample(Protocol):
@@ -119,7 +120,6 @@ class DeviceBatch(NamedTuple):
     positions: jax.Array  # [T]
     metadata: tuple[AttentionMetadata, ...]  # one a KV group
     last: jax.Array  # [R] flat index of each row's last token
-    sampling: SamplingRows
 
 
 def unpack_batch(
@@ -144,17 +144,18 @@ def unpack_batch(
     fields = layout.split(packed)
     page_tables = add_page_entries(page_tables, fields.page_entries)
     num_tokens, num_rows, decode_only = layout.bucket.num_tokens, layout.bucket.num_rows, layout.bucket.decode_only
-    sampling = unpack_rows(fields.sampling)
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     if decode_only:
         query_starts = jnp.arange(num_rows + 1, dtype=jnp.int32)
         row, last, real = token, token, fields.lengths > 0
     else:
         query_starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(fields.lengths)])
-        row = jnp.minimum(jnp.searchsorted(query_starts[1:], token, side="right").astype(jnp.int32), num_rows - 1)
+        # A search would be a loop, whose condition XLA brings to the host.
+        ends = jnp.zeros(num_tokens, jnp.int32).at[query_starts[1:]].add(1, mode="drop")
+        row = jnp.minimum(jnp.cumsum(ends), num_rows - 1)
         last, real = jnp.maximum(query_starts[1:] - 1, 0), token < query_starts[-1]
     positions = jnp.where(real, fields.starts[row] + token - query_starts[row], 0)
-    slots = sampling.slots
+    slots = fields.sampling[:, Column.SLOT]
     token_ids = jnp.where(fields.token_ids < 0, last_tokens[slots[row], 0], fields.token_ids)
     kv_lens = jnp.where(fields.lengths > 0, fields.starts + fields.lengths, 0)
 
@@ -170,7 +171,7 @@ def unpack_batch(
         return plan_attention(metadata, page_size=plan.page_size, window=window)
 
     metadata = tuple(map(group_metadata, page_tables, plan.num_pages, plan.windows))
-    return DeviceBatch(token_ids, positions, metadata, last, sampling), page_tables
+    return DeviceBatch(token_ids, positions, metadata, last), page_tables
 
 
 def add_page_entries(page_tables: tuple[jax.Array, ...], entries: jax.Array) -> tuple[jax.Array, ...]:

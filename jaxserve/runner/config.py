@@ -18,7 +18,6 @@ class RunnerConfig:
         page_size: tokens a KV page.
         max_total_tokens: most tokens of a request; None: what the model and the cache hold.
         kv_bytes: memory for the KV cache on each device; None: what the device has left.
-        fused: a step without constrained rows is one program, not two.
         masked: compile what constrained requests need.
         compilation_cache_dir: folder of compiled programs that outlives the process; None: none.
     """
@@ -28,7 +27,6 @@ class RunnerConfig:
     page_size: int = 16
     max_total_tokens: int | None = None
     kv_bytes: int | None = None
-    fused: bool = False
     masked: bool = False
     compilation_cache_dir: str | None = None
 
@@ -42,7 +40,6 @@ class RunnerConfig:
             max_batch_tokens=max(options.max_batch_prefill_tokens or (512 if on_cpu else 8192), batch_size),
             page_size=options.page_size,
             max_total_tokens=options.max_total_tokens,
-            fused=not on_cpu,
             kv_bytes=int(options.cpu_kv_cache_gib * GIB) // options.tensor_size if on_cpu else None,
             compilation_cache_dir=compilation_cache_dir,
         )

@@ -1,9 +1,11 @@
 """ModelRunner: the device half of the engine. Takes batches, gives back steps to collect."""
 
+import itertools
 import logging
 import os
 import time
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -25,6 +27,17 @@ from jaxserve.step import StepResult
 logger = logging.getLogger(__name__)
 
 MAX_STEPS_IN_FLIGHT = 2
+
+
+class SamplerForm(NamedTuple):
+    """Which sampler: rows of the logits, whether rows have token masks, whether any wants log probabilities."""
+
+    num_rows: int
+    masked: bool
+    logprobs: bool
+
+
+ProgramKey = tuple[str, Bucket | SamplerForm | None]
 
 
 @dataclass(slots=True, eq=False)
@@ -70,9 +83,11 @@ class ModelRunner:
         self._buckets = Buckets.for_platform(mesh.devices.flat[0].platform, config.max_batch_size, config.max_batch_tokens)
         if config.compilation_cache_dir is not None:
             use_compilation_cache(config.compilation_cache_dir)
+        # Each form is a compilation for each row count: on the CPU a conditional is cheaper than that.
+        self._logprob_forms = (True,) if mesh.devices.flat[0].platform == "cpu" else (False, True)
         self._plan = self._plan_kv_cache()
         self._replicated = NamedSharding(mesh, PartitionSpec())
-        self._compiled: dict[tuple[str, Bucket | int | None], Compiled] = {}
+        self._compiled: dict[ProgramKey, Compiled] = {}
         self._compile_events = CompileEvents()
         # From step to step
         self._packer = BatchPacker(config.max_batch_size, len(self._plan.num_pages), config.page_size)
@@ -95,18 +110,11 @@ class ModelRunner:
         """Compile every program that a legal request can hit and run each once, for nobody; from then on nothing is compiled."""
         begin = time.monotonic()
         programs = self._programs(self._plan)
-        todo: dict[tuple[str, Bucket | int | None], Program] = {}
+        todo: dict[ProgramKey, Program] = {}
         for bucket in self._buckets:
-            layout = self._layout(bucket)
-            if self._config.fused:
-                todo["step", bucket] = programs.step(layout)
-            if self._config.masked or not self._config.fused:
-                todo["forward", bucket] = programs.forward(layout)
-        for num_rows in sorted({bucket.num_rows for bucket in self._buckets}):
-            if not self._config.fused:
-                todo["sample", num_rows] = programs.sample(num_rows)
-            if self._config.masked:
-                todo["sample_masked", num_rows] = programs.sample_masked(num_rows)
+            todo["forward", bucket] = programs.forward(self._layout(bucket))
+        for form in self._sampler_forms():
+            todo["sample", form] = programs.sample(form.num_rows, masked=form.masked, logprobs=form.logprobs)
         todo |= {("copy_pages", None): programs.copy_pages(), ("load_slot", None): programs.load_slot()}
         todo["add_page_entries", None] = programs.add_page_entries()
         self._compiled = compile_programs(todo, num_threads=os.cpu_count() or 1)
@@ -120,8 +128,8 @@ class ModelRunner:
         Args:
             batch: its page copies are done and its new slots loaded first.
         """
-        step = self._prepare(batch)
-        self._start(step)
+        step = self.forward(batch)
+        self.sample(step)
         return step
 
     def forward(self, batch: Batch) -> Step:
@@ -140,13 +148,13 @@ class ModelRunner:
         """
         assert step.logits is not None, "sample() of a step that is not between forward() and sample()"
         logits, columns = step.logits
-        num_rows = step.layout.bucket.num_rows
-        if masks is None:
-            sampling, sampled = self._compiled["sample", num_rows](logits, self._state.sampling, columns)
-        else:
-            padded = np.full((num_rows, masks.shape[1]), 0xFFFFFFFF, np.uint32)
+        form = SamplerForm(step.layout.bucket.num_rows, masks is not None, step.wants_logprobs or False not in self._logprob_forms)
+        arguments = [logits, self._state.sampling, columns]
+        if masks is not None:
+            padded = np.full((form.num_rows, masks.shape[1]), 0xFFFFFFFF, np.uint32)
             padded[: len(masks)] = masks
-            sampling, sampled = self._compiled["sample_masked", num_rows](logits, self._state.sampling, columns, self._upload(padded))
+            arguments.append(self._upload(padded))
+        sampling, sampled = self._compiled["sample", form](*arguments)
         self._state = replace(self._state, sampling=sampling)
         sampled.copy_to_host_async()
         step.logits, step.sampled = None, sampled
@@ -177,8 +185,13 @@ class ModelRunner:
             layout = self._layout(bucket)
             step = Step(layout, 0, False, self._upload(self._packer.padding(layout)))
             self._in_flight += 1
-            self._start(step)
+            self._start_forward(step)
+            self.sample(step)
             self.collect(step)
+
+    def _sampler_forms(self) -> list[SamplerForm]:
+        rows = sorted({bucket.num_rows for bucket in self._buckets})
+        return [SamplerForm(*form) for form in itertools.product(rows, sorted({False, self._config.masked}), self._logprob_forms)]
 
     def _prepare(self, batch: Batch) -> Step:
         """Bring the device state to where the step can run, and upload the step."""
@@ -192,15 +205,6 @@ class ModelRunner:
         self._useful_tokens += batch.num_tokens
         self._padded_tokens += layout.bucket.num_tokens - batch.num_tokens
         return Step(layout, len(batch.rows), wants_logprobs, self._upload(packed))
-
-    def _start(self, step: Step) -> None:
-        if not self._config.fused:
-            self._start_forward(step)
-            self.sample(step)
-            return
-        self._state, sampled = self._compiled["step", step.layout.bucket](self._model.leaves, self._state, step.packed)
-        sampled.copy_to_host_async()
-        step.sampled = sampled
 
     def _start_forward(self, step: Step) -> None:
         run = self._compiled["forward", step.layout.bucket]
@@ -253,7 +257,7 @@ class ModelRunner:
         trial = plan_kv_cache(model, replace(config, max_batch_size=1), tensor_size, dtype, left)
         largest = max(self._buckets, key=lambda bucket: (bucket.num_tokens, bucket.num_rows))
         layout = BatchLayout.of(largest, len(trial.num_pages), config.page_size)
-        compiled = compile_programs({"step": self._programs(trial).step(layout)}, num_threads=1)["step"]
+        compiled = compile_programs({"forward": self._programs(trial).forward(layout)}, num_threads=1)["forward"]
         analysis = compiled.memory_analysis()
         assert analysis is not None, "XLA tells no memory analysis"
         budget = kv_cache_bytes(self._mesh, None, analysis.temp_size_in_bytes)

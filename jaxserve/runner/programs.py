@@ -1,9 +1,8 @@
 """The programs of a runner: functions of the device state, traced once a shape, sharded over the mesh.
 
-Fused step   forward and sampling in one: a launch less, and one CUDA graph.
-Split step   the same in two, `forward` a bucket and `sample` a row count: for rows whose token masks depend on the step before, and
-             where compiling the sampler again for each bucket costs more than a launch (CPU).
-The others   change the state between steps: copied pages, page-table entries, slots of the sampler.
+A step is two: `forward` a bucket, and `sample` a row count. So the sampler is not compiled for each bucket, its form (token masks, log
+probabilities) is the host's choice, and the masks of constrained rows are filled while the forward runs. The second launch costs a step
+nothing: it waits in the queue. The other programs change the state between steps: copied pages, page-table entries, the sampler's slots.
 """
 
 from collections.abc import Callable
@@ -17,8 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxserve.models import Model
 from jaxserve.runner.batch import BatchLayout, add_page_entries, unpack_batch
 from jaxserve.runner.kv_cache import KVCachePlan
-from jaxserve.runner.sampler import pack_sampled, sample
-from jaxserve.runner.sampling_rows import NUM_SAMPLING_COLUMNS, unpack_rows
+from jaxserve.runner.sampler import sample
+from jaxserve.runner.sampling_rows import NUM_SAMPLING_COLUMNS
 from jaxserve.runner.sampling_state import SLOT_LOAD_SIZE, SamplingState, load_slot
 from jaxserve.runner.state import STATE_SPEC, DeviceState
 
@@ -53,39 +52,31 @@ class Programs:
     state: DeviceState
     options: dict[str, Any]
 
-    def step(self, layout: BatchLayout) -> Program:
-        """(leaves, state, packed) -> (state, sampled tokens, packed)."""
-
-        def step(leaves: tuple[jax.Array, ...], state: DeviceState, packed: jax.Array) -> tuple[DeviceState, jax.Array]:
-            state, logits = self._forward(layout, leaves, state, packed)
-            sampling, sampled = _sample(logits, state.sampling, layout.split(packed).sampling, None)
-            return replace(state, sampling=sampling), sampled
-
-        specs = self.model.specs, STATE_SPEC, _EVERYWHERE
-        arguments = self.model.leaves, self.state, self._ints(layout.size)
-        return Program(self._jit(step, specs, (STATE_SPEC, _EVERYWHERE), donated=1), arguments)
-
     def forward(self, layout: BatchLayout) -> Program:
         """(leaves, state, packed) -> (state, logits, the sampler's columns of packed)."""
 
         def forward(leaves: tuple[jax.Array, ...], state: DeviceState, packed: jax.Array) -> tuple[DeviceState, jax.Array, jax.Array]:
-            return *self._forward(layout, leaves, state, packed), layout.split(packed).sampling
+            batch, tables = unpack_batch(packed, layout, state.page_tables, state.sampling.last_tokens, self.plan)
+            logits, kv = self.model.apply(leaves, batch.token_ids, batch.positions, state.kv, batch.metadata, batch.last)
+            return DeviceState(kv, tables, state.sampling), logits, layout.split(packed).sampling
 
         specs = self.model.specs, STATE_SPEC, _EVERYWHERE
         arguments = self.model.leaves, self.state, self._ints(layout.size)
         return Program(self._jit(forward, specs, (STATE_SPEC, _EVERYWHERE, _EVERYWHERE), donated=1), arguments)
 
-    def sample(self, num_rows: int) -> Program:
-        """(logits, sampling state, columns) -> (sampling state, sampled tokens, packed)."""
+    def sample(self, num_rows: int, *, masked: bool, logprobs: bool) -> Program:
+        """(logits, sampling state, columns[, masks]) -> (sampling state, what unpack_sampled() reads)."""
 
-        def sample_all(logits: jax.Array, state: SamplingState, columns: jax.Array) -> tuple[SamplingState, jax.Array]:
-            return _sample(logits, state, columns, None)
+        def sample_all(
+            logits: jax.Array, state: SamplingState, columns: jax.Array, masks: jax.Array | None = None
+        ) -> tuple[SamplingState, jax.Array]:
+            sampled, state = sample(logits, state, columns, masks, logprobs=logprobs)
+            return state, sampled
 
-        return self._sampler(sample_all, num_rows)
-
-    def sample_masked(self, num_rows: int) -> Program:
-        """(logits, sampling state, columns, masks) -> (sampling state, sampled tokens, packed)."""
-        return self._sampler(_sample, num_rows, self._array((num_rows, mask_words(self.model.config.vocab_size)), jnp.uint32))
+        logits = self._array((num_rows, self.model.config.vocab_size), jnp.float32)
+        masks = [self._array((num_rows, mask_words(self.model.config.vocab_size)), jnp.uint32)] if masked else []
+        arguments = logits, self.state.sampling, self._ints(num_rows, NUM_SAMPLING_COLUMNS), *masks
+        return Program(self._jit(sample_all, (_EVERYWHERE,) * len(arguments), (_EVERYWHERE, _EVERYWHERE), donated=1), arguments)
 
     def copy_pages(self) -> Program:
         """(state, int32 [groups, 2, PAGE_COPIES]) -> state with pages [g, 0] copied to [g, 1]; a target out of range is dropped."""
@@ -116,18 +107,6 @@ class Programs:
 
         return self._state_program(load, self._ints(SLOT_LOAD_SIZE))
 
-    def _forward(
-        self, layout: BatchLayout, leaves: tuple[jax.Array, ...], state: DeviceState, packed: jax.Array
-    ) -> tuple[DeviceState, jax.Array]:
-        batch, tables = unpack_batch(packed, layout, state.page_tables, state.sampling.last_tokens, self.plan)
-        logits, kv = self.model.apply(leaves, batch.token_ids, batch.positions, state.kv, batch.metadata, batch.last)
-        return DeviceState(kv, tables, state.sampling), logits
-
-    def _sampler(self, function: Callable[..., Any], num_rows: int, *masks: jax.ShapeDtypeStruct) -> Program:
-        logits = self._array((num_rows, self.model.config.vocab_size), jnp.float32)
-        arguments = logits, self.state.sampling, self._ints(num_rows, NUM_SAMPLING_COLUMNS), *masks
-        return Program(self._jit(function, (_EVERYWHERE,) * len(arguments), (_EVERYWHERE, _EVERYWHERE), donated=1), arguments)
-
     def _state_program(self, function: Callable[..., DeviceState], upload: jax.ShapeDtypeStruct) -> Program:
         return Program(self._jit(function, (STATE_SPEC, _EVERYWHERE), STATE_SPEC, donated=0), (self.state, upload))
 
@@ -141,11 +120,6 @@ class Programs:
 
     def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, _EVERYWHERE))
-
-
-def _sample(logits: jax.Array, state: SamplingState, columns: jax.Array, masks: jax.Array | None) -> tuple[SamplingState, jax.Array]:
-    tokens, state = sample(logits, state, unpack_rows(columns), masks)
-    return state, pack_sampled(tokens)
 
 
 def mask_words(vocab_size: int) -> int:

@@ -1,9 +1,12 @@
-"""The sampler: logits in, one token a row out, whatever the rows ask for, in one program.
+"""The sampler: logits in, one token a row out, whatever the rows ask for.
 
 The order of operations is vLLM's: logit bias, bans, penalties (repetition, then presence and frequency), grammar mask; temperature,
 min_p, top_k, top_p, typical_p; Gumbel-max. Raw logprobs are of the logits as the model gave them, processed ones of the distribution
-that is sampled (for a greedy row: at temperature 1, nothing truncated). Each costly part sits under a `lax.cond` on whether any row
-wants it: a greedy batch pays for an argmax.
+that is sampled (for a greedy row: at temperature 1, nothing truncated).
+
+On a GPU one kernel chooses the tokens (pallas_kernels/token_choice.py), and log probabilities are in a form of the program that the host
+takes where a row wants them: XLA brings the predicate of a conditional to the host. Elsewhere XLA does all, each costly part under a
+`lax.cond` on whether any row wants it. A greedy batch pays for an argmax.
 
 Ties: the lowest token id wins an argmax; a truncation keeps or drops equal logits together.
 """
@@ -14,11 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxserve.pallas_kernels import local_gpu
+from jaxserve.pallas_kernels.noise import exponential_noise, noise_keys
+from jaxserve.pallas_kernels.token_options import adjust_logits
 from jaxserve.request import MAX_TOP_LOGPROBS
 from jaxserve.runner.distribution import Distribution, sum_masses, truncate, whole_distribution
-from jaxserve.runner.noise import exponential_noise
-from jaxserve.runner.sampling_rows import SamplingRows
-from jaxserve.runner.sampling_state import PROMPT_FLAG, SamplingState
+from jaxserve.runner.sampling_rows import SamplingRows, unpack_rows
+from jaxserve.runner.sampling_state import SamplingState
 from jaxserve.step import StepLogprobs, StepResult
 
 _BLOCK = 128
@@ -26,19 +31,15 @@ _BLOCK = 128
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class SampledTokens:
-    """What a step chose. N is MAX_TOP_LOGPROBS; logprob arrays are zero in a batch that wants none.
+class Logprobs:
+    """Log probabilities of what a step chose. N is MAX_TOP_LOGPROBS; meaningless for rows that want none.
 
     Attributes:
-        token_ids: int32 [R, 1+K].
-        counts: int32 [R], how many of them are valid; 0 where the row does not sample.
-        raw, processed: float32 [R, 1+K], log probability of each chosen token.
-        top_ids: int32 [R, 1+K, N], most likely tokens by raw log probability, best first.
-        top_raw, top_processed: float32 [R, 1+K, N].
+        raw, processed: float32 [R], of each chosen token.
+        top_ids: int32 [R, N], most likely tokens by raw log probability, best first.
+        top_raw, top_processed: float32 [R, N].
     """
 
-    token_ids: jax.Array
-    counts: jax.Array
     raw: jax.Array
     processed: jax.Array
     top_ids: jax.Array
@@ -47,29 +48,51 @@ class SampledTokens:
 
 
 def sample(
-    logits: jax.Array, state: SamplingState, rows: SamplingRows, masks: jax.Array | None = None
-) -> tuple[SampledTokens, SamplingState]:
+    logits: jax.Array, state: SamplingState, columns: jax.Array, masks: jax.Array | None = None, *, logprobs: bool
+) -> tuple[jax.Array, SamplingState]:
     """Choose a token for each row. Called inside the step's jit, also within shard_map where every shard does the same.
 
     Args:
         logits: float32 [R, V] or wider: columns from the state's V on are padding and never chosen.
         state: by slot; donated by the caller.
-        rows: what each row asks for.
+        columns: int32 [R, NUM_SAMPLING_COLUMNS], what each row asks for.
         masks: uint32 [R, ceil(V / 32)], bit t % 32 of word t // 32 allows token t; None allows all.
+        logprobs: whether any row may want them; False spares a conditional.
 
     Returns:
-        The tokens, and the state with counts and last tokens of the rows that sample.
+        What `unpack_sampled` reads, int32 [R, 2] or with log probabilities wider; the state with counts and last tokens of the rows
+        that sample.
     """
-    vocab_size = state.token_counts.shape[1]
-    raw = logits[:, :vocab_size]
-    adjusts = jnp.any(rows.has_bias | rows.bans | rows.has_penalties)
-    adjusted = jax.lax.cond(adjusts, lambda: _adjust(raw, state, rows), lambda: raw)
-    if masks is not None:
-        adjusted = jnp.where(unpack_masks(masks, vocab_size), adjusted, -jnp.inf)
-    draws, wants_logprobs = jnp.any(rows.temperature > jnp.float32(0)), jnp.any(rows.wants_logprobs)
-    distribution = _distribution(adjusted, rows, draws, wants_logprobs)
+    rows = unpack_rows(columns)
+    raw = logits[:, : state.token_counts.shape[1]]
+    if local_gpu() is None:
+        token_ids, distribution, new_state = _choose(raw, state, rows, masks)
+    else:
+        token_ids, distribution, new_state = _choose_by_kernel(raw, state, columns, rows, masks)
+    found = _logprobs(raw, _adjust(raw, state, rows, masks), token_ids, distribution, rows) if logprobs else None
+    return pack_sampled(rows.samples, token_ids, found), new_state
+
+
+def _choose_by_kernel(
+    raw: jax.Array, state: SamplingState, columns: jax.Array, rows: SamplingRows, masks: jax.Array | None
+) -> tuple[jax.Array, Distribution, SamplingState]:
+    # Pallas takes over a second to import: not where there is no GPU.
+    from jaxserve.pallas_kernels.token_choice import choose_tokens
+
+    keys = noise_keys(rows.seed_low, rows.seed_high, rows.positions)
+    choice = choose_tokens(raw, columns, keys, state.token_counts, state.bias, state.last_tokens, masks)
+    distribution = Distribution(*(choice.stats[:, i] for i in range(choice.stats.shape[1])))
+    return choice.token_ids, distribution, replace(state, token_counts=choice.token_counts, last_tokens=choice.last_tokens)
+
+
+def _choose(
+    raw: jax.Array, state: SamplingState, rows: SamplingRows, masks: jax.Array | None
+) -> tuple[jax.Array, Distribution, SamplingState]:
+    adjusted = _adjust(raw, state, rows, masks)
+    draws = jnp.any(rows.temperature > jnp.float32(0))
+    distribution = _distribution(adjusted, rows, draws, jnp.any(rows.wants_logprobs))
     token_ids = jax.lax.cond(draws, lambda: _draw(adjusted, distribution, rows), lambda: first_argmax(adjusted))
-    return _tokens(raw, adjusted, token_ids, distribution, rows), _remember(state, rows, token_ids)
+    return token_ids, distribution, _remember(state, rows, token_ids)
 
 
 def unpack_masks(masks: jax.Array, vocab_size: int) -> jax.Array:
@@ -98,30 +121,16 @@ def _blocks(values: jax.Array) -> jax.Array:
     return jnp.concatenate([values, padding], axis=1).reshape(rows, -1, _BLOCK)
 
 
-def _adjust(raw: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.Array:
-    """Bias, bans and penalties of each row's slot: float32 [R, V]."""
-    count, vocab_size = raw.shape
-    every_row = jnp.arange(count, dtype=jnp.int32)[:, None]
-    nowhere = jnp.int32(vocab_size)
-    ids = jnp.concatenate(
-        [
-            jnp.where(rows.has_bias[:, None], state.bias_ids[rows.slots], nowhere),
-            jnp.where(rows.bans[:, None], state.ban_ids[rows.slots], nowhere),
-        ],
-        axis=1,
-    )
-    values = jnp.concatenate([state.bias_values[rows.slots], jnp.full((count, state.ban_ids.shape[1]), -jnp.inf, jnp.float32)], axis=1)
-    adjusted = raw.at[every_row, ids].add(values, mode="drop")
+def _adjust(raw: jax.Array, state: SamplingState, rows: SamplingRows, masks: jax.Array | None) -> jax.Array:
+    """Bias, bans and penalties of each row's slot, and its mask: float32 [R, V]."""
 
-    def penalize() -> jax.Array:
-        counts = jnp.where(rows.has_penalties[:, None], state.token_counts[rows.slots], jnp.int32(0))
-        outputs = (counts & jnp.int32(PROMPT_FLAG - 1)).astype(jnp.float32)
-        repetition = jnp.where(counts != jnp.int32(0), rows.repetition_penalty[:, None], jnp.float32(1))
-        penalized = jnp.where(adjusted > jnp.float32(0), adjusted / repetition, adjusted * repetition)
-        penalized = penalized - rows.frequency_penalty[:, None] * outputs
-        return penalized - jnp.where(outputs > jnp.float32(0), rows.presence_penalty[:, None], jnp.float32(0))
+    def adjust() -> jax.Array:
+        bias = jnp.where(rows.has_bias[:, None], state.bias[rows.slots], jnp.float32(0))
+        options = rows.bans, rows.has_penalties, rows.repetition_penalty, rows.presence_penalty, rows.frequency_penalty
+        return adjust_logits(raw, bias, state.token_counts[rows.slots], *(jnp.broadcast_to(x[:, None], raw.shape) for x in options))
 
-    return jax.lax.cond(jnp.any(rows.has_penalties), penalize, lambda: adjusted)
+    adjusted = jax.lax.cond(jnp.any(rows.has_bias | rows.bans | rows.has_penalties), adjust, lambda: raw)
+    return adjusted if masks is None else jnp.where(unpack_masks(masks, raw.shape[1]), adjusted, -jnp.inf)
 
 
 def _distribution(adjusted: jax.Array, rows: SamplingRows, draws: jax.Array, wants_logprobs: jax.Array) -> Distribution:
@@ -145,38 +154,28 @@ def _distribution(adjusted: jax.Array, rows: SamplingRows, draws: jax.Array, wan
 def _draw(adjusted: jax.Array, distribution: Distribution, rows: SamplingRows) -> jax.Array:
     """Gumbel-max in its exponential form: the token with the largest probability / noise; greedy rows take the nearest."""
     distances = distribution.distances(adjusted)
-    noise = exponential_noise(rows.seed_low, rows.seed_high, rows.positions, jnp.arange(adjusted.shape[1], dtype=jnp.int32))
+    keys = noise_keys(rows.seed_low, rows.seed_high, rows.positions)
+    noise = exponential_noise(keys, jnp.arange(adjusted.shape[1], dtype=jnp.int32))
     race = jnp.where(distribution.keeps(distances), jnp.exp(-distances) / noise, jnp.float32(-1))
     greedy = (rows.temperature == jnp.float32(0))[:, None]
     return first_argmax(jnp.where(greedy, -distances, race))
 
 
-def _tokens(raw: jax.Array, adjusted: jax.Array, token_ids: jax.Array, distribution: Distribution, rows: SamplingRows) -> SampledTokens:
-    count = raw.shape[0]
-
-    def logprobs() -> tuple[jax.Array, ...]:
+def _logprobs(raw: jax.Array, adjusted: jax.Array, token_ids: jax.Array, distribution: Distribution, rows: SamplingRows) -> Logprobs:
+    def wanted() -> Logprobs:
         best = jnp.max(raw, axis=1, keepdims=True)
         log_sum = best + jnp.log(jnp.sum(jnp.exp(raw - best), axis=1, keepdims=True))
         top_logits, top_ids = top_tokens(raw, MAX_TOP_LOGPROBS)
         ids = jnp.concatenate([token_ids[:, None], top_ids], axis=1)
         processed = distribution.logprobs(jnp.take_along_axis(adjusted, ids, axis=1))
         chosen = jnp.take_along_axis(raw, token_ids[:, None], axis=1)
-        return (chosen - log_sum)[:, 0], processed[:, 0], top_ids, top_logits - log_sum, processed[:, 1:]
+        return Logprobs((chosen - log_sum)[:, 0], processed[:, 0], top_ids, top_logits - log_sum, processed[:, 1:])
 
-    def nothing() -> tuple[jax.Array, ...]:
-        one, many = jnp.zeros((count,), jnp.float32), jnp.zeros((count, MAX_TOP_LOGPROBS), jnp.float32)
-        return one, one, jnp.zeros((count, MAX_TOP_LOGPROBS), jnp.int32), many, many
+    def unwanted() -> Logprobs:
+        one, many = jnp.zeros(token_ids.shape, jnp.float32), jnp.zeros((token_ids.shape[0], MAX_TOP_LOGPROBS), jnp.float32)
+        return Logprobs(one, one, jnp.zeros(many.shape, jnp.int32), many, many)
 
-    chosen_raw, chosen_processed, top_ids, top_raw, top_processed = jax.lax.cond(jnp.any(rows.wants_logprobs), logprobs, nothing)
-    return SampledTokens(
-        token_ids=token_ids[:, None],
-        counts=rows.samples.astype(jnp.int32),
-        raw=chosen_raw[:, None],
-        processed=chosen_processed[:, None],
-        top_ids=top_ids[:, None],
-        top_raw=top_raw[:, None],
-        top_processed=top_processed[:, None],
-    )
+    return jax.lax.cond(jnp.any(rows.wants_logprobs), wanted, unwanted)
 
 
 def top_tokens(logits: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
@@ -214,28 +213,32 @@ def _remember(state: SamplingState, rows: SamplingRows, token_ids: jax.Array) ->
     )
 
 
-def pack_sampled(tokens: SampledTokens) -> jax.Array:
-    """All of it in one int32 array [R, (1+K) * (3 + 3N) + 1], so that one copy brings it to the host."""
-    count = tokens.counts.shape[0]
-    columns = [tokens.counts, tokens.token_ids, tokens.raw, tokens.processed, tokens.top_ids, tokens.top_raw, tokens.top_processed]
+def pack_sampled(samples: jax.Array, token_ids: jax.Array, logprobs: Logprobs | None) -> jax.Array:
+    """All of it in one int32 array, so that one copy brings it to the host: [R, 2], or [R, 4 + 3N] with log probabilities.
+
+    Args:
+        samples: bool [R], whether the row's token counts.
+        token_ids: int32 [R].
+        logprobs: of R rows.
+    """
+    columns = [samples.astype(jnp.int32), token_ids]
+    if logprobs is not None:
+        columns += [logprobs.raw, logprobs.processed, logprobs.top_ids, logprobs.top_raw, logprobs.top_processed]
+    count = token_ids.shape[0]
     return jnp.concatenate([jax.lax.bitcast_convert_type(c, jnp.int32).reshape(count, -1) for c in columns], axis=1)
 
 
 def unpack_sampled(packed: np.ndarray) -> StepResult:
     """numpy views of what `pack_sampled` packed."""
-    count, per_row = packed.shape
-    depth = (per_row - 1) // (3 + 3 * MAX_TOP_LOGPROBS)
-    widths = [1, *[depth] * 3, *[depth * MAX_TOP_LOGPROBS] * 3]
-    ends = np.cumsum(widths)
-    counts, token_ids, raw, processed, top_ids, top_raw, top_processed = (
-        packed[:, end - w : end] for w, end in zip(widths, ends, strict=True)
-    )
-    shape = (count, depth, MAX_TOP_LOGPROBS)
+    counts, token_ids = packed[:, 0], packed[:, 1:2]
+    if packed.shape[1] == 2:
+        return StepResult(token_ids, counts)
+    raw, processed, top_ids, top_raw, top_processed = np.split(packed[:, 2:], np.cumsum([1, 1, *[MAX_TOP_LOGPROBS] * 2]), axis=1)
     logprobs = StepLogprobs(
         raw=raw.view(np.float32),
         processed=processed.view(np.float32),
-        top_ids=top_ids.reshape(shape),
-        top_raw=top_raw.view(np.float32).reshape(shape),
-        top_processed=top_processed.view(np.float32).reshape(shape),
+        top_ids=top_ids[:, None],
+        top_raw=top_raw.view(np.float32)[:, None],
+        top_processed=top_processed.view(np.float32)[:, None],
     )
-    return StepResult(token_ids, counts[:, 0], logprobs)
+    return StepResult(token_ids, counts, logprobs)

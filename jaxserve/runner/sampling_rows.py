@@ -7,14 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxserve.pallas_kernels.token_options import Column, Flag
 from jaxserve.request import SamplingParams
 
-NUM_SAMPLING_COLUMNS = 13
+NUM_SAMPLING_COLUMNS = len(Column)
 MIN_TEMPERATURE = 1e-5  # below it a row is greedy: distances between logits would overflow
-_SLOT, _FLAGS, _POSITION, _SEED_LOW, _SEED_HIGH, _TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _TYPICAL_P, _REPETITION, _PRESENCE, _FREQUENCY = (
-    range(NUM_SAMPLING_COLUMNS)
-)
-_SAMPLES, _BANS, _LOGPROBS, _BIAS, _PENALTIES = (1 << bit for bit in range(5))
 
 
 @jax.tree_util.register_dataclass
@@ -63,33 +60,33 @@ def unpack_rows(columns: jax.Array) -> SamplingRows:
         columns: int32 [R, NUM_SAMPLING_COLUMNS].
     """
 
-    def flag(bit: int) -> jax.Array:
-        return (columns[:, _FLAGS] & jnp.int32(bit)) != jnp.int32(0)
+    def flag(bit: Flag) -> jax.Array:
+        return (columns[:, Column.FLAGS] & jnp.int32(bit)) != jnp.int32(0)
 
-    def floats(column: int) -> jax.Array:
+    def floats(column: Column) -> jax.Array:
         return jax.lax.bitcast_convert_type(columns[:, column], jnp.float32)
 
-    def words(column: int) -> jax.Array:
+    def words(column: Column) -> jax.Array:
         return jax.lax.bitcast_convert_type(columns[:, column], jnp.uint32)
 
     return SamplingRows(
-        slots=columns[:, _SLOT],
-        samples=flag(_SAMPLES),
-        bans=flag(_BANS),
-        wants_logprobs=flag(_LOGPROBS),
-        has_bias=flag(_BIAS),
-        has_penalties=flag(_PENALTIES),
-        positions=columns[:, _POSITION],
-        seed_low=words(_SEED_LOW),
-        seed_high=words(_SEED_HIGH),
-        temperature=floats(_TEMPERATURE),
-        top_k=columns[:, _TOP_K],
-        top_p=floats(_TOP_P),
-        min_p=floats(_MIN_P),
-        typical_p=floats(_TYPICAL_P),
-        repetition_penalty=floats(_REPETITION),
-        presence_penalty=floats(_PRESENCE),
-        frequency_penalty=floats(_FREQUENCY),
+        slots=columns[:, Column.SLOT],
+        samples=flag(Flag.SAMPLES),
+        bans=flag(Flag.BANS),
+        wants_logprobs=flag(Flag.LOGPROBS),
+        has_bias=flag(Flag.BIAS),
+        has_penalties=flag(Flag.PENALTIES),
+        positions=columns[:, Column.POSITION],
+        seed_low=words(Column.SEED_LOW),
+        seed_high=words(Column.SEED_HIGH),
+        temperature=floats(Column.TEMPERATURE),
+        top_k=columns[:, Column.TOP_K],
+        top_p=floats(Column.TOP_P),
+        min_p=floats(Column.MIN_P),
+        typical_p=floats(Column.TYPICAL_P),
+        repetition_penalty=floats(Column.REPETITION),
+        presence_penalty=floats(Column.PRESENCE),
+        frequency_penalty=floats(Column.FREQUENCY),
     )
 
 
@@ -121,7 +118,7 @@ class RowPacker:
         self._columns = np.zeros((num_slots, NUM_SAMPLING_COLUMNS), np.int32)
         self._min_tokens = np.zeros(num_slots, np.int32)
         neutral = np.zeros(NUM_SAMPLING_COLUMNS, np.int32)
-        neutral[[_TOP_P, _TYPICAL_P, _REPETITION]] = np.ones(3, np.float32).view(np.int32)
+        neutral[[Column.TOP_P, Column.TYPICAL_P, Column.REPETITION]] = np.ones(3, np.float32).view(np.int32)
         self._neutral = neutral
 
     def enter(self, slot: int, params: SamplingParams, index: int = 0) -> None:
@@ -134,21 +131,30 @@ class RowPacker:
         """
         row = self._neutral.copy()
         floats = row.view(np.float32)
-        row[_SLOT] = slot
-        flags = _SAMPLES
+        row[Column.SLOT] = slot
+        flags = Flag.SAMPLES
         if params.logprobs is not None:
-            flags |= _LOGPROBS
+            flags |= Flag.LOGPROBS
         if params.logit_bias:
-            flags |= _BIAS
+            flags |= Flag.BIAS
         if params.penalized:
-            flags |= _PENALTIES
-            floats[[_REPETITION, _PRESENCE, _FREQUENCY]] = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
-        row[_FLAGS] = flags
+            flags |= Flag.PENALTIES
+            floats[[Column.REPETITION, Column.PRESENCE, Column.FREQUENCY]] = (
+                params.repetition_penalty,
+                params.presence_penalty,
+                params.frequency_penalty,
+            )
+        row[Column.FLAGS] = flags
         if params.temperature >= MIN_TEMPERATURE:
             seed = sample_seed(params.seed, index)
-            row[[_SEED_LOW, _SEED_HIGH]] = np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32).view(np.int32)
-            floats[[_TEMPERATURE, _TOP_P, _MIN_P, _TYPICAL_P]] = params.temperature, params.top_p, params.min_p, params.typical_p
-            row[_TOP_K] = params.top_k
+            row[[Column.SEED_LOW, Column.SEED_HIGH]] = np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32).view(np.int32)
+            floats[[Column.TEMPERATURE, Column.TOP_P, Column.MIN_P, Column.TYPICAL_P]] = (
+                params.temperature,
+                params.top_p,
+                params.min_p,
+                params.typical_p,
+            )
+            row[Column.TOP_K] = params.top_k
         self._columns[slot] = row
         self._min_tokens[slot] = params.min_tokens
 
@@ -172,10 +178,10 @@ class RowPacker:
         columns[count:] = self._neutral
         taken = columns[:count]
         np.take(self._columns, slots, axis=0, out=taken)
-        taken[:, _POSITION] = positions
-        taken[:, _FLAGS] |= np.where(num_output_tokens < self._min_tokens[slots], _BANS, 0).astype(np.int32)
+        taken[:, Column.POSITION] = positions
+        taken[:, Column.FLAGS] |= np.where(num_output_tokens < self._min_tokens[slots], Flag.BANS, 0).astype(np.int32)
         idle = ~samples
         if idle.any():
             taken[idle] = self._neutral
-            taken[idle, _SLOT] = slots[idle]
+            taken[idle, Column.SLOT] = slots[idle]
         return columns

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxserve.pallas_kernels.token_options import BAN_FLAG, PROMPT_FLAG
 from jaxserve.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, SamplingParams
 
 MAX_BANS = MAX_STOP_TOKEN_IDS + 32
 LOAD_CHUNK = 2048
-PROMPT_FLAG = 1 << 30
 
 _SLOT, _RESET, _NUM_PROMPT, _NUM_TOKENS, _TOKENS = range(5)
 _BIAS_IDS = _TOKENS + LOAD_CHUNK
@@ -26,17 +26,14 @@ class SamplingState:
     """Donated to each step. A slot's entries mean something only while its sample uses them: whoever enters loads them first.
 
     Attributes:
-        token_counts: int32 [S, V]: times each token was output, plus PROMPT_FLAG if it is in the prompt.
-        bias_ids: int32 [S, MAX_LOGIT_BIAS], unused entries V.
-        bias_values: float32 [S, MAX_LOGIT_BIAS].
-        ban_ids: int32 [S, MAX_BANS], unused entries V.
+        token_counts: int32 [S, V]: times each token was output, plus PROMPT_FLAG if it is in the prompt, plus BAN_FLAG if it is
+            forbidden before min_tokens.
+        bias: float32 [S, V].
         last_tokens: int32 [S, 1+K], what the last step that sampled the slot chose.
     """
 
     token_counts: jax.Array
-    bias_ids: jax.Array
-    bias_values: jax.Array
-    ban_ids: jax.Array
+    bias: jax.Array
     last_tokens: jax.Array
 
 
@@ -50,9 +47,7 @@ def make_sampling_state(num_slots: int, vocab_size: int, num_speculative: int = 
     """
     return SamplingState(
         token_counts=jnp.zeros((num_slots, vocab_size), jnp.int32),
-        bias_ids=jnp.full((num_slots, MAX_LOGIT_BIAS), vocab_size, jnp.int32),
-        bias_values=jnp.zeros((num_slots, MAX_LOGIT_BIAS), jnp.float32),
-        ban_ids=jnp.full((num_slots, MAX_BANS), vocab_size, jnp.int32),
+        bias=jnp.zeros((num_slots, vocab_size), jnp.float32),
         last_tokens=jnp.zeros((num_slots, 1 + num_speculative), jnp.int32),
     )
 
@@ -86,7 +81,7 @@ def slot_loads(
     Raises:
         ValueError: more than MAX_BANS tokens to ban.
     """
-    bans = list(dict.fromkeys([*eos_token_ids, *params.stop_token_ids]))
+    bans = list(dict.fromkeys([*eos_token_ids, *params.stop_token_ids])) if params.min_tokens else []
     if len(bans) > MAX_BANS:
         raise ValueError(f"{len(bans)} end-of-sequence and stop token ids, at most {MAX_BANS}")
     first = np.full(SLOT_LOAD_SIZE, vocab_size, np.int32)
@@ -114,23 +109,25 @@ def load_slot(state: SamplingState, load: jax.Array) -> SamplingState:
         state: the state.
         load: int32 [SLOT_LOAD_SIZE].
     """
-    slot = load[_SLOT]
-    vocab_size = state.token_counts.shape[1]
-    old = jax.lax.dynamic_index_in_dim(state.token_counts, slot, keepdims=False)
-    counts = jnp.where(load[_RESET] != jnp.int32(0), jnp.int32(0), old)
+    slot, nowhere = load[_SLOT], jnp.int32(state.token_counts.shape[1])
+    anew = load[_RESET] != jnp.int32(0)
+
+    def row_of(table: jax.Array) -> jax.Array:
+        return jnp.where(anew, jnp.zeros((), table.dtype), jax.lax.dynamic_index_in_dim(table, slot, keepdims=False))
+
     tokens = load[_TOKENS:_BIAS_IDS]
     places = jnp.arange(LOAD_CHUNK, dtype=jnp.int32)
-    nowhere = jnp.int32(vocab_size)
     prompt = jnp.where(places < load[_NUM_PROMPT], tokens, nowhere)
     output = jnp.where((places >= load[_NUM_PROMPT]) & (places < load[_NUM_TOKENS]), tokens, nowhere)
-    counts = counts.at[prompt].max(jnp.int32(PROMPT_FLAG), mode="drop")
+    counts = row_of(state.token_counts)
+    counts = counts.at[prompt].set(counts.at[prompt].get(mode="clip") | jnp.int32(PROMPT_FLAG), mode="drop")
     counts = counts.at[output].add(jnp.int32(1), mode="drop")
+    bans = load[_BAN_IDS:]
+    counts = counts.at[bans].set(counts.at[bans].get(mode="clip") | jnp.int32(BAN_FLAG), mode="drop")
+    values = jax.lax.bitcast_convert_type(load[_BIAS_VALUES:_BAN_IDS], jnp.float32)
+    bias = row_of(state.bias).at[load[_BIAS_IDS:_BIAS_VALUES]].set(values, mode="drop")
     return replace(
         state,
         token_counts=jax.lax.dynamic_update_index_in_dim(state.token_counts, counts, slot, 0),
-        bias_ids=jax.lax.dynamic_update_index_in_dim(state.bias_ids, load[_BIAS_IDS:_BIAS_VALUES], slot, 0),
-        bias_values=jax.lax.dynamic_update_index_in_dim(
-            state.bias_values, jax.lax.bitcast_convert_type(load[_BIAS_VALUES:_BAN_IDS], jnp.float32), slot, 0
-        ),
-        ban_ids=jax.lax.dynamic_update_index_in_dim(state.ban_ids, load[_BAN_IDS:], slot, 0),
+        bias=jax.lax.dynamic_update_index_in_dim(state.bias, bias, slot, 0),
     )

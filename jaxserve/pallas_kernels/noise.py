@@ -53,21 +53,32 @@ def hash_tokens(key: tuple[jax.Array, jax.Array], token_ids: jax.Array) -> jax.A
     return word ^ (word >> jnp.uint32(14))
 
 
-def exponential_noise(seed_low: jax.Array, seed_high: jax.Array, positions: jax.Array, token_ids: jax.Array) -> jax.Array:
+def noise_keys(seed_low: jax.Array, seed_high: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The key under which a row hashes its tokens.
+
+    Args:
+        seed_low, seed_high: uint32 [R], the two halves of each row's seed.
+        positions: int32 [R], the position that the row samples.
+
+    Returns:
+        Two uint32 words [R].
+    """
+    positions = positions.astype(jnp.uint32)
+    return threefry((seed_low, seed_high), (positions, jnp.zeros_like(positions)))
+
+
+def exponential_noise(keys: tuple[jax.Array, jax.Array], token_ids: jax.Array) -> jax.Array:
     """Standard exponential variates, one a row and token.
 
     The uniform behind one has 32 bits, and its small end, where the winners of a race are, keeps full float precision: rare tokens
     get their share.
 
     Args:
-        seed_low, seed_high: uint32 [R], the two halves of each row's seed.
-        positions: int32 [R], the position that the row samples.
+        keys: of the rows, uint32 [R].
         token_ids: int32 [V].
 
     Returns:
         float32 [R, V], in (0, inf].
     """
-    positions = positions.astype(jnp.uint32)
-    words = hash_tokens(threefry((seed_low, seed_high), (positions, jnp.zeros_like(positions))), token_ids)
-    uniform = (words.astype(jnp.float32) + jnp.float32(0.5)) * jnp.float32(2.0**-32)
+    uniform = (hash_tokens(keys, token_ids).astype(jnp.float32) + jnp.float32(0.5)) * jnp.float32(2.0**-32)
     return -jnp.log1p(-uniform)

@@ -1,0 +1,97 @@
+"""The kernel that chooses tokens, interpreted, against the sampler of the CPU: the same tokens, states and distributions."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from jaxserve.pallas_kernels.noise import noise_keys
+from jaxserve.pallas_kernels.token_choice import choose_tokens
+from jaxserve.request import SamplingParams
+from jaxserve.runner.sampler import _choose
+from jaxserve.runner.sampling_rows import RowPacker, unpack_rows
+from jaxserve.runner.sampling_state import load_slot, make_sampling_state, needs_slot_load, slot_loads
+
+VOCAB = 5003
+EOS = (7, 4999)
+load = jax.jit(load_slot, donate_argnums=0)
+
+PARAMS = [
+    SamplingParams(temperature=0.0),
+    SamplingParams(seed=1),
+    SamplingParams(seed=2, top_p=0.9),
+    SamplingParams(seed=3, top_k=20),
+    SamplingParams(seed=4, top_k=50, top_p=0.8, temperature=0.7),
+    SamplingParams(seed=5, min_p=0.05, logprobs=1),
+    SamplingParams(seed=6, top_p=0.3, logprobs=1),
+    SamplingParams(seed=7, typical_p=0.5, logprobs=1),
+    SamplingParams(seed=8, top_k=100, top_p=0.9, typical_p=0.7, min_p=0.001, logprobs=1),
+    SamplingParams(temperature=0.0, repetition_penalty=1.5, frequency_penalty=0.5, presence_penalty=0.3, logprobs=1),
+    SamplingParams(seed=9, logit_bias={11: 9.0, 4000: -5.0}, min_tokens=3, stop_token_ids=(11,), top_p=0.95),
+    SamplingParams(seed=10, temperature=30.0, top_p=0.5),
+]
+
+
+def choices(masks: np.ndarray | None, logits: np.ndarray):
+    """Tokens, distributions [R, 6] and states by both ways."""
+    state, packer, slots = make_sampling_state(16, VOCAB), RowPacker(16), np.arange(len(PARAMS))[::-1].copy()
+    for slot, params in zip(slots, PARAMS, strict=True):
+        packer.enter(int(slot), params)
+        if needs_slot_load(params):
+            for upload in slot_loads(int(slot), params, [1, 2, 3, 9], [9, 5], EOS, VOCAB):
+                state = load(state, upload)
+    columns = jnp.asarray(packer.pack(slots, slots + 7, np.full(len(slots), 2), slots != 3, len(slots) + 1))
+    rows = unpack_rows(columns)
+    raw, masks = jnp.asarray(logits), None if masks is None else jnp.asarray(masks)
+    tokens, distribution, expected_state = jax.jit(_choose)(raw, state, rows, masks)
+    stats = jnp.stack(
+        [getattr(distribution, name) for name in ("best", "inverse_temperature", "bound", "mean", "typical_bound", "log_mass")], 1
+    )
+    keys = noise_keys(rows.seed_low, rows.seed_high, rows.positions)
+    found = choose_tokens(raw, columns, keys, state.token_counts, state.bias, state.last_tokens, masks, interpret=True)
+    return rows, tokens, stats, expected_state, found
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["free", "masked"])
+def test_the_kernel_chooses_as_xla_does(masked: bool):
+    rng = np.random.default_rng(masked)
+    logits = rng.normal(size=(len(PARAMS) + 1, VOCAB)).astype(np.float32) * 3
+    masks = rng.integers(0, 2**32, (len(logits), -(-VOCAB // 32)), dtype=np.uint32) if masked else None
+    rows, tokens, stats, state, found = choices(masks, logits)
+    assert found.token_ids.tolist() == tokens.tolist()
+    assert len(set(tokens.tolist())) > 6
+    np.testing.assert_array_equal(found.token_counts, state.token_counts)
+    np.testing.assert_array_equal(found.last_tokens, state.last_tokens)
+    wants = np.asarray(rows.wants_logprobs)
+    matters = np.ones(6, bool) & wants[:, None]
+    matters[:, 3] &= np.asarray(rows.typical_p) < 1  # the mean
+    np.testing.assert_allclose(np.asarray(found.stats)[matters], np.asarray(stats)[matters], rtol=1e-5, atol=1e-5)
+
+
+def test_broken_logits_give_some_token():
+    logits = np.random.default_rng(3).normal(size=(len(PARAMS) + 1, VOCAB)).astype(np.float32)
+    logits[:, :] = np.where(
+        np.arange(len(logits))[:, None] % 3 == 0, np.nan, np.where(np.arange(len(logits))[:, None] % 3 == 1, -np.inf, logits)
+    )
+    logits[2::3, 5] = np.inf
+    *_, found = choices(None, logits)
+    assert all(0 <= token < VOCAB for token in found.token_ids.tolist())
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["free", "masked"])
+def test_the_kernel_lowers_for_cuda(masked: bool):
+    rows, slots, vocab = 4, 8, 128256
+    shapes = [((rows, vocab), jnp.float32), ((rows, 13), jnp.int32), ((rows,), jnp.uint32), ((slots, vocab), jnp.int32)]
+    logits, columns, word, counts = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
+    bias, last = jax.ShapeDtypeStruct((slots, vocab), jnp.float32), jax.ShapeDtypeStruct((slots, 1), jnp.int32)
+    masks = jax.ShapeDtypeStruct((rows, -(-vocab // 32)), jnp.uint32) if masked else None
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Pallas-Triton is deprecated; nothing else serves GPUs before sm_90
+        lowered = jax.jit(functools.partial(choose_tokens)).trace(logits, columns, (word, word), counts, bias, last, masks)
+        text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+    assert "choose_tokens" in text
