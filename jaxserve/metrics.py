@@ -8,21 +8,23 @@ a replica that is down keeps its last counters and reports no running requests.
 TGI's counters end without `_total`; they are exposed under TGI's names, untyped.
 """
 
+import math
 import os
 import time
 from bisect import bisect_left
 from collections import Counter as TallyCounter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Protocol
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.utils import floatToGoString
 
-from jaxserve.request import EngineInfo, EngineStats, FinishReason, Request, TokenOutput
+from jaxserve.request import STEP_TIME_BOUNDS, EngineInfo, EngineStats, FinishReason, Request, TokenOutput
 
 prometheus_client.disable_created_metrics()
 
@@ -48,10 +50,9 @@ _ENGINE_COUNTERS = {
     "padded_tokens": ("jaxserve_padded_tokens", "Tokens computed in vain because of bucket sizes."),
     "useful_tokens": ("jaxserve_useful_tokens", "Tokens computed that a request needed."),
     "compile_events": ("jaxserve_compile_events", "Programs compiled after ready; must stay 0."),
-    "schedule_seconds": ("jaxserve_schedule_seconds", "Host time spent in scheduling."),
-    "dispatch_seconds": ("jaxserve_dispatch_seconds", "Host time spent in dispatching steps."),
-    "collect_seconds": ("jaxserve_collect_seconds", "Host time spent waiting for steps."),
 }
+_STEP_PARTS = ("schedule", "dispatch", "device", "collect")
+_STEP_BOUNDS = tuple(floatToGoString(bound) for bound in (*STEP_TIME_BOUNDS, math.inf))
 # As vLLM calls them.
 _REASONS = {
     FinishReason.EOS: "stop",
@@ -149,6 +150,7 @@ class Metrics:
             for engine in self._engines:
                 counter.add_metric((str(engine.replica),), getattr(engine.stats, field))
             yield counter
+        yield self._step_times()
         usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", labels=("replica",))
         up = GaugeMetricFamily("jaxserve_engine_up", "Whether the engine can be asked.", labels=("replica",))
         cache = GaugeMetricFamily("vllm:cache_config_info", "Sizes of the KV cache.", labels=("block_size", "num_gpu_blocks", "replica"))
@@ -164,6 +166,16 @@ class Metrics:
         yield GaugeMetricFamily("tgi_batch_current_size", "Samples that run.", value=sum(stats.num_running for stats in live))
         capacity = sum(engine.info.page_size * engine.info.num_pages for engine in self._engines if engine.info)
         yield GaugeMetricFamily("tgi_batch_max_total_tokens", "Tokens that the KV caches hold.", value=capacity)
+
+    def _step_times(self) -> Metric:
+        text = "Seconds of a step's parts: host scheduling and dispatching, the device computing, the host waiting for the tokens."
+        family = HistogramMetricFamily("jaxserve_step_seconds", text, labels=("part", "replica"))
+        for engine in self._engines:
+            for part in _STEP_PARTS:
+                counts = getattr(engine.stats, f"{part}_counts") or (0,) * len(_STEP_BOUNDS)
+                buckets = list(zip(_STEP_BOUNDS, accumulate(counts), strict=True))
+                family.add_metric((part, str(engine.replica)), buckets, getattr(engine.stats, f"{part}_seconds"))
+        return family
 
     @property
     def model_name(self) -> str:

@@ -16,6 +16,7 @@ MAX_LOGIT_BIAS = 1024
 MAX_STOP_TOKEN_IDS = 64
 MAX_STOP_LENGTH = 1024
 MAX_SAMPLES = 128
+STEP_TIME_BOUNDS = tuple(2e-5 * 1.5**k for k in range(34))  # seconds: 20 us to 13 s
 
 
 class FinishReason(enum.Enum):
@@ -269,9 +270,10 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot of an engine's counters and gauges, told after a step or on request.
+    """A snapshot of an engine's counters and gauges, told on request.
 
-    Counters only grow. Seconds are floats; tokens and pages are ints.
+    Counters only grow. Seconds are floats; tokens and pages are ints. Of a step's parts the seconds are summed, and its counts say how
+    many took up to each of STEP_TIME_BOUNDS and more than the one before; the last entry is for all above them. Empty: none yet.
     """
 
     num_running: int = 0
@@ -287,6 +289,11 @@ class EngineStats:
     padded_tokens: int = 0  # computed in vain because of bucket sizes
     useful_tokens: int = 0
     compile_events: int = 0  # after ready; must stay 0
-    schedule_seconds: float = 0.0
-    dispatch_seconds: float = 0.0
-    collect_seconds: float = 0.0
+    schedule_seconds: float = 0.0  # on the host
+    dispatch_seconds: float = 0.0  # on the host
+    device_seconds: float = 0.0  # from dispatch, or from the end of the step before, until the tokens were on the host
+    collect_seconds: float = 0.0  # on the host, waiting for the tokens
+    schedule_counts: tuple[int, ...] = ()
+    dispatch_counts: tuple[int, ...] = ()
+    device_counts: tuple[int, ...] = ()
+    collect_counts: tuple[int, ...] = ()

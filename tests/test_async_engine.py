@@ -1,13 +1,14 @@
 """AsyncEngine: permits, aborts, drain, and what becomes of requests when the engine's thread ends."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from engines import greedy, tiny_runner
 
-from jaxserve.engine import AsyncEngine
+from jaxserve.engine import AsyncEngine, Engine
 from jaxserve.errors import ContextTooLong, EngineUnavailable, InvalidRequest, Overloaded
 from jaxserve.request import FinishReason, Request, TokenOutput
 
@@ -139,3 +140,20 @@ def test_a_step_that_raises_ends_every_request_with_its_message(tiny_checkpoint:
     with pytest.raises(EngineUnavailable):
         engine.submit(Request("b", (5, 6), greedy(5)), sink)
     engine.close()
+
+
+def test_statistics_are_taken_when_asked_for(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch):
+    taken = []
+    original = Engine.stats
+    monkeypatch.setattr(Engine, "stats", lambda self: taken.append(self) or original(self))
+    sink = Outputs()
+    engine.submit(Request("a", (5, 6, 7), greedy(20)), sink)
+    sink.wait(ended(1))
+    assert not taken  # 20 steps, and nobody asked
+    begin = time.monotonic()
+    while (stats := engine.stats()).num_running or stats.num_steps == 0:
+        assert time.monotonic() < begin + TIMEOUT
+    assert stats.output_tokens == 20 and stats.num_pages_used == 0
+    for counts in (stats.schedule_counts, stats.dispatch_counts, stats.device_counts, stats.collect_counts):
+        assert sum(counts) == stats.num_steps
+    assert stats.device_seconds > 0

@@ -7,7 +7,7 @@ from live_front_end import LiveFrontEnd
 from prometheus_client.parser import text_string_to_metric_families
 
 from jaxserve.metrics import BulkHistogram, Metrics
-from jaxserve.request import EngineInfo, EngineStats
+from jaxserve.request import STEP_TIME_BOUNDS, EngineInfo, EngineStats
 from jaxserve.rpc.client import EngineClient
 
 
@@ -49,7 +49,9 @@ def test_engines_are_told_by_replica(tmp_path: Path):
     clients = [EngineClient(tmp_path / "a", 0), EngineClient(tmp_path / "b", 1)]
     clients[0].available, clients[0].info = True, info
     clients[0].stats = EngineStats(num_running=3, num_waiting=2, num_pages_used=25, num_pages=50, prompt_tokens=100, padded_tokens=7)
-    clients[1].stats = EngineStats(num_running=9, prompt_tokens=5)
+    counts = [0] * (len(STEP_TIME_BOUNDS) + 1)
+    counts[1], counts[3], counts[-1] = 4, 2, 1
+    clients[1].stats = EngineStats(num_running=9, prompt_tokens=5, device_seconds=1.5, device_counts=tuple(counts))
     text = Metrics(clients, "served").exposition().decode()
     values = _values(text)
     one, two = "[('replica', '0')]", "[('replica', '1')]"
@@ -58,6 +60,13 @@ def test_engines_are_told_by_replica(tmp_path: Path):
     assert values["vllm:prompt_tokens_total" + two] == 5
     assert values["vllm:kv_cache_usage_perc" + one] == 0.5
     assert values["jaxserve_padded_tokens_total" + one] == 7
+    device, bucket = (
+        "[('part', 'device'), ('replica', '1')]",
+        "jaxserve_step_seconds_bucket[('le', '{}'), ('part', 'device'), ('replica', '1')]",
+    )
+    assert (values["jaxserve_step_seconds_sum" + device], values["jaxserve_step_seconds_count" + device]) == (1.5, 7)
+    assert [values[bucket.format(le)] for le in (*STEP_TIME_BOUNDS[:5], "+Inf")] == [0, 4, 4, 6, 6, 7]
+    assert values["jaxserve_step_seconds_count" + device.replace("device", "collect")] == 0  # nothing told yet
     assert (values["jaxserve_engine_up" + one], values["jaxserve_engine_up" + two]) == (1, 0)
     assert (values["tgi_queue_size"], values["tgi_batch_current_size"]) == (2, 3)
     assert "vllm:cache_config_info[('block_size', '16'), ('num_gpu_blocks', '50'), ('replica', '0')]" in values

@@ -59,6 +59,8 @@ class AsyncEngine:
         self._permits: dict[str, Permit] = {}
         self._closing = False
         self._stats = engine.stats()
+        self._stats_wanted = False
+        self._at_rest = False  # the engine's thread is not in the engine
         self._checked_at = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -96,8 +98,11 @@ class AsyncEngine:
             self._wake.notify_all()
 
     def stats(self) -> EngineStats:
-        """Counters as of the last step."""
+        """Counters as of now where nothing runs; else as of the step after the last call: no snapshot is taken that nobody asked for."""
         with self._wake:
+            if self._at_rest:
+                return self._engine.stats()
+            self._stats_wanted = True
             return self._stats
 
     @property
@@ -141,7 +146,9 @@ class AsyncEngine:
         with self._wake:
             while not (self._inbox or self._engine.has_work or self._closing):
                 self._check_integrity()
+                self._at_rest = True
                 self._wake.wait()
+                self._at_rest = False
             if self._closing:
                 return False
             items = list(self._inbox)
@@ -156,7 +163,8 @@ class AsyncEngine:
     def _deliver(self, outputs: list[TokenOutput]) -> None:
         by_sink: dict[int, tuple[Sink, list[TokenOutput]]] = {}
         with self._wake:
-            self._stats = self._engine.stats()
+            if self._stats_wanted:
+                self._stats, self._stats_wanted = self._engine.stats(), False
             for output in outputs:
                 permit = self._permits.get(output.request_id)
                 if permit is None or output.index not in permit.unfinished:  # aborted while the step ran
@@ -177,6 +185,7 @@ class AsyncEngine:
             ended = list(self._permits.items())
             self._permits.clear()
             self._inbox.clear()
+            self._at_rest = True
             self._wake.notify_all()
         for request_id, permit in ended:
             permit.sink.put([TokenOutput(request_id, index, [], [], FinishReason.ERROR, error=message) for index in permit.unfinished])

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxserve.engine.decode_gap import DecodeGap
+from jaxserve.engine.durations import Durations
 from jaxserve.request import EngineInfo, EngineStats, Request, TokenOutput
 from jaxserve.runner import ModelRunner
 from jaxserve.scheduler import ScheduledBatch, Scheduler
@@ -74,10 +75,11 @@ class Engine:
         # What is on the device.
         self._in_flight: InFlight | None = None
         self._collected_at = 0.0
-        # Host seconds of every step so far, by verb.
-        self._schedule_seconds = 0.0
-        self._dispatch_seconds = 0.0
-        self._collect_seconds = 0.0
+        # Of every step so far, by part: fields of EngineStats.
+        self._schedule_times = Durations()
+        self._dispatch_times = Durations()
+        self._device_times = Durations()
+        self._collect_times = Durations()
         self._num_steps = 0
 
     @property
@@ -129,9 +131,14 @@ class Engine:
         return replace(
             EngineStats(**self._scheduler.stats(), **self._runner.stats()),
             num_steps=self._num_steps,
-            schedule_seconds=self._schedule_seconds,
-            dispatch_seconds=self._dispatch_seconds,
-            collect_seconds=self._collect_seconds,
+            schedule_seconds=self._schedule_times.seconds,
+            dispatch_seconds=self._dispatch_times.seconds,
+            device_seconds=self._device_times.seconds,
+            collect_seconds=self._collect_times.seconds,
+            schedule_counts=tuple(self._schedule_times.counts),
+            dispatch_counts=tuple(self._dispatch_times.counts),
+            device_counts=tuple(self._device_times.counts),
+            collect_counts=tuple(self._collect_times.counts),
         )
 
     def check_integrity(self) -> None:
@@ -141,7 +148,8 @@ class Engine:
     def _schedule(self) -> ScheduledBatch | None:
         begin = self._clock()
         batch = self._scheduler.schedule()
-        self._schedule_seconds += self._clock() - begin
+        if batch is not None:
+            self._schedule_times.observe(self._clock() - begin)
         return batch
 
     def _dispatch(self, batch: ScheduledBatch) -> InFlight:
@@ -149,7 +157,7 @@ class Engine:
         step = self._runner.forward(batch) if batch.constrained else self._runner.dispatch(batch)
         self._num_steps += 1
         now = self._clock()
-        self._dispatch_seconds += now - begin
+        self._dispatch_times.observe(now - begin)
         return InFlight(batch, step, now)
 
     def _sample(self, dispatched: InFlight) -> None:
@@ -160,8 +168,10 @@ class Engine:
         begin = self._clock()
         result = self._runner.collect(step.step)
         now = self._clock()
-        self._collect_seconds += now - begin
+        self._collect_times.observe(now - begin)
+        on_device = now - max(step.dispatched_at, self._collected_at)
+        self._device_times.observe(on_device)
         if self._decode_gap is not None:
-            self._decode_gap.observe(step.batch.num_tokens, now - max(step.dispatched_at, self._collected_at))
+            self._decode_gap.observe(step.batch.num_tokens, on_device)
         self._collected_at = now
         return self._scheduler.update(step.batch, result)

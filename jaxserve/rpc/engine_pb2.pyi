@@ -226,7 +226,7 @@ class EngineInfo(_message.Message):
     def __init__(self, model_id: _Optional[str] = ..., revision: _Optional[str] = ..., model_path: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_total_tokens: _Optional[int] = ..., max_input_tokens: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., page_size: _Optional[int] = ..., num_pages: _Optional[int] = ..., mesh: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., defaults: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class EngineStats(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_pages_used", "num_pages", "prefix_queries", "prefix_hits", "num_preemptions", "prompt_tokens", "output_tokens", "num_steps", "padded_tokens", "useful_tokens", "compile_events", "schedule_seconds", "dispatch_seconds", "collect_seconds")
+    __slots__ = ("num_running", "num_waiting", "num_pages_used", "num_pages", "prefix_queries", "prefix_hits", "num_preemptions", "prompt_tokens", "output_tokens", "num_steps", "padded_tokens", "useful_tokens", "compile_events", "schedule_seconds", "dispatch_seconds", "collect_seconds", "device_seconds", "schedule_counts", "dispatch_counts", "device_counts", "collect_counts")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_PAGES_USED_FIELD_NUMBER: _ClassVar[int]
@@ -243,6 +243,11 @@ class EngineStats(_message.Message):
     SCHEDULE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     DISPATCH_SECONDS_FIELD_NUMBER: _ClassVar[int]
     COLLECT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULE_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    DISPATCH_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    COLLECT_COUNTS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_pages_used: int
@@ -259,4 +264,9 @@ class EngineStats(_message.Message):
     schedule_seconds: float
     dispatch_seconds: float
     collect_seconds: float
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pages_used: _Optional[int] = ..., num_pages: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., padded_tokens: _Optional[int] = ..., useful_tokens: _Optional[int] = ..., compile_events: _Optional[int] = ..., schedule_seconds: _Optional[float] = ..., dispatch_seconds: _Optional[float] = ..., collect_seconds: _Optional[float] = ...) -> None: ...
+    device_seconds: float
+    schedule_counts: _containers.RepeatedScalarFieldContainer[int]
+    dispatch_counts: _containers.RepeatedScalarFieldContainer[int]
+    device_counts: _containers.RepeatedScalarFieldContainer[int]
+    collect_counts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pages_used: _Optional[int] = ..., num_pages: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., padded_tokens: _Optional[int] = ..., useful_tokens: _Optional[int] = ..., compile_events: _Optional[int] = ..., schedule_seconds: _Optional[float] = ..., dispatch_seconds: _Optional[float] = ..., collect_seconds: _Optional[float] = ..., device_seconds: _Optional[float] = ..., schedule_counts: _Optional[_Iterable[int]] = ..., dispatch_counts: _Optional[_Iterable[int]] = ..., device_counts: _Optional[_Iterable[int]] = ..., collect_counts: _Optional[_Iterable[int]] = ...) -> None: ...
