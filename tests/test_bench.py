@@ -263,3 +263,30 @@ def test_defaults_are_vllm_benchs() -> None:
     assert (WorkloadOptions().num_prompts, WorkloadOptions().random_input_len, WorkloadOptions().random_output_len) == (1000, 1024, 128)
     assert (LatencyOptions().batch_size, LatencyOptions().input_len, LatencyOptions().output_len) == (8, 32, 128)
     assert (ServeOptions().request_rate, ServeOptions().burstiness, ThroughputOptions().temperature) == (float("inf"), 1.0, 1.0)
+
+
+def test_a_profile_adds_up_kernels_and_the_time_between_them() -> None:
+    from jaxserve.bench.profile import Kernel, describe
+
+    # One long kernel with a short one beside it on another stream; then nothing for 4 us; then two more.
+    kernels = [Kernel(0, 10_000, "matmul"), Kernel(2_000, 3_000, "copy"), Kernel(14_000, 6_000, "matmul"), Kernel(20_000, 1_000, "copy")]
+    lines = describe("/device:GPU:0", reversed(kernels), 2)
+    assert lines[0] == "profile: 2 steps on /device:GPU:0, 0.011 ms a step, idle 19.0%"
+    assert [line.split() for line in lines[2:4]] == [["8.0", "1.00", "matmul"], ["2.0", "1.00", "copy"]]
+    assert lines[5].split() == ["2.0", "0.50", "matmul", "->", "matmul"] and len(lines) == 6
+
+
+def test_steady_steps_are_traced(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from engines import greedy, tiny_runner
+
+    from jaxserve.bench.profile import profile
+
+    engine = tiny_runner(tiny_checkpoint("llama")).engine()
+    lines = profile(SimpleNamespace(engines=[engine]), [[5, 6, 7]] * 4, [greedy(50)] * 4, str(tmp_path / "trace"))  # type: ignore[arg-type]
+    assert lines[0].startswith("profile: 20 steps on /host:CPU") and len(lines) > 6
+    assert list((tmp_path / "trace").glob("**/*.xplane.pb"))
+    assert not engine.has_work and engine.stats().num_pages_used == 0
+    with pytest.raises(StartupError, match="cannot write"):
+        profile(SimpleNamespace(engines=[engine]), [[5]], [greedy(2)], "/dev/null/x")  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxserve.bench.options import LatencyOptions, ThroughputOptions, WorkloadOptions
+from jaxserve.bench.profile import profile
 from jaxserve.bench.report import Report, describe_options
 from jaxserve.bench.workload import draw_ids, make_workload
 from jaxserve.llm import LLM, RequestOutput
@@ -22,9 +23,9 @@ def bench_throughput(llm: LLM, options: ThroughputOptions, workload: WorkloadOpt
     items = make_workload(workload, llm.info.vocab_size, llm.tokenizer)
     params = [SamplingParams(temperature=options.temperature, ignore_eos=True, max_tokens=item.output_len) for item in items]
     prompts = [list(item.token_ids) for item in items]
+    # Other ids than the measured ones: those must not come from the prefix cache.
+    rng = np.random.default_rng(workload.seed + 1)
     if options.num_warmups:
-        # Other ids than the measured ones: those must not come from the prefix cache.
-        rng = np.random.default_rng(workload.seed + 1)
         warmups = [list(draw_ids(rng, len(prompts[i % len(prompts)]), llm.info.vocab_size)) for i in range(options.num_warmups)]
         llm.generate(warmups, [params[i % len(params)] for i in range(options.num_warmups)])
     started = time.perf_counter()
@@ -41,7 +42,11 @@ def bench_throughput(llm: LLM, options: ThroughputOptions, workload: WorkloadOpt
         "output_tokens_per_second": output_tokens / seconds,
         "tokens_per_second": (prompt_tokens + output_tokens) / seconds,
     }
-    return Report("throughput", figures, asdict(llm.info), describe_options(options, workload))
+    lines: list[str] = []
+    if options.profile is not None:
+        # Other ids here too.
+        lines = profile(llm, [list(draw_ids(rng, len(prompt), llm.info.vocab_size)) for prompt in prompts], params, options.profile)
+    return Report("throughput", figures, asdict(llm.info), describe_options(options, workload), lines)
 
 
 def bench_latency(llm: LLM, options: LatencyOptions) -> Report:
@@ -59,7 +64,11 @@ def bench_latency(llm: LLM, options: LatencyOptions) -> Report:
     figures |= {f"p{p}_latency": float(np.percentile(latencies, p)) for p in PERCENTILES}
     figures["output_tokens_per_second"] = options.batch_size * options.output_len / figures["avg_latency"]
     figures["latencies"] = latencies
-    return Report("latency", figures, asdict(llm.info), describe_options(options))
+    lines: list[str] = []
+    if options.profile is not None:
+        prompts = [list(draw_ids(rng, options.input_len, llm.info.vocab_size)) for _ in range(options.batch_size)]
+        lines = profile(llm, prompts, [params] * len(prompts), options.profile)
+    return Report("latency", figures, asdict(llm.info), describe_options(options), lines)
 
 
 def _count(outputs: Sequence[RequestOutput]) -> tuple[int, int]:

@@ -26,6 +26,7 @@ class ThroughputOptions:
 
     temperature: float = option(1.0, "0 is greedy.", low=0)
     num_warmups: int = option(1, "Requests before the clock starts.", low=0)
+    profile: str | None = option(None, "Then trace some steady steps, keep the trace here and show what they did.", metavar="DIR")
     output_json: str | None = option(None, "Write figures, versions, device and command here.", metavar="FILE")
 
 
@@ -39,6 +40,7 @@ class LatencyOptions:
     num_iters_warmup: int = option(10, "Batches before the clock starts.", low=0)
     num_iters: int = option(30, "Batches that are timed.", low=1)
     temperature: float = option(1.0, "0 is greedy.", low=0)
+    profile: str | None = option(None, "Then trace some steady steps, keep the trace here and show what they did.", metavar="DIR")
     seed: int = option(0, "Of the token ids.", low=0)
     output_json: str | None = option(None, "Write figures, versions, device and command here.", metavar="FILE")
 

@@ -4,7 +4,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -22,12 +22,14 @@ class Report:
         figures: name -> value, in the order to show them; lists are kept but not shown.
         system: what was measured: model, device, mesh, or what the server says of itself.
         options: of the benchmark.
+        profile: lines to show after the figures; empty where none was asked for.
     """
 
     benchmark: str
     figures: Mapping[str, Any]
     system: Mapping[str, Any]
     options: Mapping[str, Any]
+    profile: Sequence[str] = ()
 
     def show(self) -> None:
         """Print the figures, a line each."""
@@ -40,6 +42,8 @@ class Report:
                 print(f"  {name:<28}{value:>14,}" if isinstance(value, int) else f"  {name:<28}{value:>14,.2f}")
             elif name == "errors":
                 print(*(f"  error: {error}" for error in value), sep="\n")
+        for line in self.profile:
+            print(line)
 
     def save(self, path: str) -> None:
         """Write everything, with date, command and versions.
@@ -54,6 +58,7 @@ class Report:
             "figures": self.figures,
             "system": self.system,
             "options": self.options,
+            "profile": self.profile,
             "environment": describe_environment(),
         }
         try:
