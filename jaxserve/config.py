@@ -31,6 +31,11 @@ class ModelOptions:
         ("auto", "float32", "float16", "bfloat16"),
     )
     load_format: str = option("auto", "dummy: random weights of the model's shape, for benchmarks.", ("auto", "dummy"))
+    rope_scaling: str | None = option(None, "Rope scaling in place of the model's own; needs --rope-factor.", ("linear", "dynamic"))
+    rope_factor: float | None = option(None, "How many times longer --rope-scaling makes the context.", low=1.0)
+    weights_cache_override: str | None = option(
+        None, "Folder with the weights of --model-id, whose other files come from the hub.", metavar="DIR"
+    )
     tokenizer_config_path: str | None = option(None, "A tokenizer_config.json whose chat template replaces the model's.", metavar="PATH")
 
 
@@ -89,6 +94,8 @@ class ServerOptions:
     max_client_batch_size: int = option(32, "Most prompts of one /v1/completions request.", low=1)
     graceful_termination_timeout: int = option(90, "Seconds that running requests may take after SIGTERM.", metavar="SECONDS", low=0)
     json_output: bool = option(False, "Log in JSON lines.")
+    log_level: str = option("info", "Least severe lines that are logged.", ("debug", "info", "warning", "error"))
+    prometheus_port: int | None = option(None, "A second port for /metrics alone. It is at the HTTP port anyway.", low=0, high=65535)
     validation_workers: int = option(2, "Threads of an HTTP process that tokenize.", low=1, high=64)
     disable_grammar_support: bool = option(False, "Refuse requests with a grammar.")
     tgi_strict: bool = option(False, "Do what TGI does where jaxserve does better, see docs/tgi.md.")

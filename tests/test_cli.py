@@ -35,7 +35,12 @@ EXAMPLES = {tuple: ("one", ("one",)), int: ("7", 7), float: ("0.5", 0.5), str: (
 
 def example(options: type, name: str) -> tuple[str, object]:
     """A legal text for a field and the value it means."""
-    special = {"mesh": ("2x3", "2x3"), "hostname": ("127.0.0.1", "127.0.0.1"), "prefix_caching": ("false", False)}
+    special = {
+        "mesh": ("2x3", "2x3"),
+        "hostname": ("127.0.0.1", "127.0.0.1"),
+        "prefix_caching": ("false", False),
+        "rope_factor": ("2", 2.0),
+    }
     if name in special:
         return special[name]
     field = next(f for f in fields(options) if f.name == name)
@@ -52,8 +57,9 @@ EVERY_FIELD = [(options, field.name) for options in OPTIONS for field in fields(
 def test_every_field_is_a_flag_and_a_variable(options: type, name: str) -> None:
     text, value = example(options, name)
     place = OPTIONS.index(options)
-    assert getattr(read_options(["--" + name.replace("_", "-"), text], {})[place], name) == value
-    assert getattr(read_options([], {name.upper(): text})[place], name) == value
+    beside = {"rope_factor": ["--rope-scaling", "linear"], "rope_scaling": ["--rope-factor", "2"]}.get(name, [])
+    assert getattr(read_options(["--" + name.replace("_", "-"), text, *beside], {})[place], name) == value
+    assert getattr(read_options(beside, {name.upper(): text})[place], name) == value
 
 
 def test_a_flag_goes_before_its_variable_and_empty_is_unset() -> None:
@@ -91,6 +97,45 @@ def test_a_tgi_command_line_works(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
     assert read_options([], {"NUM_SHARD": "2", "MAX_INPUT_LENGTH": "9"})[1] == EngineOptions(mesh="1x2", max_input_tokens=9)
     assert read_options(["--mesh", "2x2"], {"NUM_SHARD": "8"})[1].mesh == "2x2"
+
+
+def test_values_that_ask_for_nothing_are_no_refusal(capsys: pytest.CaptureFixture[str]) -> None:
+    read_options(["--kv-cache-dtype", "auto", "--speculate", "0", "--usage-stats", "off"], {"QUANTIZE": "", "NGROK": "false"})
+    assert capsys.readouterr().err == ""
+    assert "CUDA only" in refused(capsys, ["--quantize", "eetq"]) and "later" in refused(capsys, [], {"QUANTIZE": "awq"})
+
+
+def test_strict_takes_tgis_limits_where_none_are_given() -> None:
+    _, engine, server = read_options(["--tgi-strict", "--max-top-n-tokens", "9"], {"MAX_STOP_SEQUENCES": "8"})
+    assert (engine.max_concurrent_requests, server.max_client_batch_size) == (128, 4)
+    assert (server.max_top_n_tokens, server.max_stop_sequences) == (9, 8)
+
+
+def test_sagemaker() -> None:
+    environment = {
+        "HF_MODEL_ID": "m",
+        "HF_MODEL_REVISION": "r",
+        "SM_NUM_GPUS": "2",
+        "HF_MODEL_TRUST_REMOTE_CODE": "true",
+        "PORT": "80",
+        "HF_API_TOKEN": "t",
+    }
+    model, engine, server = read_options([], environment)
+    assert (model.model_id, model.revision, engine.mesh, server.port) == ("m", "r", "1x2", 8080)
+    assert environment["HF_TOKEN"] == "t"
+    assert read_options([], {"SAGEMAKER_BIND_TO_PORT": "81"})[2].port == 81
+    assert read_options([], {"HF_MODEL_ID": "m", "MODEL_ID": "own"})[0].model_id == "own"
+    assert read_options(["-p", "82"], {"HF_MODEL_ID": "m"})[2].port == 82
+
+
+def test_vertex(capsys: pytest.CaptureFixture[str]) -> None:
+    assert read_options([], {"AIP_HTTP_PORT": "8080", "PORT": "80"})[2].port == 8080
+    assert "AIP_HEALTH_ROUTE" in refused(capsys, [], {"AIP_HEALTH_ROUTE": "health"})
+
+
+@pytest.mark.parametrize(("text", "level"), [("warn", "warning"), ("TRACE", "debug"), ("a=debug,error", "error"), ("a=debug", "info")])
+def test_log_level_as_tgi_has_it(text: str, level: str) -> None:
+    assert read_options([], {"LOG_LEVEL": text})[2].log_level == level
 
 
 def test_the_hub_cache_reaches_the_environment() -> None:
@@ -137,6 +182,8 @@ def test_flags_of_missing_features_are_refused(flag, capsys: pytest.CaptureFixtu
         ("--num-shard 0", "at least 1"),
         ("--num-shard two", "two"),
         ("--sharded true", "--num-shard"),
+        ("--rope-scaling linear", "--rope-factor"),
+        ("--rope-scaling yarn --rope-factor 2", "linear"),
         ("--sharded false --num-shard 2", "different"),
         ("--max-input-length 5 --max-input-tokens 6", "different"),
     ],

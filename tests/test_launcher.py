@@ -141,7 +141,9 @@ ENDLESS = {"step_seconds": 0.02, "forever": True, "max_total_tokens": 10**6}
 
 def test_two_engines_and_two_http_processes(server: Callable[..., Server]):
     """Probes, totals, ports; then kill -9 of the launcher."""
-    live = server(double=ENDLESS, engine={"mesh": "2x1"}, server={"http_workers": 2})
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        metrics_port = probe.getsockname()[1]
+    live = server(double=ENDLESS, engine={"mesh": "2x1"}, server={"http_workers": 2, "prometheus_port": metrics_port})
     # The port is open early, and says that it is not ready.
     live.until(lambda: live.client.get("/health/live").status_code == 200)
     early = live.client.get("/health")
@@ -164,10 +166,14 @@ def test_two_engines_and_two_http_processes(server: Callable[..., Server]):
         assert next(stream).startswith("data: {")
     live.until(lambda: min(live.metric("vllm:num_requests_running")) > 0)
 
-    # Nothing but the HTTP port listens on TCP, on loopback or elsewhere.
+    with httpx.Client(base_url=f"http://127.0.0.1:{metrics_port}") as client:
+        assert "\ntgi_request_success 12.0\n" in client.get("/metrics").text
+        assert client.get("/health").status_code == client.post("/generate", json={"inputs": "a"}).status_code == 404
+
+    # Nothing but these ports listens on TCP, on loopback or elsewhere.
     assert {
         connection.laddr.port for child in live.children for connection in child.net_connections("tcp") if connection.status == "LISTEN"
-    } == {live.port}
+    } == {live.port, metrics_port}
 
     live.process.kill()
     live.process.wait()

@@ -18,7 +18,7 @@ from jaxserve.config import ModelOptions
 from jaxserve.errors import ModelNotFound, StartupError, UnsupportedModel, WeightsError
 from jaxserve.models import Model, ModelConfig
 from jaxserve.weights import ModelSource, resolve_model
-from jaxserve.weights.loader import load_model, resolve_dtype
+from jaxserve.weights.loader import load_model, read_config, resolve_dtype
 
 
 def load(folder: Path, tensor: int = 1, load_format: str = "auto") -> Model:
@@ -234,6 +234,18 @@ def test_a_file_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"x")
     with pytest.raises(ModelNotFound, match=r"not a \.gguf file"):
         resolve_model(ModelOptions(model_id=str(tmp_path / "weights.bin")))
+
+
+def test_weights_of_another_folder_and_rope_scaling(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match=r"has no \.safetensors"):
+        resolve_model(ModelOptions(model_id=str(llama), weights_cache_override=str(tmp_path)))
+    for file in llama.glob("*.safetensors*"):
+        (tmp_path / file.name).symlink_to(file)
+    source = resolve_model(ModelOptions(model_id=str(llama), weights_cache_override=str(tmp_path), rope_scaling="linear", rope_factor=2.0))
+    assert (source.path, source.weights) == (llama, tmp_path)
+    plain, scaled = read_config(resolve_model(ModelOptions(model_id=str(llama)))), read_config(source)
+    assert scaled.max_position_embeddings == 2 * plain.max_position_embeddings
+    assert scaled.rope.frequencies == pytest.approx([frequency / 2 for frequency in plain.rope.frequencies])
 
 
 def test_source_tells_folder_from_gguf(llama: Path) -> None:

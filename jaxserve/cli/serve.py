@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from jaxserve.cli import COMMANDS
 from jaxserve.cli.flags import Parser, add_flags, parse, read_flags
-from jaxserve.cli.tgi import add_tgi_flags, apply_tgi_flags
+from jaxserve.cli.platforms import apply_platforms
+from jaxserve.cli.tgi import add_tgi_flags, apply_strict_limits, apply_tgi_flags
 from jaxserve.config import EngineOptions, ModelOptions, ServerOptions, parse_mesh
 from jaxserve.environment import describe_environment, versions
 from jaxserve.errors import StartupError
@@ -25,7 +26,7 @@ def read_options(
 
     Args:
         arguments: after the command's name.
-        environment: of this process; --huggingface-hub-cache changes it.
+        environment: of this process; --huggingface-hub-cache and platforms' variables change it.
         parser: of another command with the same flags (`add_all_flags`).
 
     Raises:
@@ -36,11 +37,17 @@ def read_options(
     if hasattr(parsed, "env"):
         print("\n".join(f"{name}: {value}" for name, value in describe_environment().items()))
         parser.exit(0)
+    try:
+        apply_platforms(environment)
+    except StartupError as error:
+        parser.error(str(error))
     apply_tgi_flags(parser, parsed, environment)
+    if read_flags(parser, parsed, ServerOptions, environment).tgi_strict:
+        apply_strict_limits(parsed, environment)
     model = read_flags(parser, parsed, ModelOptions, environment)
     engine = read_flags(parser, parsed, EngineOptions, environment)
     server = read_flags(parser, parsed, ServerOptions, environment)
-    _check_together(parser, engine)
+    _check_together(parser, model, engine)
     return model, engine, server
 
 
@@ -82,7 +89,9 @@ def add_all_flags(parser: Parser) -> None:
     add_tgi_flags(parser)
 
 
-def _check_together(parser: Parser, engine: EngineOptions) -> None:
+def _check_together(parser: Parser, model: ModelOptions, engine: EngineOptions) -> None:
+    if (model.rope_scaling is None) != (model.rope_factor is None):
+        parser.error("--rope-scaling and --rope-factor need each other")
     try:
         parse_mesh(engine.mesh)
     except StartupError as error:

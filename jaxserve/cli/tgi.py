@@ -2,7 +2,7 @@
 
 One that changes nothing here is accepted with a line saying why; one that asks for a feature not there yet is refused, because
 serving without it would be serving something else. The environment variables that TGI reads count too: those of refused flags
-are refused, those of unneeded ones pass in silence (deployments set them by the dozen).
+are refused, those of unneeded ones pass in silence (deployments set them by the dozen). docs/tgi.md lists them all.
 """
 
 import argparse
@@ -16,42 +16,55 @@ from jaxserve.cli.flags import whole_number
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """A flag of TGI's and the reason why it is unneeded or refused."""
+    """A flag of TGI's.
+
+    Attributes:
+        name: without dashes.
+        why: it is unneeded or refused.
+        off: values that do not ask for the feature; one that is refused is accepted with them.
+    """
 
     name: str
     why: str
+    off: tuple[str, ...] = ()
 
 
+_PADDED = "prompts join the running batch at every step (TGI ignores it too, with chunked prefill)"
+_RENDEZVOUS = "the devices of a host need no rendezvous"
 UNNEEDED = (
-    Foreign("waiting-served-ratio", "prompts join the running batch at every step"),
-    Foreign("max-waiting-tokens", "prompts join the running batch at every step"),
-    Foreign("max-batch-total-tokens", "the KV cache takes the memory there is, see --cuda-memory-fraction"),
-    Foreign("cuda-graphs", "every batch size is compiled ahead of time"),
-    Foreign("disable-custom-kernels", "the kernels are chosen by device"),
+    Foreign("waiting-served-ratio", _PADDED),
+    Foreign("max-waiting-tokens", _PADDED),
+    Foreign("max-batch-total-tokens", "the KV cache takes the memory there is (TGI ignores it too), see --cuda-memory-fraction"),
+    Foreign("cuda-graphs", "there are no CUDA graphs to list: every batch size is compiled ahead of time"),
+    Foreign("disable-custom-kernels", "there are no custom CUDA kernels: JAX compiles kernels for the device that is there"),
     Foreign("trust-remote-code", "code of a model repository is never run"),
     Foreign("shard-uds-path", "sockets are made in a private folder"),
-    Foreign("master-addr", "the devices of a host need no rendezvous"),
-    Foreign("master-port", "the devices of a host need no rendezvous"),
-    Foreign("prometheus-port", "metrics are at /metrics on the HTTP port"),
-    Foreign("usage-stats", "no usage data is sent"),
+    Foreign("master-shard-uds-path", "sockets are made in a private folder"),
+    Foreign("master-addr", _RENDEZVOUS),
+    Foreign("master-port", _RENDEZVOUS),
+    Foreign("enable-prefill-logprobs", "log probabilities of the prompt cost only the requests that ask for them"),
+    Foreign("usage-stats", "no usage data is ever sent", ("off",)),
+    Foreign("max-image-fetch-size", "images are not fetched"),
+    Foreign("tokenizer-name", "the tokenizer is the model's"),
 )
+_NONE = ("", "false", "0", "none")
 REFUSED = (
-    Foreign("quantize", "quantization is not supported yet, but for .gguf files, which are dequantized"),
-    Foreign("kv-cache-dtype", "the KV cache has the dtype of the model"),
-    Foreign("speculate", "speculative decoding is not supported yet"),
-    Foreign("lora-adapters", "LoRA adapters are not supported yet"),
-    Foreign("rope-scaling", "rope scaling is read from the model's config.json"),
-    Foreign("rope-factor", "rope scaling is read from the model's config.json"),
-    Foreign("weights-cache-override", "pass the folder as --model-id"),
-    Foreign("enable-prefill-logprobs", "log probabilities of the prompt are not supported yet"),
-    Foreign("watermark-gamma", "watermarking is not supported"),
-    Foreign("watermark-delta", "watermarking is not supported"),
-    Foreign("otlp-endpoint", "OpenTelemetry traces are not supported yet"),
-    Foreign("otlp-service-name", "OpenTelemetry traces are not supported yet"),
-    Foreign("ngrok", "tunnels are not supported"),
-    Foreign("ngrok-authtoken", "tunnels are not supported"),
-    Foreign("ngrok-edge", "tunnels are not supported"),
+    Foreign("quantize", "quantized arithmetic comes later; .gguf files are served, dequantized", _NONE),
+    Foreign("kv-cache-dtype", "FP8 KV caches come later; the KV cache has the dtype of the model", ("", "auto")),
+    Foreign("speculate", "speculative decoding comes later", _NONE),
+    Foreign("lora-adapters", "LoRA adapters come later", _NONE),
+    Foreign("watermark-gamma", "watermarking comes later"),
+    Foreign("watermark-delta", "watermarking comes later"),
+    Foreign("ngrok", "tunnels are not supported (in TGI 3 neither)", _NONE),
+    Foreign("ngrok-authtoken", "tunnels are not supported (in TGI 3 neither)"),
+    Foreign("ngrok-edge", "tunnels are not supported (in TGI 3 neither)"),
 )
+# Kinds of --quantize that will not come.
+CUDA_ONLY = {
+    kind: f"{kind} kernels exist for CUDA only, outside of JAX; serve the model's own weights" for kind in ("eetq", "exl2", "marlin")
+}
+# TGI's limits where jaxserve allows more: --tgi-strict takes them, unless others are given.
+STRICT_LIMITS = {"max_concurrent_requests": 128, "max_stop_sequences": 4, "max_top_n_tokens": 5, "max_client_batch_size": 4}
 _DEST = "tgi:"
 
 
@@ -78,12 +91,12 @@ def apply_tgi_flags(parser: argparse.ArgumentParser, arguments: argparse.Namespa
         environment: of this process and those it starts; HF_HUB_CACHE may be set.
     """
     for flag in REFUSED:
-        if hasattr(arguments, _DEST + flag.name):
-            parser.error(f"--{flag.name}: {flag.why}")
-        if environment.get(_variable(flag.name)):
-            parser.error(f"environment variable {_variable(flag.name)}: {flag.why}")
+        if (values := getattr(arguments, _DEST + flag.name, None)) is not None:
+            _refuse(parser, flag, f"--{flag.name}", values)
+        if text := environment.get(_variable(flag.name)):
+            _refuse(parser, flag, f"environment variable {_variable(flag.name)}", [text])
     for flag in UNNEEDED:
-        if hasattr(arguments, _DEST + flag.name):
+        if (values := getattr(arguments, _DEST + flag.name, None)) is not None and (not values or values[0] not in flag.off):
             print(f"{parser.prog}: warning: --{flag.name} has no effect: {flag.why}", file=sys.stderr)
     _apply_num_shard(parser, arguments, environment)
     limit = _old_value(parser, arguments, environment, "max_input_length", "max_input_tokens")
@@ -93,6 +106,19 @@ def apply_tgi_flags(parser: argparse.ArgumentParser, arguments: argparse.Namespa
         arguments.max_input_tokens = limit
     if hasattr(arguments, "huggingface_hub_cache"):
         environment["HF_HUB_CACHE"] = arguments.huggingface_hub_cache
+
+
+def apply_strict_limits(arguments: argparse.Namespace, environment: Mapping[str, str]) -> None:
+    """Take TGI's limits where neither a flag nor a variable sets them; `arguments` is changed in place."""
+    for name, limit in STRICT_LIMITS.items():
+        if not hasattr(arguments, name) and not environment.get(name.upper()):
+            setattr(arguments, name, limit)
+
+
+def _refuse(parser: argparse.ArgumentParser, flag: Foreign, told: str, values: list[str]) -> None:
+    value = values[0].lower() if values else "true"
+    if value not in flag.off:
+        parser.error(f"{told}: {CUDA_ONLY.get(value, flag.why) if flag.name == 'quantize' else flag.why}")
 
 
 def _apply_num_shard(parser: argparse.ArgumentParser, arguments: argparse.Namespace, environment: Mapping[str, str]) -> None:

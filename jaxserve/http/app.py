@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
 from jaxserve.http import VERSION
-from jaxserve.http.auth import TGI_OPEN_ROUTES, ApiKey
+from jaxserve.http.auth import OPEN_PATHS, TGI_OPEN_ROUTES, ApiKey
 from jaxserve.http.errors import add_error_handlers
 from jaxserve.http.openai_routes import openai_routes
 from jaxserve.http.platform_routes import platform_routes
@@ -52,7 +52,7 @@ def build_app(service: Service, lifespan: Callable[[FastAPI], AbstractAsyncConte
     app.include_router(tgi_routes(service))
     app.include_router(tokenize_routes(service))
     app.include_router(platform_routes(service, os.environ))
-    app.include_router(status_routes(service))
+    app.include_router(status_routes(service, os.environ))
 
     @app.get("/api-doc/openapi.json", include_in_schema=False)
     async def tgi_api_description() -> JSONResponse:
@@ -67,7 +67,8 @@ def build_app(service: Service, lifespan: Callable[[FastAPI], AbstractAsyncConte
 
     app.mount("/chat", StaticFiles(directory=STATIC))
     if options.api_key is not None:
-        app.add_middleware(ApiKey, key=options.api_key, open_routes=TGI_OPEN_ROUTES if options.tgi_strict else ())
+        paths = {*OPEN_PATHS, os.environ.get("AIP_HEALTH_ROUTE", "/health")}
+        app.add_middleware(ApiKey, key=options.api_key, open_paths=paths, open_routes=TGI_OPEN_ROUTES if options.tgi_strict else ())
     app.add_middleware(
         CORSMiddleware,
         allow_origins=list(options.cors_allow_origin) or ["*"],

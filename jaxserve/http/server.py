@@ -7,7 +7,7 @@ import gc
 import signal
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 import uvicorn
@@ -18,6 +18,7 @@ from jaxserve.http.app import build_app
 from jaxserve.http.protocol import LimitedProtocol
 from jaxserve.http.service import Service
 from jaxserve.http.sse import with_direct_send
+from jaxserve.http.status_routes import metrics_alone
 
 KEEP_ALIVE_TIMEOUT = 30  # seconds that an idle connection stays open
 FAREWELL_TIME = 2  # seconds to tell clients that their requests could not be finished in time
@@ -29,19 +30,20 @@ class HttpServer(uvicorn.Server):
     Args:
         service: what the routes work with.
         on_ready: called once, when requests can be answered.
+        metrics_ports: where nothing but /metrics is answered.
 
     Attributes:
         failure: why the server ended by itself, if it did.
     """
 
-    def __init__(self, service: Service, on_ready: Callable[[], None] = lambda: None):
+    def __init__(self, service: Service, on_ready: Callable[[], None] = lambda: None, metrics_ports: Sequence[int] = ()):
         self.failure: StartupError | None = None
         self._service = service
         self._on_ready = on_ready
         protocol: Any = functools.partial(LimitedProtocol, payload_limit=service.options.payload_limit)
         super().__init__(
             uvicorn.Config(
-                with_direct_send(build_app(service, self._lifespan)),
+                with_direct_send(metrics_alone(build_app(service, self._lifespan), metrics_ports)),
                 loop="uvloop",
                 http=protocol,
                 ws="none",

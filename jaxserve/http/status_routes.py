@@ -4,10 +4,12 @@ The port is open from the start. /health/live answers 200 as soon as it is; /hea
 model is loaded and whenever no engine can be asked.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxserve.http import VERSION
 from jaxserve.http.service import Service
@@ -16,8 +18,24 @@ from jaxserve.metrics import CONTENT_TYPE
 RETRY_AFTER = 5  # seconds
 
 
-def status_routes(service: Service) -> APIRouter:
-    """Routes that generate nothing."""
+def metrics_alone(app: ASGIApp, ports: Sequence[int]) -> ASGIApp:
+    """Wrap an application so that on some of its ports it answers /metrics and nothing else."""
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["server"][1] in ports and scope["path"] != "/metrics":
+            await PlainTextResponse("only /metrics is here", 404)(scope, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    return call if ports else app
+
+
+def status_routes(service: Service, environment: Mapping[str, str]) -> APIRouter:
+    """Routes that generate nothing.
+
+    Args:
+        environment: Vertex AI names its probe's path in AIP_HEALTH_ROUTE.
+    """
     router = APIRouter(tags=["status"])
 
     @router.head("/", include_in_schema=False)
@@ -32,6 +50,9 @@ def status_routes(service: Service) -> APIRouter:
             return Response()
         body = {"error": "unhealthy", "error_type": "healthcheck"}
         return JSONResponse(body, 503, headers={"retry-after": str(RETRY_AFTER)})
+
+    if route := environment.get("AIP_HEALTH_ROUTE"):
+        router.get(route, include_in_schema=False)(ready)
 
     @router.get("/health/live")
     async def live() -> Response:

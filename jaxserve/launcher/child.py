@@ -117,7 +117,7 @@ def run_child(arguments: Sequence[str], run: Callable[[Control], None]) -> int:
     """
     control = Control(int(arguments[0]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    set_up_logging(control.options.server.json_output)
+    set_up_logging(control.options.server.json_output, control.options.server.log_level)
     try:
         run(control)
     except StartupError as error:

@@ -1,4 +1,7 @@
-"""An HTTP process: the front end on one listening socket. `python -m jaxserve.launcher.http_process DESCRIPTOR LISTENING_DESCRIPTOR`."""
+"""An HTTP process: the front end on one listening socket. `python -m jaxserve.launcher.http_process DESCRIPTOR LISTENING... `.
+
+The second listening descriptor, where there is one, is for metrics alone.
+"""
 
 import resource
 import socket
@@ -17,10 +20,10 @@ from jaxserve.rpc.router import Router
 
 def main(arguments: Sequence[str]) -> int:
     """Run an HTTP process; returns the exit code."""
-    return run_child(arguments, lambda control: _run(control, socket.socket(fileno=int(arguments[1]))))
+    return run_child(arguments, lambda control: _run(control, [socket.socket(fileno=int(each)) for each in arguments[1:]]))
 
 
-def _run(control: Control, listening: socket.socket) -> None:
+def _run(control: Control, listening: Sequence[socket.socket]) -> None:
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a connection is a file
     options = control.options
@@ -37,8 +40,8 @@ def _run(control: Control, listening: socket.socket) -> None:
     def tell_ready() -> None:
         control.tell_ready(model=service.model_name, device=service.info.device, dtype=service.info.dtype)
 
-    server = HttpServer(service, tell_ready)
-    server.run(sockets=[listening])
+    server = HttpServer(service, tell_ready, [each.getsockname()[1] for each in listening[1:]])
+    server.run(sockets=list(listening))
     if server.failure is not None:
         raise server.failure
 

@@ -46,16 +46,18 @@ def launch(model: ModelOptions, engine: EngineOptions, server: ServerOptions, en
         the exit code: 0 after SIGTERM or SIGINT, 1 where serving became impossible (one line on stderr says why), 128 + the signal
         where a second one cut the end short.
     """
-    set_up_logging(server.json_output)
+    set_up_logging(server.json_output, server.log_level)
     try:
         listening = listen(server.hostname, server.port, server.http_workers)
+        # One process answers for all of them.
+        metrics = None if server.prometheus_port is None else listen(server.hostname, server.prometheus_port, 1)[0]
         environments = [device_environment(engine, replica, os.environ) for replica in range(engine.data_size)]
     except StartupError as error:
         return _fail(str(error))
     folder, lock = make_run_folder()
     try:
         metrics_folder(folder).mkdir()
-        return asyncio.run(_Launcher(folder, listening, model, engine, server, engine_command, environments).run())
+        return asyncio.run(_Launcher(folder, listening, metrics, model, engine, server, engine_command, environments).run())
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
@@ -66,6 +68,7 @@ class _Launcher:
         self,
         folder: Path,
         listening: Sequence[socket.socket],
+        metrics: socket.socket | None,
         model: ModelOptions,
         engine: EngineOptions,
         server: ServerOptions,
@@ -73,7 +76,7 @@ class _Launcher:
         engine_environments: Sequence[dict[str, str]],
     ):
         self._started_at = time.monotonic()
-        self._listening = listening
+        self._listening = [*listening, *([] if metrics is None else [metrics])]
         self._server = server
         self._mesh = engine.mesh
         self._http = [
@@ -82,7 +85,7 @@ class _Launcher:
                 HTTP_COMMAND,
                 ChildOptions(str(folder), index, model, engine, server),
                 {"PROMETHEUS_MULTIPROC_DIR": str(metrics_folder(folder))},
-                [each.fileno()],
+                [each.fileno()] if index or metrics is None else [each.fileno(), metrics.fileno()],
             )
             for index, each in enumerate(listening)
         ]

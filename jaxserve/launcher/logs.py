@@ -19,11 +19,11 @@ class _JsonFormatter(logging.Formatter):
         return json.dumps(told)
 
 
-def set_up_logging(as_json: bool, level: int = logging.INFO) -> None:
-    """Log to stderr; called once by each process."""
+def set_up_logging(as_json: bool, level: str = "info") -> None:
+    """Log to stderr what is at least as severe as `level`; called once by each process."""
     handler = logging.StreamHandler()
     handler.setFormatter(_JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(name)s[%(process)d]: %(message)s"))
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # They tell every request of theirs, every start and every end.
     for name in ("httpx", "httpcore", "uvicorn.error", "huggingface_hub", "jax"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -38,7 +38,7 @@ def load_model(source: ModelSource, options: ModelOptions, mesh: Mesh, dtype: jn
         architecture = Architecture.of(config, attention)
         _check_mesh(architecture, mesh.shape["tensor"])
         return Model(architecture, tuple(random_array(parameter, mesh, dtype) for parameter in architecture.parameters))
-    checkpoint: Checkpoint = GGUFCheckpoint(source.path) if source.is_gguf else SafetensorsCheckpoint(source.path)
+    checkpoint: Checkpoint = GGUFCheckpoint(source.path) if source.is_gguf else SafetensorsCheckpoint(source.weights or source.path)
     tied = config.tie_embeddings and embeddings_are_tied(checkpoint)
     architecture = Architecture.of(replace(config, tie_embeddings=tied), attention)
     _check_mesh(architecture, mesh.shape["tensor"])
@@ -58,11 +58,22 @@ def read_config(source: ModelSource) -> ModelConfig:
     """
     if source.is_gguf:
         checkpoint = GGUFCheckpoint(source.path)
-        return ModelConfig.from_hf(checkpoint.config, checkpoint.generation_config)
+        return ModelConfig.from_hf(_scaled(checkpoint.config, source), checkpoint.generation_config)
     config = _read_json(source.path / "config.json")
     if config is None:
         raise ModelNotFound(f"{source.path} has no config.json")
-    return ModelConfig.from_hf(config, _read_json(source.path / "generation_config.json"))
+    return ModelConfig.from_hf(_scaled(config, source), _read_json(source.path / "generation_config.json"))
+
+
+def _scaled(config: Mapping[str, Any], source: ModelSource) -> Mapping[str, Any]:
+    """config.json with the rope scaling that the user asked for."""
+    if source.rope_scaling is None:
+        return config
+    kind, factor = source.rope_scaling
+    rest = {name: value for name, value in config.items() if name not in ("rope_parameters", "rope_scaling")}
+    theta = (config.get("rope_parameters") or {}).get("rope_theta")
+    kept = {} if theta is None else {"rope_theta": theta}
+    return {**rest, **kept, "rope_scaling": {"rope_type": kind, "factor": factor}}
 
 
 def resolve_dtype(name: str, config: ModelConfig, platform: str) -> jnp.dtype:

@@ -1,7 +1,7 @@
 """Where a model's files are. Imports no JAX."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jaxserve.config import ModelOptions
@@ -18,11 +18,15 @@ class ModelSource:
         model_id: as given by the user; the demo model's own where none was given.
         revision: of a hub id, "" if none.
         path: local folder, or .gguf file.
+        weights: folder of the safetensors files; None: `path`.
+        rope_scaling: (type, factor) in place of config.json's; None: that.
     """
 
     model_id: str
     revision: str
     path: Path
+    weights: Path | None = None
+    rope_scaling: tuple[str, float] | None = None
 
     @property
     def is_gguf(self) -> bool:
@@ -36,6 +40,18 @@ def resolve_model(options: ModelOptions) -> ModelSource:
     Raises:
         ModelNotFound: one line.
     """
+    source = _find(options)
+    if options.weights_cache_override is not None:
+        weights = Path(os.path.expanduser(options.weights_cache_override))
+        if not any(weights.glob("*.safetensors")):
+            raise ModelNotFound(f"--weights-cache-override {options.weights_cache_override} has no .safetensors files")
+        source = replace(source, weights=weights)
+    if options.rope_scaling is not None and options.rope_factor is not None:
+        source = replace(source, rope_scaling=(options.rope_scaling, options.rope_factor))
+    return source
+
+
+def _find(options: ModelOptions) -> ModelSource:
     model_id = options.model_id
     if model_id is None:
         return ModelSource(DEMO_MODEL_ID, "", ensure_demo_model())
@@ -48,5 +64,5 @@ def resolve_model(options: ModelOptions) -> ModelSource:
         raise ModelNotFound(f"{model_id} is a file, but not a .gguf file")
     if model_id.startswith((".", "/", "~")) or model_id.endswith(".gguf") or model_id.count("/") != 1:
         raise ModelNotFound(f"there is no file or folder {model_id!r}")
-    folder = fetch_model(model_id, options.revision, with_weights=options.load_format != "dummy")
+    folder = fetch_model(model_id, options.revision, with_weights=options.load_format != "dummy" and options.weights_cache_override is None)
     return ModelSource(model_id, options.revision or "", folder)
