@@ -28,7 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "tokenizer": {"errors", "request", "gguf_header"},
     "metrics": {"errors", "request"},
     "rpc": {"errors", "request", "grammar", "engine"},
-    "http": PLAIN | {"rpc", "tokenizer", "metrics"},
+    "chat_output": {"grammar"},
+    "http": PLAIN | {"rpc", "tokenizer", "chat_output", "metrics"},
     "launcher": PLAIN | {"rpc", "http", "metrics", "engine"},
     # device half
     "pallas_kernels": set(),

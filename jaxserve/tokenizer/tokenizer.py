@@ -88,6 +88,18 @@ class Tokenizer:
         """Whether `apply_chat_template` can work."""
         return bool(self._inner.chat_template)
 
+    def chat_template(self, with_tools: bool = False) -> str:
+        """The source of the chat template, "" where there is none; some models have one of their own for tools."""
+        template = self._inner.chat_template
+        if isinstance(template, dict):
+            template = (template.get("tool_use") if with_tools else None) or template.get("default") or next(iter(template.values()), "")
+        return template or ""
+
+    def special_token_id(self, text: str) -> int | None:
+        """The id of a special token; None where the text is none."""
+        token_id = self._backend.token_to_id(text) if self._backend is not None else self._inner.get_vocab().get(text)
+        return token_id if token_id in self._special_ids else None
+
     def least_tokens(self, text: str) -> int:
         """A number of tokens that the text has at least, told without tokenizing it; 0 where nothing is sure."""
         return 0 if self._bound is None else self._bound.least_tokens(text)
