@@ -92,6 +92,14 @@ class ServerOptions:
     max_stop_sequences: int = option(16, "Most stop strings of a request.", low=0)
     max_top_n_tokens: int = option(20, "Most `top_n_tokens` and `top_logprobs` of a request.", low=0)
     max_client_batch_size: int = option(32, "Most prompts of one /v1/completions request.", low=1)
+    tool_call_parser: str = option(
+        "auto",
+        "How the model writes tool calls; auto: by its chat template.",
+        ("auto", "none", "hermes", "qwen", "llama3_json", "pythonic", "mistral"),
+    )
+    reasoning_parser: str = option(
+        "auto", "How the model writes its reasoning; auto: by its chat template.", ("auto", "none", "qwen3", "deepseek_r1")
+    )
     graceful_termination_timeout: int = option(90, "Seconds that running requests may take after SIGTERM.", metavar="SECONDS", low=0)
     json_output: bool = option(False, "Log in JSON lines.")
     log_level: str = option("info", "Least severe lines that are logged.", ("debug", "info", "warning", "error"))

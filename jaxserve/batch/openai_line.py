@@ -11,6 +11,7 @@ from typing import Any
 from jaxserve.batch.lines import Line
 from jaxserve.batch.task import Record, Task, read_body
 from jaxserve.errors import InvalidRequest
+from jaxserve.http.conversation import AnswerFormat, ChatFormat
 from jaxserve.http.errors import openai_error
 from jaxserve.http.openai_types import ChatBody, CompletionBody
 from jaxserve.llm import LLM, RequestOutput, SampleOutput
@@ -49,18 +50,20 @@ def parse_openai_line(line: Line, document: Mapping[str, Any], llm: LLM, samplin
     fields = {**sampling, **body}
     if "max_completion_tokens" in body and "max_tokens" not in body:
         fields.pop("max_tokens", None)
+    answer_format = None
     if url == CHAT:
-        chat = read_body(ChatBody, fields)
-        messages = [message.as_template_value() for message in chat.messages]
-        prompts = [llm.tokenizer.apply_chat_template(messages, **chat.template_variables())[1]]
-        params, echo = chat.params(llm.info.defaults, MAX_TOP_LOGPROBS), False
+        chat_format = ChatFormat(llm.tokenizer)
+        conversation = read_body(ChatBody, fields).conversation(llm.info.defaults, MAX_TOP_LOGPROBS)
+        text, token_ids = chat_format.render(conversation)
+        answer_format, params = chat_format.answer_format(conversation, text)
+        prompts, echo = [token_ids], False
     else:
         completion = read_body(CompletionBody, fields)
         prompts, echo = [_token_ids(prompt, completion, llm.tokenizer) for prompt in completion.prompt], bool(completion.echo)
         params = completion.params(llm.info.defaults, MAX_TOP_LOGPROBS)
 
     def answer(outputs: list[RequestOutput]) -> Record:
-        return _record(line, document, 200, _body(url, line, outputs, llm, echo))
+        return _record(line, document, 200, _body(url, line, outputs, llm, echo, answer_format))
 
     return Task(list(prompts), params, answer, lambda error: refuse_openai_line(line, document, error))
 
@@ -79,7 +82,7 @@ def _token_ids(prompt: str | list[int], body: CompletionBody, tokenizer: Tokeniz
     return tokenizer.encode(prompt, body.add_special_tokens is not False) if isinstance(prompt, str) else prompt
 
 
-def _body(url: str, line: Line, outputs: Sequence[RequestOutput], llm: LLM, echo: bool) -> Record:
+def _body(url: str, line: Line, outputs: Sequence[RequestOutput], llm: LLM, echo: bool, answer_format: AnswerFormat | None) -> Record:
     samples = [(output, sample) for output in outputs for sample in output.outputs]
     prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
     completion_tokens = sum(len(sample.token_ids) for _, sample in samples)
@@ -90,8 +93,8 @@ def _body(url: str, line: Line, outputs: Sequence[RequestOutput], llm: LLM, echo
         "created": int(time.time()),
         "model": llm.info.model_id,
         "choices": [
-            _chat_choice(index, sample, llm.tokenizer)
-            if chat
+            _chat_choice(index, sample, llm.tokenizer, answer_format)
+            if answer_format is not None
             else _completion_choice(index, sample, llm.tokenizer, llm.tokenizer.decode(output.prompt_token_ids) if echo else "")
             for index, (output, sample) in enumerate(samples)
         ],
@@ -104,7 +107,7 @@ def _body(url: str, line: Line, outputs: Sequence[RequestOutput], llm: LLM, echo
     }
 
 
-def _chat_choice(index: int, sample: SampleOutput, tokenizer: Tokenizer) -> Record:
+def _chat_choice(index: int, sample: SampleOutput, tokenizer: Tokenizer, answer_format: AnswerFormat) -> Record:
     def told(token_id: int, logprob: float) -> Record:
         data = tokenizer.token_bytes(token_id)
         return {"token": data.decode(errors="replace"), "logprob": max(logprob, LOWEST_LOGPROB), "bytes": list(data)}
@@ -113,11 +116,21 @@ def _chat_choice(index: int, sample: SampleOutput, tokenizer: Tokenizer) -> Reco
         {**told(token_id, entry.raw), "top_logprobs": [told(*pair) for pair in zip(entry.top_token_ids, entry.top_raw, strict=True)]}
         for token_id, entry in zip(sample.token_ids, sample.logprobs, strict=False)
     ]
+    delta = answer_format.new_parser().push(sample.text, last=True)
+    message: Record = {"role": "assistant", "content": delta.content, "refusal": None}
+    if delta.reasoning:
+        message["reasoning_content"] = delta.reasoning
+    reason = _reason(sample)
+    if delta.tool_calls:
+        functions = [{"name": call.name, "arguments": call.arguments} for call in delta.tool_calls]
+        calls = [{"id": call.id, "type": "function", "function": told} for call, told in zip(delta.tool_calls, functions, strict=True)]
+        message |= {"content": delta.content or None, "tool_calls": calls}
+        reason = "tool_calls" if reason == "stop" else reason
     return {
         "index": index,
-        "message": {"role": "assistant", "content": sample.text, "refusal": None},
+        "message": message,
         "logprobs": {"content": content, "refusal": None} if sample.logprobs else None,
-        "finish_reason": _reason(sample),
+        "finish_reason": reason,
     }
 
 

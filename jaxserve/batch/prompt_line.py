@@ -13,7 +13,9 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from jaxserve.batch.lines import Line
 from jaxserve.batch.task import Record, Task, read_body
 from jaxserve.errors import InvalidRequest
-from jaxserve.http.openai_types import MAX_MESSAGES, Message, SamplingFields
+from jaxserve.http.openai_messages import Message
+from jaxserve.http.openai_types import MAX_MESSAGES
+from jaxserve.http.sampling_fields import SamplingFields
 from jaxserve.llm import LLM, RequestOutput, SampleOutput
 
 DEFAULT_MAX_TOKENS = 256

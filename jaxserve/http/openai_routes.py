@@ -1,4 +1,4 @@
-"""/v1/*: models, chat completions, completions."""
+"""/v1/*: models, chat completions, completions, embeddings (none)."""
 
 import time
 import uuid
@@ -9,18 +9,27 @@ from fastapi.responses import JSONResponse
 
 from jaxserve.errors import InvalidRequest
 from jaxserve.http.answer import aborted_on_disconnect
-from jaxserve.http.body import json_route
+from jaxserve.http.body import Body, json_route
+from jaxserve.http.documented import OPENAI_ERRORS
 from jaxserve.http.openai_events import ChatEvents, CompletionEvents
-from jaxserve.http.openai_rendering import chat_body, completion_body, head
+from jaxserve.http.openai_rendering import best, chat_body, completion_body, head
 from jaxserve.http.openai_types import ChatBody, CompletionBody, Prompt
 from jaxserve.http.service import Service
 from jaxserve.http.sse import EventStream
 from jaxserve.http.timing import timing_headers
+from jaxserve.http.turn_events import TurnEvents
+
+
+class EmbeddingBody(Body):
+    """POST /v1/embeddings."""
+
+    model: str | None = None
+    input: Any = None
 
 
 def openai_routes(service: Service) -> APIRouter:
     """The routes under /v1."""
-    router = APIRouter(prefix="/v1", route_class=json_route(service.options.payload_limit), tags=["OpenAI"])
+    router = APIRouter(prefix="/v1", route_class=json_route(service.options.payload_limit), tags=["OpenAI"], responses=OPENAI_ERRORS)
 
     @router.get("/models")
     def models() -> dict[str, Any]:
@@ -40,19 +49,29 @@ def openai_routes(service: Service) -> APIRouter:
         service.check_model(body.model)
         service.check_stop(body.stop)
         body.check_stream_options()
-        params = body.params(service.info.defaults, service.options.max_top_n_tokens)
-        params.validate(service.info.vocab_size)
-        messages = [message.as_template_value() for message in body.messages]
-        prompt, token_ids = await service.render_chat(messages, **body.template_variables())
+        conversation = body.conversation(service.info.defaults, service.options.max_top_n_tokens)
         request_id = f"chatcmpl-{uuid.uuid4().hex}"
+        turn = await service.turn(
+            request_id,
+            conversation,
+            arrived,
+            cache_salt=body.cache_salt or "",
+            add_special_tokens=bool(body.add_special_tokens),
+            truncate=lambda token_ids: body.truncated(token_ids, service.info.max_input_tokens),
+        )
         headers = {"x-request-id": request_id}
-        answers = service.answers(request_id, [(token_ids, params)], arrived, cache_salt=body.cache_salt or "")
+        goes_on = body.echo and conversation.variables["continue_final_message"]
+        echoes = [(body.messages[-1].content or "") if goes_on else ""] * len(turn.answers.samples)
+        if body.stream and turn.plain:
+            return EventStream(ChatEvents(service, turn.answers, head(service, request_id), body, echoes), headers)
         if body.stream:
-            return EventStream(ChatEvents(service, answers, head(service, request_id), body.include_usage), headers)
-        async with aborted_on_disconnect(request.receive, answers):
-            results = await answers.collect()
-        told = chat_body(head(service, request_id), answers, results, service.tokenizer)
-        return JSONResponse(told, headers={**headers, **timing_headers(service, answers, len(prompt))})
+            return EventStream(TurnEvents(service, turn, head(service, request_id), body, echoes), headers)
+        async with aborted_on_disconnect(request.receive, turn.answers):
+            messages = await turn.collect()
+        for message in messages:
+            message.content = echoes[message.sample.choice] + message.content
+        told = chat_body(head(service, request_id), turn, messages, body, service.tokenizer)
+        return JSONResponse(told, headers={**headers, **timing_headers(service, turn.answers, len(turn.prompt))})
 
     @router.post("/completions", response_model=None)
     async def completions(request: Request, body: CompletionBody) -> Response:
@@ -66,18 +85,30 @@ def openai_routes(service: Service) -> APIRouter:
         if len(body.prompt) > (most := service.options.max_client_batch_size):
             raise InvalidRequest(f"`prompt` supports up to {most} prompts. Given: {len(body.prompt)}", "prompt")
         special = body.add_special_tokens is not False
-        prompts = [await service.encode(prompt, special) if isinstance(prompt, str) else prompt for prompt in body.prompt]
-        echoes = [text for prompt in body.prompt for text in [_echo(service, prompt) if body.echo else ""] * params.n]
+        most = service.info.max_input_tokens
+        prompts = [
+            body.truncated(await service.encode(prompt, special) if isinstance(prompt, str) else prompt, most) for prompt in body.prompt
+        ]
+        shown = body.prompt if body.truncate_prompt_tokens is None else prompts
+        echoes = [text for prompt in shown for text in [_echo(service, prompt) if body.echo else ""] * params.n]
         request_id = f"cmpl-{uuid.uuid4().hex}"
         headers = {"x-request-id": request_id}
         answers = service.answers(request_id, [(token_ids, params) for token_ids in prompts], arrived, cache_salt=body.cache_salt or "")
         if body.stream:
-            return EventStream(CompletionEvents(service, answers, head(service, request_id), body.include_usage, echoes), headers)
+            return EventStream(CompletionEvents(service, answers, head(service, request_id), body, echoes), headers)
         async with aborted_on_disconnect(request.receive, answers):
             results = await answers.collect()
-        told = completion_body(head(service, request_id), answers, results, echoes, service.tokenizer)
+        if body.picks:
+            results = best(results, params.n, body.n or 1)
+        told = completion_body(head(service, request_id), answers, results, echoes, body, service.tokenizer)
         characters = sum(len(prompt) for prompt in body.prompt)
         return JSONResponse(told, headers={**headers, **timing_headers(service, answers, characters)})
+
+    @router.post("/embeddings", response_model=None)
+    async def embeddings(body: EmbeddingBody) -> Response:
+        """Refused: the model generates text."""
+        service.check_model(body.model)
+        raise InvalidRequest(f"the model `{service.model_name}` generates text; it has no embeddings", "model")
 
     return router
 

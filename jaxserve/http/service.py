@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,7 +12,9 @@ from typing import Any
 from jaxserve.config import ServerOptions
 from jaxserve.errors import EngineUnavailable, InvalidRequest, Overloaded
 from jaxserve.http.answer import Answer, Answers
+from jaxserve.http.conversation import ChatFormat, Conversation
 from jaxserve.http.errors import ModelNotServed
+from jaxserve.http.turn import Turn
 from jaxserve.metrics import Metrics, RequestMeter
 from jaxserve.request import EngineInfo, Request, SamplingParams
 from jaxserve.rpc.router import Router
@@ -52,6 +54,7 @@ class Service:
         self.max_concurrent_requests = max_concurrent_requests
         self.started_at = int(time.time())
         self._tokenizer: Tokenizer | None = None
+        self._chat_format: ChatFormat | None = None
         self._tokenizer_config_path = tokenizer_config_path
         self._threads = ThreadPoolExecutor(options.validation_workers, thread_name_prefix="tokenizer")
         self._num_pending_texts = 0
@@ -68,7 +71,9 @@ class Service:
         while not self.router.available:
             await asyncio.sleep(0.05)
         path = Path(self.info.model_path)
-        self._tokenizer = await loop.run_in_executor(self._threads, load_tokenizer, path, self._tokenizer_config_path)
+        tokenizer = await loop.run_in_executor(self._threads, load_tokenizer, path, self._tokenizer_config_path)
+        self._chat_format = ChatFormat(tokenizer, self.options.tool_call_parser, self.options.reasoning_parser)
+        self._tokenizer = tokenizer
 
     @property
     def ready(self) -> bool:
@@ -91,6 +96,13 @@ class Service:
         if self._tokenizer is None:
             raise EngineUnavailable("the model is still loading")
         return self._tokenizer
+
+    @property
+    def chat_format(self) -> ChatFormat:
+        """How the model is asked and how it answers. Raises EngineUnavailable while the model loads."""
+        if self._chat_format is None:
+            raise EngineUnavailable("the model is still loading")
+        return self._chat_format
 
     def check_model(self, name: str | None) -> None:
         """Raise ModelNotServed unless it is a name of the model served here."""
@@ -118,17 +130,50 @@ class Service:
         limit = self.info.max_input_tokens if limited else None
         return await self.in_thread(self.tokenizer.encode, text, add_special_tokens, limit, size=len(text))
 
-    async def render_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> tuple[str, list[int]]:
+    async def render(self, conversation: Conversation, limited: bool = True) -> tuple[str, list[int]]:
         """Text and token ids of a conversation, by the model's chat template.
 
+        Args:
+            limited: as in `encode`.
+
         Raises:
-            InvalidRequest: the template refuses the messages.
-            ContextTooLong: the conversation has more tokens than a prompt may have.
+            InvalidRequest: the template refuses it.
+            ContextTooLong: it has more tokens than a prompt may have.
             Overloaded: too many texts wait already.
         """
-        size = sum(len(content) for message in messages if isinstance(content := message.get("content"), str))
-        variables.setdefault("limit", self.info.max_input_tokens)
-        return await self.in_thread(lambda: self.tokenizer.apply_chat_template(messages, **variables), size=size)
+        size = sum(len(content) for message in conversation.messages if isinstance(content := message.get("content"), str))
+        limit = self.info.max_input_tokens if limited else None
+        return await self.in_thread(self.chat_format.render, conversation, limit, size=size)
+
+    async def turn(
+        self,
+        request_id: str,
+        conversation: Conversation,
+        arrived: float,
+        *,
+        cache_salt: str = "",
+        add_special_tokens: bool = False,
+        truncate: Callable[[list[int]], list[int]] | None = None,
+    ) -> Turn:
+        """Send a conversation to the engines.
+
+        Args:
+            request_id, arrived, cache_salt: as in `answers`.
+            add_special_tokens: add what the tokenizer adds around a text to what the chat template renders.
+            truncate: shortens the prompt's token ids.
+
+        Raises:
+            As `render` and `answers`.
+        """
+        conversation.params.validate(self.info.vocab_size)
+        prompt, token_ids = await self.render(conversation, limited=truncate is None)
+        if add_special_tokens:
+            token_ids = await self.encode(prompt, True, limited=truncate is None)
+        if truncate is not None:
+            token_ids = truncate(token_ids)
+        answer_format, params = self.chat_format.answer_format(conversation, prompt)
+        answers = self.answers(request_id, [(token_ids, params)], arrived, cache_salt=cache_salt)
+        return Turn(answers, answer_format, prompt)
 
     async def in_thread[T](self, work: Callable[..., T], *arguments: Any, size: int = 0) -> T:
         """Run tokenizer work in one of the few threads for it; of long texts (`size` in characters) one at a time."""
