@@ -29,7 +29,13 @@ class ByteTokenizer:
     def token_text(self, token_id: int) -> str:
         return chr(token_id)
 
-    def apply_chat_template(self, messages: Sequence[dict[str, Any]], **variables: Any) -> tuple[str, list[int]]:
+    def chat_template(self, with_tools: bool = False) -> str:
+        return "{{ messages }}"
+
+    def special_token_id(self, text: str) -> int | None:
+        return None
+
+    def apply_chat_template(self, messages: Sequence[dict[str, Any]], tools: Any = None, **variables: Any) -> tuple[str, list[int]]:
         if messages[0]["role"] == "refused":
             raise InvalidRequest("chat template: no such role", "messages")
         text = "".join(f"{m['role']}:{m['content']}|" for m in messages)

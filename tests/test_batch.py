@@ -80,7 +80,7 @@ BAD_LINES = [
     ({"prompt": "a", "top_p": 2}, "top_p"),
     ({"prompt": "a", "stop": 5}, "stop"),
     ({"prompt": "a", "logit_bias": [1]}, "logit_bias"),
-    ({"prompt": "a", "guided_json": {"type": "object"}}, "guided_json"),
+    ({"prompt": "a", "guided_json": 5}, "guided_json"),
     ({"prompt": "a" * 200}, "prompt"),
     ({"messages": []}, "messages"),
     ({"messages": "hi"}, "messages"),

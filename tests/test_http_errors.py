@@ -8,6 +8,7 @@ from live_front_end import LiveFrontEnd
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "hello"}]
+TOOL = {"type": "function", "function": {"name": "f"}}
 
 
 def _served(front_end: LiveFrontEnd) -> None:
@@ -76,9 +77,30 @@ OPENAI_BAD: list[tuple[str, dict[str, Any], str | None, str]] = [
     (CHAT, {"logprobs": True, "top_logprobs": -1}, "top_logprobs", "20"),
     (CHAT, {"stream": "yes"}, "stream", "boolean"),
     (CHAT, {"stream_options": {"include_usage": True}}, "stream_options", "stream"),
-    (CHAT, {"tools": [{"type": "function"}]}, "tools", "not supported"),
-    (CHAT, {"response_format": {"type": "json_object"}}, "response_format", "supported"),
-    (CHAT, {"guided_regex": "a+"}, "guided_regex", "not supported"),
+    (CHAT, {"tools": [{"type": "function"}]}, "tools[0].function", "required"),
+    (CHAT, {"tools": [{"type": "web_search"}]}, "tools[0].type", "function"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0].function.name", "1"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]}, "tools[0].function.parameters", "dict"),
+    (CHAT, {"tool_choice": "required"}, "tool_choice", "tools"),
+    (CHAT, {"tool_choice": "sometimes"}, "tool_choice", "required"),
+    (CHAT, {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "none of"),
+    (CHAT, {"tools": [TOOL], "tool_choice": "required", "response_format": {"type": "json_object"}}, "response_format", "exclude"),
+    (CHAT, {"tools": [TOOL] * 600}, "tools", "512"),
+    (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{"type": "function"}]}]}, "messages[0].tool_calls[0].function", "required"),
+    (CHAT, {"messages": [{"role": "user", "content": "x", "function_call": {"name": "f"}}]}, "messages[0].function_call", "not supported"),
+    (CHAT, {"response_format": {"type": "xml"}}, "response_format.type", "json_object"),
+    (CHAT, {"response_format": {"type": "json_schema"}}, "response_format.json_schema", "required"),
+    (CHAT, {"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex", "exclude"),
+    (CHAT, {"guided_json": 5}, "guided_json", "dict"),
+    (CHAT, {"guided_json": "{"}, "guided_json", "JSON"),
+    (CHAT, {"guided_choice": []}, "guided_choice", "guided_choice"),
+    (CHAT, {"structured_outputs": {"regex": ""}}, "structured_outputs.regex", "empty"),
+    (CHAT, {"structured_outputs": {"structural_tag": "{"}}, "structured_outputs.structural_tag", "JSON"),
+    (CHAT, {"priority": 1}, "priority", "order"),
+    (CHAT, {"truncate_prompt_tokens": -2}, "truncate_prompt_tokens", "-1"),
+    (CHAT, {"truncate_prompt_tokens": 5000}, "truncate_prompt_tokens", "2047"),
+    (CHAT, {"truncate_prompt_tokens": 0}, "prompt", "at least one"),
+    (CHAT, {"functions": [{"name": "f"}]}, "functions", "not supported"),
     (CHAT, {"chat_template": "{{ x }}"}, "chat_template", "not supported"),
     (CHAT, {"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "tokenize"),
     (CHAT, {"chat_template_kwargs": {"enable_thinking": [1]}}, "chat_template_kwargs", "enable_thinking"),
@@ -100,7 +122,10 @@ OPENAI_BAD: list[tuple[str, dict[str, Any], str | None, str]] = [
     (COMPLETIONS, {"prompt": "ab " * 333333}, "prompt", "2047"),
     (COMPLETIONS, {"prompt": [5] * 300000}, "prompt", "2047"),
     (COMPLETIONS, {"prompt": "a", "logprobs": 21}, "logprobs", "20"),
-    (COMPLETIONS, {"prompt": "a", "best_of": 3}, "best_of", "best_of"),
+    (COMPLETIONS, {"prompt": "a", "best_of": 2, "n": 3}, "best_of", "best_of"),
+    (COMPLETIONS, {"prompt": "a", "best_of": 129}, "best_of", "128"),
+    (COMPLETIONS, {"prompt": "a", "best_of": 3, "stream": True}, "best_of", "streamed"),
+    ("/v1/embeddings", {"input": "a"}, "model", "no embeddings"),
     (COMPLETIONS, {"prompt": "a", "suffix": "b"}, "suffix", "not supported"),
     (COMPLETIONS, {"prompt": "a", "echo": True, "logprobs": 1}, "logprobs", "echo"),
 ]  # fmt: skip

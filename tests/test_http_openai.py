@@ -10,6 +10,10 @@ import pytest
 from huggingface_hub import InferenceClient
 from live_front_end import LiveFrontEnd
 
+from jaxserve.http.answer import Sample, SampleResult, SampleToken
+from jaxserve.http.openai_rendering import best
+from jaxserve.request import TokenLogprobs
+
 
 def _post(front_end: LiveFrontEnd, path: str, **body: Any) -> dict[str, Any]:
     response = front_end.client.post(path, json={"temperature": 0, **body}, timeout=20)
@@ -175,6 +179,95 @@ def test_null_is_absence(front_end: LiveFrontEnd):
         "user",
     )
     _post(front_end, "/v1/chat/completions", messages=_chat("x"), **dict.fromkeys(names))
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_usage_on_every_event(front_end: LiveFrontEnd, path: str):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    asked: dict[str, Any] = {"prompt": "hello"} if path == "/v1/completions" else {"messages": _chat("hello")}
+    *events, last = _events(front_end, path, **asked, max_tokens=5, stream_options=options)
+    counts = [event["usage"]["completion_tokens"] for event in events]
+    num_tokens = last["usage"]["completion_tokens"]
+    assert counts == list(range(0 if "messages" in asked else 1, num_tokens + 1)) and not last["choices"]
+    assert {event["usage"]["prompt_tokens"] for event in events} == {last["usage"]["prompt_tokens"]}
+
+
+def test_token_ids(front_end: LiveFrontEnd):
+    body: dict[str, Any] = {
+        "prompt": ["abc", "xy"],
+        "max_tokens": 9,
+        "return_token_ids": True,
+        "logprobs": 1,
+        "return_tokens_as_token_ids": True,
+    }
+    one, two = _post(front_end, "/v1/completions", **body)["choices"]
+    assert (one["prompt_token_ids"], one["token_ids"]) == ([67, 68, 69], [67, 68, 69, 0]) and two["token_ids"] == [90, 91, 0]
+    assert one["logprobs"]["tokens"] == ["token_id:67", "token_id:68", "token_id:69", "token_id:0"]
+    streamed: dict[int, dict[str, list[int]]] = {0: {}, 1: {}}
+    for choice in (event["choices"][0] for event in _events(front_end, "/v1/completions", **body)):
+        for name in ("token_ids", "prompt_token_ids"):
+            streamed[choice["index"]].setdefault(name, []).extend(choice.get(name, ()))
+    assert streamed == {
+        index: {name: choice[name] for name in ("token_ids", "prompt_token_ids")} for index, choice in enumerate((one, two))
+    }
+    chat = {"messages": _chat("hi"), "max_tokens": 3, "return_token_ids": True}
+    answer, events = _post(front_end, "/v1/chat/completions", **chat), _events(front_end, "/v1/chat/completions", **chat)
+    assert events[0]["prompt_token_ids"] == answer["prompt_token_ids"]
+    assert [event["choices"][0]["token_ids"][0] for event in events[1:]] == answer["choices"][0]["token_ids"]
+
+
+def test_best_of(front_end: LiveFrontEnd):
+    """The double's samples are equally likely: the first are told, and all are counted."""
+    body: dict[str, Any] = {"prompt": ["abc", "xyz"], "temperature": 1.0, "seed": 0, "best_of": 3, "echo": True}
+    answer = _post(front_end, "/v1/completions", **body)
+    assert [(choice["index"], choice["text"], choice["logprobs"]) for choice in answer["choices"]] == [
+        (0, "abcabc", None),
+        (1, "xyzxyz", None),
+    ]
+    assert answer["usage"]["completion_tokens"] == 24
+    several = _post(front_end, "/v1/completions", **{**body, "n": 2, "echo": False})
+    assert [choice["text"] for choice in several["choices"]] == ["abc", "bca", "xyz", "yzx"]
+
+
+def test_best_is_the_highest_mean():
+    def result(choice: int, *values: float) -> SampleResult:
+        sample = Sample(choice, choice, None)  # type: ignore[arg-type]
+        return SampleResult(sample, "", [SampleToken(sample, 1, "", "", TokenLogprobs(v, v, [], [], []), None) for v in values])
+
+    results = [result(0, -1, -3), result(1, -1.5), result(2), result(3, -9), result(4, -1), result(5, -0.5, -2)]
+    assert [result.sample.choice for result in best(results, 3, 2)] == [2, 1, 4, 5]
+
+
+def test_truncated_prompts(front_end: LiveFrontEnd):
+    assert _post(front_end, "/v1/completions", prompt="abcdef", truncate_prompt_tokens=2, echo=True)["choices"][0]["text"] == "efef"
+    assert _post(front_end, "/v1/completions", prompt=[67, 68, 69], truncate_prompt_tokens=-1)["choices"][0]["text"] == "abc"
+    long = _post(front_end, "/v1/completions", prompt="ab " * 3000, truncate_prompt_tokens=-1, max_tokens=1)
+    assert long["usage"]["prompt_tokens"] == 2047
+    assert _post(front_end, "/v1/chat/completions", messages=_chat("hello"), truncate_prompt_tokens=3)["usage"]["prompt_tokens"] == 3
+
+
+def test_chat_echo(front_end: LiveFrontEnd):
+    messages = [*_chat("count"), {"role": "assistant", "content": "one,"}]
+    plain = _post(front_end, "/v1/chat/completions", messages=messages)["choices"][0]["message"]["content"]
+    assert _post(front_end, "/v1/chat/completions", messages=messages, echo=True)["choices"][0]["message"]["content"] == "one," + plain
+    events = _events(front_end, "/v1/chat/completions", messages=messages, echo=True)
+    assert "".join(event["choices"][0]["delta"]["content"] for event in events) == "one," + plain
+    assert not _post(front_end, "/v1/chat/completions", messages=_chat("x"), echo=True)["choices"][0]["message"]["content"].startswith("x")
+
+
+def test_fields_that_change_nothing(front_end: LiveFrontEnd):
+    ignored = {
+        "metadata": {"a": "b"},
+        "service_tier": "flex",
+        "store": True,
+        "safety_identifier": "x",
+        "prompt_cache_key": "y",
+        "priority": 0,
+    }
+    _post(front_end, "/v1/completions", prompt="a", **ignored, unheard_of={"x": 1})
+    _post(
+        front_end, "/v1/chat/completions", messages=_chat("a"), **ignored, verbosity="low", reasoning_effort="low", add_special_tokens=True
+    )
 
 
 def test_openai_sdk(front_end: LiveFrontEnd):

@@ -21,6 +21,7 @@ With --tgi-strict all routes answer in TGI's shape, and a body that is not what 
 
 import json
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -33,6 +34,7 @@ from jaxserve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+_TYPE_NAMES = frozenset({"str", "int", "float", "bool", "constrained_str"})
 _HTTP_KINDS = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -121,13 +123,25 @@ def field_error(error: RequestValidationError) -> InvalidRequest | HTTPException
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return HTTPException(400, f"the body is not valid JSON: {first['ctx']['error']}")
-    place = [part for part in first["loc"] if part != "body"]
+    place = _place(first["loc"])
     if not place:
         return InvalidRequest("the body must be a JSON object")
     name = str(place[0]) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place[1:])
     if isinstance(cause := first.get("ctx", {}).get("error"), ValueError):
         return InvalidRequest(f"`{name}` {cause}", name)
-    return InvalidRequest(f"`{name}`: {first['msg']}", name)
+    messages = dict.fromkeys(each["msg"] for each in error.errors() if _place(each["loc"]) == place)
+    return InvalidRequest(f"`{name}`: {', or: '.join(messages)}"[:400], name)
+
+
+def _place(location: Sequence[int | str]) -> list[int | str]:
+    """Names and numbers from the body down to a value; pydantic tells behind them which of several types it tried."""
+    place: list[int | str] = []
+    for part in location:
+        if isinstance(part, str) and (not part.isidentifier() or not part.islower() or part in _TYPE_NAMES):
+            break
+        if part != "body":
+            place.append(part)
+    return place
 
 
 def _plain_rejection(error: Exception, told: Exception, headers: dict[str, str]) -> Response:

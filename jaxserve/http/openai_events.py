@@ -48,6 +48,7 @@ class ChatEvents:
         self._opening = [self._head + self._choice_opening(choice) for choice in choices]
         self._closing = self._choice_closing("null", "null")
         self._unopened = set(choices)
+        self._num_told = 0
         self._over = False
 
     async def read(self) -> bytes:
@@ -64,6 +65,7 @@ class ChatEvents:
             if self._unopened and choice in self._unopened:
                 self._unopened.remove(choice)
                 parts += self._first_events(choice)
+            self._num_told += token.token_id >= 0
             plain = self._bare and token.logprobs is None and token.finish_reason is None
             parts += (opening[choice], quoted(token.text), closing if plain else self._token_closing(token))
         return "".join(parts).encode()
@@ -105,11 +107,11 @@ class ChatEvents:
     def _logprobs(self, token: SampleToken) -> dict[str, Any]:
         return chat_logprobs([token], self._service.tokenizer, self._as_ids)
 
-    def _usage(self) -> dict[str, Any]:
-        return usage(self._answers)
+    def _usage(self, num_told: int | None = None) -> dict[str, Any]:
+        return usage(self._answers, num_told=num_told)
 
     def _usage_now(self) -> str:
-        return f',"usage":{compact(self._usage())}' if self._continuous_usage else ""
+        return f',"usage":{compact(self._usage(self._num_told))}' if self._continuous_usage else ""
 
     def _last_events(self) -> str:
         if not self._include_usage:

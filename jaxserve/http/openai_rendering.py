@@ -15,10 +15,10 @@ LOWEST_LOGPROB = -9999.0  # JSON has no -inf
 FINGERPRINT = f"jaxserve-{VERSION}"
 
 
-def usage(answers: Answers, num_reasoning_tokens: int | None = None) -> dict[str, Any]:
-    """Tokens so far; those of reasoning only where the model may think."""
+def usage(answers: Answers, num_reasoning_tokens: int | None = None, num_told: int | None = None) -> dict[str, Any]:
+    """Tokens so far; those of reasoning only where the model may think. `num_told`: the output tokens told so far, if not all that came."""
     prompt = sum(len(answer.request.prompt_token_ids) for answer in answers.answers)
-    completion = answers.num_output_tokens
+    completion = answers.num_output_tokens if num_told is None else num_told
     told: dict[str, Any] = {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -30,9 +30,9 @@ def usage(answers: Answers, num_reasoning_tokens: int | None = None) -> dict[str
     return told
 
 
-def turn_usage(turn: Turn) -> dict[str, Any]:
-    """Tokens so far of a turn."""
-    return usage(turn.answers, turn.num_reasoning_tokens if turn.has_reasoning else None)
+def turn_usage(turn: Turn, num_told: int | None = None) -> dict[str, Any]:
+    """Tokens so far of a turn; as `usage`."""
+    return usage(turn.answers, turn.num_reasoning_tokens if turn.has_reasoning else None, num_told)
 
 
 def tool_call_body(call: ToolCall) -> dict[str, Any]:

@@ -49,6 +49,10 @@ def openai_routes(service: Service) -> APIRouter:
         service.check_model(body.model)
         service.check_stop(body.stop)
         body.check_stream_options()
+
+        def truncate(token_ids: list[int]) -> list[int]:
+            return body.truncated(token_ids, service.info.max_input_tokens)
+
         conversation = body.conversation(service.info.defaults, service.options.max_top_n_tokens)
         request_id = f"chatcmpl-{uuid.uuid4().hex}"
         turn = await service.turn(
@@ -57,7 +61,7 @@ def openai_routes(service: Service) -> APIRouter:
             arrived,
             cache_salt=body.cache_salt or "",
             add_special_tokens=bool(body.add_special_tokens),
-            truncate=lambda token_ids: body.truncated(token_ids, service.info.max_input_tokens),
+            truncate=None if body.truncate_prompt_tokens is None else truncate,
         )
         headers = {"x-request-id": request_id}
         goes_on = body.echo and conversation.variables["continue_final_message"]
@@ -85,11 +89,10 @@ def openai_routes(service: Service) -> APIRouter:
         if len(body.prompt) > (most := service.options.max_client_batch_size):
             raise InvalidRequest(f"`prompt` supports up to {most} prompts. Given: {len(body.prompt)}", "prompt")
         special = body.add_special_tokens is not False
-        most = service.info.max_input_tokens
-        prompts = [
-            body.truncated(await service.encode(prompt, special) if isinstance(prompt, str) else prompt, most) for prompt in body.prompt
-        ]
-        shown = body.prompt if body.truncate_prompt_tokens is None else prompts
+        whole = body.truncate_prompt_tokens is None
+        encoded = [await service.encode(prompt, special, limited=whole) if isinstance(prompt, str) else prompt for prompt in body.prompt]
+        prompts = [body.truncated(token_ids, service.info.max_input_tokens) for token_ids in encoded]
+        shown = body.prompt if whole else prompts
         echoes = [text for prompt in shown for text in [_echo(service, prompt) if body.echo else ""] * params.n]
         request_id = f"cmpl-{uuid.uuid4().hex}"
         headers = {"x-request-id": request_id}

@@ -213,6 +213,8 @@ class Service:
         ]
         for request in requests:
             request.validate(self.info)
+            if (grammar := request.params.grammar) is not None:
+                raise InvalidRequest(f"`{grammar.param}` is not supported yet", grammar.param)
         answers = Answers()
         try:
             for request in requests:

@@ -34,8 +34,7 @@ def tokenize_routes(service: Service) -> APIRouter:
     @router.post("/chat_tokenize", response_model=None)
     async def chat_tokenize(body: ChatBody) -> Response:
         """The text that a chat template makes of a conversation, and its tokens."""
-        messages = [message.as_template_value() for message in body.messages]
-        text, _ = await service.render_chat(messages, **body.template_variables())
+        text, _ = await service.render(body.conversation(service.info.defaults, service.options.max_top_n_tokens))
         tokens = await service.in_thread(_spans, service.tokenizer, text, False, None, size=len(text))
         return Response(f'{{"tokenize_response":{tokens},"templated_text":{quoted(text)}}}', media_type="application/json")
 

@@ -38,6 +38,7 @@ class TurnEvents(ChatEvents):
                 if choice in self._unopened:
                     self._unopened.remove(choice)
                     parts += self._first_events(choice)
+                self._num_told += token.token_id >= 0
                 told = self._told(delta)
                 if not told and token.logprobs is None and token.finish_reason is None and not self._tells_ids:
                     continue
@@ -60,8 +61,8 @@ class TurnEvents(ChatEvents):
     def _finish_reason(self, sample: Sample) -> str | None:
         return self._turn.finish_reason(sample)
 
-    def _usage(self) -> dict[str, Any]:
-        return turn_usage(self._turn)
+    def _usage(self, num_told: int | None = None) -> dict[str, Any]:
+        return turn_usage(self._turn, num_told)
 
 
 def tool_call_delta(call: ToolCallDelta) -> dict[str, Any]:
