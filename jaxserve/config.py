@@ -103,6 +103,8 @@ class ServerOptions:
     graceful_termination_timeout: int = option(90, "Seconds that running requests may take after SIGTERM.", metavar="SECONDS", low=0)
     json_output: bool = option(False, "Log in JSON lines.")
     log_level: str = option("info", "Least severe lines that are logged.", ("debug", "info", "warning", "error"))
+    otlp_endpoint: str | None = option(None, "Collector that is sent a trace of each request, by OTLP over gRPC.", metavar="URL")
+    otlp_service_name: str = option("jaxserve", "Name of this server in traces.", metavar="NAME")
     prometheus_port: int | None = option(None, "A second port for /metrics alone. It is at the HTTP port anyway.", low=0, high=65535)
     validation_workers: int = option(2, "Threads of an HTTP process that tokenize.", low=1, high=64)
     disable_grammar_support: bool = option(False, "Refuse requests with a grammar.")

@@ -106,6 +106,9 @@ class Metrics:
         self.time_per_output_token = histogram("vllm:request_time_per_output_token_seconds", "Mean of a request after its first.", SECONDS)
         self.e2e_latency = histogram("vllm:e2e_request_latency_seconds", "From arrival to the last token.", SECONDS)
         self.queue_time = histogram("vllm:request_queue_time_seconds", "From arrival in the engine to the first step.", SECONDS)
+        self.inference_time = histogram("vllm:request_inference_time_seconds", "From the first step to the last token.", SECONDS)
+        self.prefill_time = histogram("vllm:request_prefill_time_seconds", "From the first step to the first token.", SECONDS)
+        self.decode_time = histogram("vllm:request_decode_time_seconds", "From the first token to the last.", SECONDS)
         self.request_prompt_tokens = histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", TOKENS)
         self.request_generation_tokens = histogram("vllm:request_generation_tokens", "Output tokens of a request.", TOKENS)
         self.request_n = histogram("vllm:request_params_n", "Samples of a request.", SAMPLES)
@@ -121,6 +124,7 @@ class Metrics:
         self.tgi_per_token = histogram("tgi_request_mean_time_per_token_duration", "Seconds a token.", TGI_SECONDS)
         self.tgi_generated = histogram("tgi_request_generated_tokens", "Output tokens.", TOKENS)
         self.tgi_input = histogram("tgi_request_input_length", "Prompt tokens.", TOKENS)
+        self.tgi_skipped = histogram("tgi_request_skipped_tokens", "Tokens that speculation saved.", TOKENS)
         self.tgi_max_new = histogram("tgi_request_max_new_tokens", "Wanted output tokens.", TOKENS)
 
     def ended(self, reason: str) -> None:
@@ -166,6 +170,23 @@ class Metrics:
         yield GaugeMetricFamily("tgi_batch_current_size", "Samples that run.", value=sum(stats.num_running for stats in live))
         capacity = sum(engine.info.page_size * engine.info.num_pages for engine in self._engines if engine.info)
         yield GaugeMetricFamily("tgi_batch_max_total_tokens", "Tokens that the KV caches hold.", value=capacity)
+        used = sum(e.stats.num_pages_used * e.info.page_size for e in self._engines if e.available and e.info)
+        yield GaugeMetricFamily("tgi_batch_current_max_tokens", "Tokens of KV cache that requests hold.", value=used)
+        yield from self._tgi_batches()
+
+    def _tgi_batches(self) -> Iterator[Metric]:
+        """TGI's metrics of batches. A step computes prompts and decodes together; all are told as method="decode"."""
+        steps = sum(engine.stats.num_steps for engine in self._engines)
+        for name, text in (("count", "Steps."), ("success", "Steps that ended well.")):
+            counter = CounterMetricFamily(f"tgi_batch_inference_{name}", text, labels=("method",))
+            counter.add_metric(("decode",), steps)
+            yield counter
+        counts = [sum(each) for each in zip(*(e.stats.device_counts or (0,) * len(_STEP_BOUNDS) for e in self._engines), strict=True)]
+        seconds = sum(engine.stats.device_seconds for engine in self._engines)
+        for name in ("inference", "forward"):
+            family = HistogramMetricFamily(f"tgi_batch_{name}_duration", "Seconds from dispatch to tokens.", labels=("method",))
+            family.add_metric(("decode",), list(zip(_STEP_BOUNDS, accumulate(counts), strict=True)), seconds)
+            yield family
 
     def _step_times(self) -> Metric:
         text = "Seconds of a step's parts: host scheduling and dispatching, the device computing, the host waiting for the tokens."
@@ -224,6 +245,11 @@ class RequestMeter:
         metrics: where it counts.
         arrived: time.perf_counter() when the HTTP request came in.
         request: as sent to the engine, just now.
+
+    Attributes:
+        queue_time: seconds from arrival in the engine to the first step.
+        num_output_tokens: of the samples that ended.
+        num_cached_tokens: prompt tokens that the prefix cache had.
     """
 
     def __init__(self, metrics: Metrics, arrived: float, request: Request):
@@ -235,7 +261,7 @@ class RequestMeter:
         self._last_output: list[float] = [0.0] * request.params.n
         self._gaps: list[float] = []
         self._first_token = 0.0
-        self._queue_time = 0.0
+        self.queue_time = 0.0
         self._num_unfinished = request.params.n
         self.num_output_tokens = 0
         self.num_cached_tokens = 0
@@ -248,6 +274,16 @@ class RequestMeter:
             metrics.request_max_tokens.observe(request.params.max_tokens)
             metrics.tgi_max_new.observe(request.params.max_tokens)
 
+    @property
+    def validation_time(self) -> float:
+        """Seconds of parsing and tokenizing."""
+        return self._submitted - self._arrived
+
+    @property
+    def first_token_time(self) -> float:
+        """Seconds from arrival to the first token; 0 while there is none."""
+        return self._first_token - self._arrived if self._first_token else 0.0
+
     def output(self, output: TokenOutput, now: float) -> None:
         """Count an output that was read just now."""
         last = self._last_output[output.index]
@@ -259,7 +295,7 @@ class RequestMeter:
             return
         if not self._first_token:
             self._first_token = now
-            self._queue_time = output.queue_time
+            self.queue_time = output.queue_time
             self.num_cached_tokens = output.num_cached_tokens
             self._metrics.time_to_first_token.observe(now - self._arrived)
             self._metrics.queue_time.observe(output.queue_time)
@@ -280,10 +316,11 @@ class RequestMeter:
         """Count the request's end, once all samples have ended; returns what it took."""
         now = time.perf_counter()
         metrics, tokens = self._metrics, self.num_output_tokens
-        times = RequestTimes(
-            now - self._arrived, self._submitted - self._arrived, self._queue_time, now - self._submitted - self._queue_time
-        )
+        times = RequestTimes(now - self._arrived, self.validation_time, self.queue_time, now - self._submitted - self.queue_time)
         metrics.e2e_latency.observe(times.total)
+        metrics.inference_time.observe(times.inference)
+        metrics.prefill_time.observe(max(self._first_token - self._submitted - self.queue_time, 0.0))
+        metrics.decode_time.observe(now - self._first_token)
         metrics.request_generation_tokens.observe(tokens)
         if tokens > 1:
             metrics.time_per_output_token.observe((now - self._first_token) / (tokens - 1))
@@ -292,6 +329,7 @@ class RequestMeter:
         metrics.tgi_inference.observe(times.inference)
         metrics.tgi_per_token.observe(times.inference / max(tokens, 1))
         metrics.tgi_generated.observe(tokens)
+        metrics.tgi_skipped.observe(0)
         return times
 
     def dropped(self) -> None:

@@ -1,5 +1,7 @@
 """/metrics: names that routers and dashboards read, with values that add up."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -69,8 +71,21 @@ def test_engines_are_told_by_replica(tmp_path: Path):
     assert values["jaxserve_step_seconds_count" + device.replace("device", "collect")] == 0  # nothing told yet
     assert (values["jaxserve_engine_up" + one], values["jaxserve_engine_up" + two]) == (1, 0)
     assert (values["tgi_queue_size"], values["tgi_batch_current_size"]) == (2, 3)
+    assert values["tgi_batch_current_max_tokens"] == 25 * 16
+    assert values["tgi_batch_forward_duration_count[('method', 'decode')]"] == 7
+    assert "tgi_batch_inference_count[('method', 'decode')]" in values
     assert "vllm:cache_config_info[('block_size', '16'), ('num_gpu_blocks', '50'), ('replica', '0')]" in values
     assert 'vllm:num_requests_waiting{model_name="served",replica="0"} 2.0' in text
+
+
+def test_the_dashboard_asks_for_what_there_is(front_end: LiveFrontEnd):
+    assert front_end.client.post("/generate", json={"inputs": "a", "parameters": {}}).status_code == 200
+    assert front_end.client.post("/generate", json={"inputs": "", "parameters": {}}).status_code == 422
+    exposed = set(re.findall(r"^([\w:]+)", front_end.client.get("/metrics").text, re.MULTILINE))
+    dashboard = json.loads((Path(__file__).parent.parent / "deploy" / "grafana.json").read_text())
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    names = {name for expr in asked for name in re.findall(r"(?:vllm:|tgi_|jaxserve_)\w+", expr)}
+    assert len(names) > 20 and names <= exposed, names - exposed
 
 
 def test_many_observations_at_once():

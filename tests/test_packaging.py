@@ -19,6 +19,9 @@ LOCKS = ("base", "test", "cuda12", "cuda13")
 # Needs packages of the machine that wrote the goldens or ran the peers; see there.
 OTHER_ENVIRONMENTS = {"write_goldens.py", "cpu_peers.py"}
 
+# A namespace package belongs to whoever provides the part below it.
+NAMESPACES = {"google": ["protobuf"], "opentelemetry": ["opentelemetry-sdk"]}
+
 
 def canonical(name: str) -> str:
     """PEP 503's form of a package's name."""
@@ -45,18 +48,17 @@ def third_party(folder: str) -> dict[str, str]:
         for node in ast.walk(ast.parse(path.read_bytes())):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.level == 0:
-                # A namespace package (google.*) belongs to whoever provides the part below it.
                 modules = [node.module or ""]
             for module in modules:
                 top = module.split(".")[0]
                 if top not in sys.stdlib_module_names | local:
-                    found = ["protobuf"] if top == "google" else provided.get(top, [top])
+                    found = NAMESPACES.get(top) or provided.get(top, [top])
                     used[canonical(found[0])] = str(path.relative_to(ROOT))
     return used
 
 
 def test_every_import_is_a_declared_dependency() -> None:
-    declared = names(PROJECT["dependencies"])
+    declared = names(PROJECT["dependencies"]) | names(PROJECT["optional-dependencies"]["otlp"])
     assert {name: where for name, where in third_party("jaxserve").items() if name not in declared} == {}
     declared |= names(PROJECT["optional-dependencies"]["test"])
     assert {name: where for name, where in (third_party("tests") | third_party("scripts")).items() if name not in declared} == {}

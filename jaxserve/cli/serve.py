@@ -1,5 +1,6 @@
 """`jaxserve` and `jaxserve serve`: read the flags, hand them to the launcher."""
 
+import importlib.util
 import os
 from collections.abc import Sequence
 
@@ -48,6 +49,8 @@ def read_options(
     engine = read_flags(parser, parsed, EngineOptions, environment)
     server = read_flags(parser, parsed, ServerOptions, environment)
     _check_together(parser, model, engine)
+    if server.otlp_endpoint is not None and importlib.util.find_spec("opentelemetry.exporter.otlp") is None:
+        parser.error("--otlp-endpoint needs OpenTelemetry's packages: pip install jaxserve[otlp]")
     return model, engine, server
 
 

@@ -1,7 +1,6 @@
 """Answer: the tokens of one generation as text, sample by sample."""
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -13,8 +12,6 @@ from jaxserve.metrics import RequestMeter, RequestTimes
 from jaxserve.request import FinishReason, TokenLogprobs, TokenOutput
 from jaxserve.rpc.client import Generation
 from jaxserve.tokenizer import TextStream, Tokenizer
-
-logger = logging.getLogger(__name__)
 
 MERGED_AHEAD = 4
 
@@ -91,6 +88,8 @@ class Answer:
             for index in range(request.params.n)
         ]
         self._generation = generation
+        self.error = ""  # why it failed
+        self.dropped = False  # whether its client gave it up
         self._num_unfinished = len(self.samples)
         self._over = False
 
@@ -107,8 +106,8 @@ class Answer:
                 outputs = await self._generation.read()
             except JaxserveError as error:
                 self._over = True
+                self.error = str(error)
                 self.meter.failed()
-                logger.info("%s failed after %d tokens: %s", self.request.request_id, sum(s.num_tokens for s in self.samples), error)
                 raise
             if not outputs:
                 break
@@ -133,9 +132,8 @@ class Answer:
     def abort(self) -> None:
         """Give up what still runs; nothing where the answer has ended."""
         if not self._over:
-            self._over = True
+            self._over = self.dropped = True
             self.meter.dropped()
-            logger.info("%s dropped by its client after %d tokens", self.request.request_id, sum(s.num_tokens for s in self.samples))
         self._generation.abort()
 
     def _take(self, sample: Sample, output: TokenOutput, tokens: list[SampleToken]) -> None:
@@ -166,11 +164,6 @@ class Answer:
         if not self._num_unfinished:
             self._over = True
             self.times = self.meter.succeeded()
-            logger.info(
-                "%s done: %d prompt tokens (%d cached), %d output tokens in %.3f s, %.3f s of it waiting",
-                *(self.request.request_id, len(self.request.prompt_token_ids), self.meter.num_cached_tokens),
-                *(self.meter.num_output_tokens, self.times.total, self.times.queue),
-            )
 
 
 class Answers:

@@ -1,7 +1,7 @@
 """The ASGI application: routes, errors, who may ask."""
 
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from jaxserve.http.auth import OPEN_PATHS, TGI_OPEN_ROUTES, ApiKey
 from jaxserve.http.errors import add_error_handlers
 from jaxserve.http.openai_routes import openai_routes
 from jaxserve.http.platform_routes import platform_routes
+from jaxserve.http.request_record import RecordRequests, RequestRecord, log_record
 from jaxserve.http.service import Service
 from jaxserve.http.status_routes import status_routes
 from jaxserve.http.tgi_routes import tgi_routes
@@ -29,12 +30,17 @@ PAGE_POLICY = (
 )
 
 
-def build_app(service: Service, lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None) -> FastAPI:
+def build_app(
+    service: Service,
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
+    tell: Sequence[Callable[[RequestRecord], None]] = (),
+) -> FastAPI:
     """Put the application together.
 
     Args:
         service: what the routes work with.
         lifespan: entered before the first request and left after the last.
+        tell: who else hears of every request at its end.
     """
     options = service.options
     # Its pages of the API load their scripts from here: browsers ask no other server.
@@ -75,6 +81,7 @@ def build_app(service: Service, lifespan: Callable[[FastAPI], AbstractAsyncConte
         allow_methods=["GET", "POST"],
         allow_headers=["content-type", "authorization"],
     )
+    app.add_middleware(RecordRequests, tell=[log_record, *tell])
     return app
 
 

@@ -30,6 +30,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from jaxserve.errors import ContextTooLong, EngineUnavailable, GenerationFailed, InvalidRequest, JaxserveError, Overloaded
+from jaxserve.http.request_record import note_error
 from jaxserve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -144,6 +145,12 @@ def _place(location: Sequence[int | str]) -> list[int | str]:
     return place
 
 
+def _message(error: Exception) -> str:
+    if isinstance(error, HTTPException):
+        return str(error.detail)
+    return str(error) if isinstance(error, JaxserveError) else "internal error"
+
+
 def _plain_rejection(error: Exception, told: Exception, headers: dict[str, str]) -> Response:
     """What TGI says of a body before it looks at what the body asks for."""
     if isinstance(told, HTTPException):
@@ -166,6 +173,7 @@ def add_error_handlers(app: FastAPI, metrics: Metrics, strict: bool = False) -> 
         if request.method == "POST":
             metrics.tgi_failure.labels(failure_kind(told)).inc()
         path = request.url.path
+        note_error(_message(told))
         headers = answer_headers(told)
         if strict and isinstance(error, RequestValidationError | HTTPException):
             return _plain_rejection(error, told, headers)

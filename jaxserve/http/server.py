@@ -8,17 +8,21 @@ import signal
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
 
+from jaxserve.config import ServerOptions
 from jaxserve.errors import EngineUnavailable, StartupError
 from jaxserve.http.app import build_app
 from jaxserve.http.protocol import LimitedProtocol
 from jaxserve.http.service import Service
 from jaxserve.http.sse import with_direct_send
 from jaxserve.http.status_routes import metrics_alone
+
+if TYPE_CHECKING:
+    from jaxserve.http.tracing import Tracing
 
 KEEP_ALIVE_TIMEOUT = 30  # seconds that an idle connection stays open
 FAREWELL_TIME = 2  # seconds to tell clients that their requests could not be finished in time
@@ -40,10 +44,12 @@ class HttpServer(uvicorn.Server):
         self.failure: StartupError | None = None
         self._service = service
         self._on_ready = on_ready
+        self._tracing = _tracing(service.options)
+        self._tell = [] if self._tracing is None else [self._tracing.tell]
         protocol: Any = functools.partial(LimitedProtocol, payload_limit=service.options.payload_limit)
         super().__init__(
             uvicorn.Config(
-                with_direct_send(metrics_alone(build_app(service, self._lifespan), metrics_ports)),
+                with_direct_send(metrics_alone(build_app(service, self._lifespan, self._tell), metrics_ports)),
                 loop="uvloop",
                 http=protocol,
                 ws="none",
@@ -80,6 +86,8 @@ class HttpServer(uvicorn.Server):
         loading.cancel()
         self._service.close()
         await self._service.router.close()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
     async def _become_ready(self) -> None:
         try:
@@ -91,3 +99,11 @@ class HttpServer(uvicorn.Server):
             gc.collect()
             gc.freeze()  # what is loaded now stays; a full collection of it would hold up every stream for 50 ms
             self._on_ready()
+
+
+def _tracing(options: ServerOptions) -> "Tracing | None":
+    if options.otlp_endpoint is None:
+        return None
+    from jaxserve.http.tracing import Tracing  # late: OpenTelemetry's packages are an extra
+
+    return Tracing(options.otlp_endpoint, options.otlp_service_name)

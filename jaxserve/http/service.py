@@ -14,6 +14,7 @@ from jaxserve.errors import EngineUnavailable, InvalidRequest, Overloaded
 from jaxserve.http.answer import Answer, Answers
 from jaxserve.http.conversation import ChatFormat, Conversation
 from jaxserve.http.errors import ModelNotServed
+from jaxserve.http.request_record import note_answers
 from jaxserve.http.turn import Turn
 from jaxserve.metrics import Metrics, RequestMeter
 from jaxserve.request import EngineInfo, Request, SamplingParams
@@ -223,6 +224,7 @@ class Service:
         except BaseException:
             answers.abort()
             raise
+        note_answers(answers.answers)
         return answers
 
     def _filled_in(self, params: SamplingParams, token_ids: Sequence[int]) -> SamplingParams:

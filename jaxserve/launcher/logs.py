@@ -14,6 +14,7 @@ class _JsonFormatter(logging.Formatter):
             "target": record.name,
             "process": record.process,
         }
+        told |= getattr(record, "request", {})
         if record.exc_info:
             told["exception"] = self.formatException(record.exc_info)
         return json.dumps(told)
