@@ -40,6 +40,10 @@ def profile(llm: LLM, prompts: Sequence[Sequence[int]], params: Sequence[Samplin
     Raises:
         StartupError: the folder cannot be written.
     """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartupError(f"cannot write {folder}: {error.strerror}") from None
     engine = llm.engines[0]
     requests = [Request(f"profile-{i}", tuple(prompt), p) for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))]
     for request in requests:
@@ -50,10 +54,6 @@ def profile(llm: LLM, prompts: Sequence[Sequence[int]], params: Sequence[Samplin
     options = profiler.ProfileOptions()
     options.python_tracer_level = 0  # it costs more than a step
     before = engine.stats().num_steps
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StartupError(f"cannot write {folder}: {error.strerror}") from None
     with profiler.trace(folder, profiler_options=options):
         for _ in range(NUM_STEPS):
             engine.step()
