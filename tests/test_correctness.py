@@ -1,0 +1,83 @@
+"""The checks that run on a GPU (benchmarks.correctness and others), on a tiny model and the CPU; and that they can fail."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from engines import tiny_runner
+from tiny_models import CONFIGS
+
+from benchmarks import edges, under_load
+from benchmarks import logits as checked
+from benchmarks.plain_llama import GOLDEN, Float32Llama, hidden_in_float64
+from jaxserve.request import TokenLogprobs
+from jaxserve.runner.buckets import Buckets
+
+GOLDENS = json.loads((Path(__file__).parent / "goldens" / "models.json").read_text())
+
+
+def read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-rope-llama3"])
+def test_the_plain_model_is_transformers(name: str, tiny_checkpoint: Callable[[str], Path]):
+    tensors, config = read_tensors(tiny_checkpoint(name)), CONFIGS[name]
+    golden = GOLDENS[name][1]
+    tokens = np.array(golden["prompt"] + golden["tokens"][:-1], np.int32)
+    hidden = hidden_in_float64(config, tensors.__getitem__, tokens)
+    logits = hidden @ tensors["lm_head.weight"].T.astype(np.float64)
+    assert logits[len(golden["prompt"]) - 1 :].argmax(axis=1).tolist() == golden["tokens"]
+    np.testing.assert_allclose(logits[-1], golden["last_logits"], atol=1e-4)
+    single = np.asarray(Float32Llama(config, lambda key: jax.numpy.asarray(tensors[key])).hidden(tokens))
+    np.testing.assert_allclose(single, hidden, atol=1e-4)
+
+
+def test_logits_at_every_position(tiny_checkpoint: Callable[[str], Path]):
+    tiny = tiny_runner(tiny_checkpoint("llama"))
+    model, lines = tiny._model, []
+    assert checked.check_logits(tiny.runner, tiny.config, model, CONFIGS["llama"], 70, lines.append)
+    told = [line.split()[:2] for line in lines]
+    assert told[:4] == [["whole", "2"], ["spread", "70"], ["whole", "2"], ["decode", "70"]] and told[4][0] == "mixed"
+    other = {**CONFIGS["llama"], "rope_theta": 1001.0}
+    assert not checked.check_logits(tiny.runner, tiny.config, model, other, 20, lines.append)
+
+
+def test_the_golden_is_whole():
+    golden = np.load(GOLDEN)
+    assert golden["logits"].shape == (512, 32) and 1.2 < golden["logits"].std() < 1.4
+    assert golden["log_sums"].shape == (512,) and np.isfinite(golden["log_sums"]).all()
+
+
+def test_answers_under_load_part_only_where_they_may(tiny_checkpoint: Callable[[str], Path]):
+    lines: list[str] = []
+    engine = tiny_runner(tiny_checkpoint("llama")).engine(prefix_caching=False)
+    assert under_load.check_under_load(engine, 4, 40, 8, 4, lines.append)
+    assert len(lines) == 2 and " of 4 answers part" in lines[0]
+    engine.check_integrity()
+
+
+def test_a_parting_is_judged_by_the_margin_alone():
+    def answer(token_ids: list[int], raws: list[float], seconds: list[float]) -> under_load.Answer:
+        tops = zip(raws, seconds, strict=True)
+        return under_load.Answer(token_ids, [TokenLogprobs(raw, raw, [1, 2], [raw, second], [raw, second]) for raw, second in tops])
+
+    alone = answer([5, 6, 7], [-1.0, -2.0, -1.0], [-3.0, -2.04, -3.0])
+    close = under_load.compare(alone, answer([5, 9, 7], [-1.02, -2.0, -1.0], [-3.0, -2.0, -3.0]))
+    assert close == under_load.Parting(1, pytest.approx(0.04), pytest.approx(0.02)) and close.within
+    assert not under_load.compare(alone, answer([4, 6, 7], [-1.0, -2.0, -1.0], [-3.0, -2.0, -3.0])).within  # parted where it was clear
+    assert not under_load.compare(alone, answer([5, 6, 7], [-1.0, -2.0, -1.04], [-3.0, -2.0, -3.0])).within
+    assert not under_load.compare(alone, answer([5, 6, 7], [-1.0, float("nan"), -1.0], [-3.0, -2.0, -3.0])).within
+
+
+def test_every_bucket_at_its_edge(tiny_checkpoint: Callable[[str], Path]):
+    tiny, lines = tiny_runner(tiny_checkpoint("llama")), []
+    engine = tiny.engine(prefix_caching=False)
+    assert edges.check_edges(engine, tiny.config, True, lines.append)
+    assert "preemptions" in lines[0] and int(lines[0].split()[-2]) > 0
+    assert f"edges: {len(list(Buckets.for_platform('cpu', 4, 64)))} buckets filled, 0 compile events" in lines[1]
