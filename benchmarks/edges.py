@@ -47,12 +47,12 @@ class Edges:
     def fill(self) -> float:
         """Seconds of more long requests than the KV cache holds, all at once: it is filled, and requests are preempted."""
         info = self._engine.info
-        room = info.num_pages * info.page_size
-        # As many as run at once, short enough that they grow while they run.
-        length = min(max(info.max_total_tokens // 2, room // self._config.max_batch_size), info.max_total_tokens - 64)
-        fitting = max(room // length, 1)
-        grown = (room - fitting * length) // fitting + 3 * info.page_size
-        return self._run([length] * (fitting + 2), min(grown, info.max_total_tokens - length))
+        most = info.max_total_tokens // info.page_size
+        # As many as run at once, of whole pages, short enough that they grow while they run.
+        pages = min(max(most // 2, info.num_pages // self._config.max_batch_size), most - 4)
+        fitting = max(info.num_pages // pages, 1)
+        grown = (info.num_pages - fitting * pages) // fitting + 3
+        return self._run([pages * info.page_size] * (fitting + 2), min(grown, most - pages) * info.page_size)
 
     @staticmethod
     def _edge(bucket: Bucket) -> tuple[int, int]:
@@ -100,9 +100,9 @@ def check_edges(engine: Engine, config: RunnerConfig, fill: bool, say: Callable[
     engine.check_integrity()
     stats = engine.stats()
     compiled = stats.compile_events - compiled
-    say(
-        f"edges: {len(reached)} buckets filled, {compiled} compile events; no batch takes these: {[(b.num_tokens, b.num_rows) for b in never]}"
-    )
+    say(f"edges: {len(reached)} buckets filled, {compiled} compile events")
+    if never:
+        say(f"edges: no batch takes these (tokens, rows): {[(bucket.num_tokens, bucket.num_rows) for bucket in never]}")
     for line in slow:
         say(f"edges: the first time is slower: {line}")
     memory = device.memory_stats() or {}

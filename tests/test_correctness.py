@@ -44,7 +44,7 @@ def test_logits_at_every_position(tiny_checkpoint: Callable[[str], Path]):
     assert checked.check_logits(tiny.runner, tiny.config, model, CONFIGS["llama"], 70, lines.append)
     told = [line.split()[:2] for line in lines]
     assert told[:4] == [["whole", "2"], ["spread", "70"], ["whole", "2"], ["decode", "70"]] and told[4][0] == "mixed"
-    other = {**CONFIGS["llama"], "rope_theta": 1001.0}
+    other = {**CONFIGS["llama"], "rope_theta": 1200.0}
     assert not checked.check_logits(tiny.runner, tiny.config, model, other, 20, lines.append)
 
 
