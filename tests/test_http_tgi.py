@@ -9,6 +9,13 @@ import pytest
 from huggingface_hub import InferenceClient
 from live_front_end import LiveFrontEnd
 
+from jaxserve.config import ServerOptions
+from jaxserve.errors import InvalidRequest
+from jaxserve.grammar import Grammar, GrammarKind
+from jaxserve.http.service import Service
+from jaxserve.http.tgi_types import GenerateParameters, generate_task
+from jaxserve.request import SamplingParams
+
 
 def _post(front_end: LiveFrontEnd, path: str, inputs: str, **parameters: Any) -> Any:
     response = front_end.client.post(path, json={"inputs": inputs, "parameters": parameters}, timeout=20)
@@ -229,3 +236,26 @@ def test_openapi_describes_the_bodies(front_end: LiveFrontEnd):
     described = front_end.client.get("/openapi.json").json()
     fields = described["components"]["schemas"]["ChatBody"]["properties"]
     assert {"messages", "temperature", "stream_options", "top_k"} <= fields.keys()
+
+
+def test_grammars():
+    """What TGI calls a grammar, as the engine is told it."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    for grammar, kind in (
+        ({"type": "json", "value": schema}, GrammarKind.JSON_SCHEMA),
+        ({"type": "json_object", "value": json.dumps(schema)}, GrammarKind.JSON_SCHEMA),
+        ({"type": "json_schema", "value": {"name": "x", "schema": schema}}, GrammarKind.JSON_SCHEMA),
+        ({"type": "regex", "value": "[0-9]+"}, GrammarKind.REGEX),
+        ({"type": "json_object"}, GrammarKind.JSON_OBJECT),
+    ):
+        made = generate_task(GenerateParameters.model_validate({"grammar": grammar}), ServerOptions(), False).params[0].grammar
+        assert made is not None and made.kind is kind
+        if kind is GrammarKind.JSON_SCHEMA:
+            assert json.loads(made.text) == schema
+
+
+def test_grammars_can_be_forbidden(front_end: LiveFrontEnd):
+    service = Service(front_end.router, front_end.service.metrics, ServerOptions(disable_grammar_support=True))
+    params = SamplingParams(grammar=Grammar.json_object())
+    with pytest.raises(InvalidRequest, match="grammar is not supported"):
+        service.answers("x", [([5], params)], 0.0)

@@ -28,6 +28,7 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveFrontEnd]:
         ({"top_k": 0}, "`top_k` must be strictly positive"),
         ({"top_p": 1.0}, "`top_p` must be > 0.0 and < 1.0"),
         ({"typical_p": 1.0}, "`typical_p` must be > 0.0 and < 1.0"),
+        ({"grammar": {"type": "json", "value": {"type": "string"}}}, "grammar is not valid: Grammar must have a 'properties' field"),
     ],
 )
 def test_values_that_mean_off_are_refused(strict: LiveFrontEnd, parameters: dict[str, Any], message: str):

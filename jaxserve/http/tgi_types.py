@@ -1,18 +1,57 @@
 """Bodies of TGI's routes, and what they mean as SamplingParams, with TGI's messages where a value is refused."""
 
+import json
 import random
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import FailFast, Field
 
 from jaxserve.config import ServerOptions
 from jaxserve.errors import ContextTooLong, InvalidRequest
+from jaxserve.grammar import Grammar
 from jaxserve.http.body import Body
 from jaxserve.request import EngineInfo, SamplingParams
 
 # TGI computes long answers in pieces of this many tokens and holds only the first against the context.
 CHECKED_NEW_TOKENS = 1024
+
+
+class GrammarField(Body):
+    """TGI's `grammar`: what the answer must match."""
+
+    type: Literal["json", "json_object", "json_schema", "regex"]
+    value: Any = Field(None, description="A JSON schema or its text; {name, schema} for json_schema; a regular expression for regex.")
+
+    def grammar(self, strict: bool) -> Grammar:
+        """What it means.
+
+        Args:
+            strict: refuse what TGI refuses: a schema without `properties`.
+
+        Raises:
+            InvalidRequest: it is none, with TGI's message.
+        """
+        value = self.value
+        try:
+            if self.type == "regex":
+                if not isinstance(value, str):
+                    raise InvalidRequest("the value of a regex must be a string")
+                return Grammar.regex(value, "grammar")
+            if self.type == "json_schema":
+                if not isinstance(value, dict) or "schema" not in value:
+                    raise InvalidRequest("the value of a json_schema must have a `schema`")
+                value = value["schema"]
+            if value is None and not strict:
+                return Grammar.json_object("grammar")
+            if not isinstance(value, dict | str | bool):
+                raise InvalidRequest("the value must be a JSON schema")
+            made = Grammar.json_schema(value, "grammar")
+            if strict and "properties" not in json.loads(made.text):
+                raise InvalidRequest("Grammar must have a 'properties' field")
+        except InvalidRequest as error:
+            raise InvalidRequest(f"grammar is not valid: {error}", "grammar") from error
+        return made
 
 
 class GenerateParameters(Body):
@@ -35,7 +74,7 @@ class GenerateParameters(Body):
     decoder_input_details: bool = False
     seed: int | None = None
     top_n_tokens: int | None = None
-    grammar: Any = None
+    grammar: GrammarField | None = None
     adapter_id: str | None = None
 
 
@@ -104,21 +143,20 @@ def generate_task(parameters: GenerateParameters, options: ServerOptions, stream
             f"must be >= 0 and <= {options.max_top_n_tokens}. Given: {parameters.top_n_tokens}",
         ),
         ("seed", not 0 <= (parameters.seed or 0) < 2**64, "must be >= 0 and < 2^64"),
-        ("watermark", parameters.watermark, "is not supported"),
-        ("adapter_id", bool(parameters.adapter_id), "is not supported"),
+        ("watermark", parameters.watermark, "is not supported yet"),
+        ("adapter_id", bool(parameters.adapter_id), "is not supported yet"),
     )
     for name, refused, reason in refusals:
         if refused:
             raise InvalidRequest(f"`{name}` {reason}", name)
-    if parameters.grammar is not None:
-        raise InvalidRequest("grammar is not supported", "grammar")
+    grammar = None if parameters.grammar is None else parameters.grammar.grammar(options.tgi_strict)
     sampling = (parameters.do_sample or _warps(parameters)) and parameters.temperature != 0.0
     if best_of > 1 and not sampling:
         raise InvalidRequest("you must use sampling when `best_of` is > 1", "best_of")
     if best_of > 1 and parameters.seed is not None:
         raise InvalidRequest("`seed` must not be set when `best_of` > 1", "seed")
     seeds = [random.getrandbits(64) if parameters.seed is None else parameters.seed for _ in range(best_of)]
-    return GenerateTask(tuple(_params(parameters, sampling, seed) for seed in seeds), sampling, parameters.top_n_tokens or 0)
+    return GenerateTask(tuple(_params(parameters, sampling, seed, grammar) for seed in seeds), sampling, parameters.top_n_tokens or 0)
 
 
 def _above(value: float | None, low: float) -> bool:
@@ -145,7 +183,7 @@ def _warps(parameters: GenerateParameters) -> bool:
     return any(getattr(parameters, name) not in (None, value) for name, value in off.items())
 
 
-def _params(parameters: GenerateParameters, sampling: bool, seed: int) -> SamplingParams:
+def _params(parameters: GenerateParameters, sampling: bool, seed: int, grammar: Grammar | None) -> SamplingParams:
     given = {
         "top_k": parameters.top_k,
         "top_p": parameters.top_p,
@@ -160,6 +198,7 @@ def _params(parameters: GenerateParameters, sampling: bool, seed: int) -> Sampli
         max_tokens=parameters.max_new_tokens,
         stop=tuple(parameters.stop),
         logprobs=parameters.top_n_tokens or 0,
+        grammar=grammar,
         include_stop_str_in_output=True,  # TGI keeps the stop string in the text
         **values,
     )
