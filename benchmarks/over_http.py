@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import json
 import random
+import shlex
 import shutil
 import statistics
 import tempfile
@@ -138,7 +139,9 @@ def main() -> None:
     parser.add_argument("--stream-tokens", type=int, default=16384)
     parser.add_argument("--max-total-tokens", type=int, default=32768)
     parser.add_argument("--log", type=Path, default=Path(tempfile.gettempdir()) / "over_http.log", help="what the last server said")
-    parser.add_argument("server_flags", nargs="*", help="after --: further flags of the server; then the rows are not of default flags")
+    parser.add_argument(
+        "--server-flags", type=shlex.split, default=[], help="further flags of the server, one text; the rows are then not of default flags"
+    )
     add_row_flags(parser)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
