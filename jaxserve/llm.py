@@ -78,7 +78,8 @@ class LLM:
         source = resolve_model(model_options)
         self.tokenizer: Tokenizer = load_tokenizer(source.path, model_options.tokenizer_config_path)
         self.engines: list[Engine] = [
-            build_engine(model_options, engine_options, replica, source=source) for replica in range(engine_options.data_size)
+            build_engine(model_options, engine_options, replica, source=source, tokenizer=self.tokenizer)
+            for replica in range(engine_options.data_size)
         ]
         self.info = self.engines[0].info
         self._max_batch_size = engine_options.max_batch_size or 256

@@ -181,6 +181,8 @@ class Request:
         if len(prompt) > info.max_input_tokens:
             raise ContextTooLong(f"the prompt has {len(prompt)} tokens, more than the {info.max_input_tokens} allowed", "prompt")
         self.params.validate(info.vocab_size)
+        if (grammar := self.params.grammar) is not None and info.no_grammars:
+            raise InvalidRequest(f"`{grammar.param}`: grammars are not supported: {info.no_grammars}", grammar.param)
         wanted = len(prompt) + (self.params.max_tokens or 1)
         if wanted > info.max_total_tokens:
             raise ContextTooLong(
@@ -251,6 +253,7 @@ class EngineInfo:
         dtype: of the weights, "float32".
         device: for people, "cpu" or "NVIDIA H200".
         defaults: sampling defaults of generation_config.json (only the fields present), e.g. {"temperature": 0.6}.
+        no_grammars: why SamplingParams.grammar is refused, "" where it is not.
     """
 
     model_id: str
@@ -266,6 +269,7 @@ class EngineInfo:
     dtype: str
     device: str
     defaults: Mapping[str, float]
+    no_grammars: str = ""
 
 
 @dataclass(frozen=True, slots=True)

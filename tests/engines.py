@@ -10,6 +10,8 @@ from jaxserve.engine.build import join
 from jaxserve.engine.engine import Engine
 from jaxserve.request import EngineInfo, FinishReason, Request, SamplingParams, TokenOutput
 from jaxserve.runner import ModelRunner, RunnerConfig, make_mesh
+from jaxserve.structured import GrammarCompiler, read_tokens
+from jaxserve.tokenizer import load_tokenizer
 from jaxserve.weights import ModelSource
 from jaxserve.weights.loader import load_model
 
@@ -26,19 +28,33 @@ class TinyRunner:
         slots: samples that run at once; each size of batch up to it is a program to compile.
         max_batch_tokens: of a step; likewise.
         kv_tokens: room in the cache; little, so that samples that run at once preempt each other.
+        max_total_tokens: of a request.
+        masked: its engines enforce grammars.
     """
 
     def __init__(
-        self, folder: Path, tensor_size: int = 1, data_index: int = 0, slots: int = 4, max_batch_tokens: int = 64, kv_tokens: int = 240
+        self,
+        folder: Path,
+        tensor_size: int = 1,
+        data_index: int = 0,
+        slots: int = 4,
+        max_batch_tokens: int = 64,
+        kv_tokens: int = 240,
+        max_total_tokens: int = MAX_TOTAL_TOKENS,
+        masked: bool = False,
     ):
         mesh = make_mesh(tensor_size, data_index)
         model = load_model(ModelSource(str(folder), "", folder), ModelOptions(), mesh)
         token_bytes = 2 * 4 * model.config.head_dim * model.config.local_kv_heads(tensor_size) * model.config.num_layers
-        self.config = RunnerConfig(slots, max_batch_tokens, max_total_tokens=MAX_TOTAL_TOKENS, kv_bytes=kv_tokens * token_bytes)
+        self.config = RunnerConfig(
+            slots, max_batch_tokens, max_total_tokens=max_total_tokens, kv_bytes=kv_tokens * token_bytes, masked=masked
+        )
         self.runner = ModelRunner(model, mesh, self.config)
         self.runner.warmup()
         self._model = model
         self._mesh = f"1x{tensor_size}"
+        self.tokenizer = load_tokenizer(folder)
+        self._masked = masked
 
     def engine(self, eos_token_ids: Sequence[int] = (), **options: object) -> Engine:
         """A new engine with an empty prefix cache; `options` are EngineOptions."""
@@ -57,7 +73,10 @@ class TinyRunner:
             device="cpu",
             defaults={},
         )
-        return join(self.runner, self.config, EngineOptions(**options), info)  # pyright: ignore[reportArgumentType]
+        options_ = EngineOptions(**options)  # pyright: ignore[reportArgumentType]
+        if not self._masked:
+            return join(self.runner, self.config, options_, info)
+        return join(self.runner, self.config, options_, info, GrammarCompiler(read_tokens(self.tokenizer, info.vocab_size, eos_token_ids)))
 
 
 @functools.cache

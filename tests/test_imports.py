@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     # host half
     "scheduler": PLAIN | {"step"},
     "tokenizer": {"errors", "request", "gguf_header"},
+    "structured": {"errors", "grammar", "tokenizer"},
     "metrics": {"errors", "request"},
     "rpc": {"errors", "request", "grammar", "engine"},
     "chat_output": {"grammar"},
@@ -37,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "weights": {"errors", "config", "gguf_header", "pallas_kernels", "models"},
     "runner": PLAIN | {"step", "pallas_kernels", "models", "weights"},
     # where they meet
-    "engine": PLAIN | {"step", "scheduler", "models", "weights", "runner"},
+    "engine": PLAIN | {"step", "scheduler", "structured", "tokenizer", "models", "weights", "runner"},
     "llm": PLAIN | {"engine", "tokenizer", "weights"},
     # what people start
     "client": {"errors"},
@@ -58,6 +59,7 @@ WITHOUT_JAX = (
     "jaxserve.scheduler",
     "jaxserve.tokenizer",
     "jaxserve.metrics",
+    "jaxserve.structured",
     "jaxserve.weights",
     "jaxserve.rpc.client",
     "jaxserve.rpc.server",

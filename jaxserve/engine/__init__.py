@@ -5,4 +5,3 @@ from jaxserve.engine.async_engine import Sink as Sink
 from jaxserve.engine.build import build_async_engine as build_async_engine
 from jaxserve.engine.build import build_engine as build_engine
 from jaxserve.engine.engine import Engine as Engine
-from jaxserve.engine.engine import TokenMasks as TokenMasks

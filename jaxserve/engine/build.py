@@ -2,16 +2,22 @@
 
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from jaxserve.config import EngineOptions, ModelOptions
 from jaxserve.engine.async_engine import AsyncEngine
+from jaxserve.engine.constraints import Constraints
 from jaxserve.engine.decode_gap import DecodeGap
 from jaxserve.engine.engine import Engine
+from jaxserve.errors import StartupError
 from jaxserve.models import Model, check_attention
 from jaxserve.request import EngineInfo
 from jaxserve.runner import ModelRunner, RunnerConfig, make_mesh
 from jaxserve.scheduler import KVGroupPages, Scheduler, SchedulerConfig
+from jaxserve.structured import GrammarCompiler, read_tokens
+from jaxserve.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.weights import ModelSource, resolve_model
 from jaxserve.weights.demo import cache_folder
 from jaxserve.weights.loader import load_model, read_config, resolve_dtype
@@ -20,13 +26,19 @@ logger = logging.getLogger(__name__)
 
 
 def build_engine(
-    model_options: ModelOptions, engine_options: EngineOptions, replica: int = 0, *, source: ModelSource | None = None
+    model_options: ModelOptions,
+    engine_options: EngineOptions,
+    replica: int = 0,
+    *,
+    source: ModelSource | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Engine:
     """Load a model on its devices and compile every program that a legal request can hit.
 
     Args:
         replica: the engine takes the devices from replica * tensor size on.
         source: the model's files, where they were found already.
+        tokenizer: the model's, where it was loaded already.
 
     Raises:
         StartupError: one line says why.
@@ -42,13 +54,28 @@ def build_engine(
         check_attention(shape, attention, dtype, engine_options.page_size, engine_options.tensor_size)
     model = load_model(source, model_options, mesh, attention=attention)
     config = RunnerConfig.from_options(engine_options, platform, str(compilation_cache(engine_options)))
-    runner = ModelRunner(model, mesh, config)
-    runner.warmup()
-    return join(runner, config, engine_options, _info(source, engine_options, model, runner, mesh.devices.flat[0].device_kind))
+    with ThreadPoolExecutor(1, "grammars") as thread:
+        compiler = thread.submit(_grammar_compiler, source, model, engine_options, tokenizer)
+        runner = ModelRunner(model, mesh, config)
+        runner.warmup()
+    info = _info(source, engine_options, model, runner, mesh.devices.flat[0].device_kind)
+    return join(runner, config, engine_options, info, compiler.result())
 
 
-def join(runner: ModelRunner, config: RunnerConfig, options: EngineOptions, info: EngineInfo) -> Engine:
-    """A new scheduler for a runner that is ready, and the engine of both."""
+def join(
+    runner: ModelRunner,
+    config: RunnerConfig,
+    options: EngineOptions,
+    info: EngineInfo,
+    compiler: GrammarCompiler | str = "the engine was made without",
+) -> Engine:
+    """A new scheduler for a runner that is ready, and the engine of both.
+
+    Args:
+        compiler: of grammars, or why there is none.
+    """
+    constraints = Constraints(compiler, info.vocab_size) if isinstance(compiler, GrammarCompiler) else None
+    info = replace(info, no_grammars="" if isinstance(compiler, GrammarCompiler) else compiler)
     gap = None if options.max_decode_gap_ms is None else DecodeGap(options.max_decode_gap_ms / 1000)
     scheduler = Scheduler(
         SchedulerConfig(
@@ -62,7 +89,7 @@ def join(runner: ModelRunner, config: RunnerConfig, options: EngineOptions, info
         ),
         [KVGroupPages(num_pages, window) for num_pages, window in runner.kv_groups],
     )
-    return Engine(runner, scheduler, info, sync=options.sync, decode_gap=gap)
+    return Engine(runner, scheduler, info, sync=options.sync, decode_gap=gap, constraints=constraints)
 
 
 def compilation_cache(options: EngineOptions) -> Path:
@@ -80,6 +107,17 @@ def build_async_engine(model_options: ModelOptions, engine_options: EngineOption
         StartupError: one line says why.
     """
     return AsyncEngine(build_engine(model_options, engine_options, replica), engine_options.max_concurrent_requests)
+
+
+def _grammar_compiler(source: ModelSource, model: Model, options: EngineOptions, tokenizer: Tokenizer | None) -> GrammarCompiler | str:
+    """A compiler for the model's vocabulary, or why there can be none."""
+    if options.disable_grammar_support:
+        return "the server was started with --disable-grammar-support"
+    try:
+        tokenizer = tokenizer or load_tokenizer(source.path)
+        return GrammarCompiler(read_tokens(tokenizer, model.config.vocab_size, model.config.eos_token_ids))
+    except StartupError as error:
+        return str(error)
 
 
 def _info(source: ModelSource, options: EngineOptions, model: Model, runner: ModelRunner, device: str) -> EngineInfo:

@@ -13,23 +13,16 @@ happens while the forward runs.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-
+from jaxserve.engine.constraints import Constraints
 from jaxserve.engine.decode_gap import DecodeGap
 from jaxserve.engine.durations import Durations
 from jaxserve.request import EngineInfo, EngineStats, Request, TokenOutput
 from jaxserve.runner import ModelRunner
 from jaxserve.scheduler import ScheduledBatch, Scheduler
 
-
-class TokenMasks(Protocol):
-    """Fills the masks of constrained rows (grammar matchers implement it)."""
-
-    def fill(self, batch: ScheduledBatch) -> np.ndarray:
-        """Return uint32 [rows of the batch, ceil(vocabulary / 32)]: bit t % 32 of word t // 32 is set where token t is allowed."""
-        ...
+COMPILE_WAIT = 0.005  # seconds that a step with nothing else to do waits for a grammar
 
 
 @dataclass(slots=True)
@@ -50,7 +43,7 @@ class Engine:
         info: what front ends are told.
         sync: collect each step at once.
         decode_gap: observes step times and bounds prefill chunks while streams decode.
-        masks: fills token masks; needed only where a request is constrained.
+        constraints: the grammars of requests; without them info.no_grammars must say why.
         clock: seconds, monotonic.
     """
 
@@ -62,7 +55,7 @@ class Engine:
         *,
         sync: bool = False,
         decode_gap: DecodeGap | None = None,
-        masks: TokenMasks | None = None,
+        constraints: Constraints | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.info = info
@@ -70,7 +63,7 @@ class Engine:
         self._scheduler = scheduler
         self._sync = sync
         self._decode_gap = decode_gap
-        self._masks = masks
+        self._constraints = constraints
         self._clock = clock
         # What is on the device.
         self._in_flight: InFlight | None = None
@@ -85,7 +78,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether step() has anything to do."""
-        return self._in_flight is not None or self._scheduler.has_work
+        return self._in_flight is not None or self._scheduler.has_work or (self._constraints is not None and self._constraints.compiling)
 
     def add_request(self, request: Request) -> None:
         """Queue a request.
@@ -94,7 +87,12 @@ class Engine:
             InvalidRequest: it cannot be served; nothing was queued.
         """
         request.validate(self.info)
-        self._scheduler.add(request, self._clock())
+        if request.params.grammar is None:
+            self._scheduler.add(request, self._clock())
+            return
+        assert self._constraints is not None, "info.no_grammars must say that there are no constraints"
+        self._scheduler.add(request, self._clock(), constrained=True, ready=False)
+        self._constraints.add(request)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Forget a request, or one of its samples: no further output; its pages are free when no step in flight holds them.
@@ -102,6 +100,8 @@ class Engine:
         Unknown ids are ignored.
         """
         self._scheduler.abort(request_id, index)
+        if self._constraints is not None:
+            self._constraints.forget(request_id, index)
 
     def step(self) -> list[TokenOutput]:
         """Schedule and dispatch one step, collect the one before.
@@ -109,12 +109,14 @@ class Engine:
         Returns:
             the outputs of the collected step, in no particular order.
         """
+        refused = self._take_compiled()
         batch = self._schedule()
         dispatched = self._dispatch(batch) if batch is not None else None
         outputs = self._finish(self._in_flight) if self._in_flight is not None else []
+        outputs += refused
         self._in_flight = dispatched
         if dispatched is not None and dispatched.batch.constrained:
-            self._sample(dispatched)
+            outputs += self._sample(dispatched)
         if dispatched is not None and self._sync:
             outputs += self._finish(dispatched)
             self._in_flight = None
@@ -145,6 +147,17 @@ class Engine:
         """Raise AssertionError where pages, slots or references do not add up."""
         self._scheduler.check_integrity()
 
+    def _take_compiled(self) -> list[TokenOutput]:
+        """Let requests be scheduled whose grammars are compiled; return the last outputs of those that have none."""
+        if self._constraints is None or not self._constraints.compiling:
+            return []
+        if self._in_flight is None and not self._scheduler.has_work:
+            self._constraints.wait(COMPILE_WAIT)
+        ready, refused = self._constraints.take_compiled()
+        for request_id in ready:
+            self._scheduler.set_ready(request_id)
+        return self._ended(refused)
+
     def _schedule(self) -> ScheduledBatch | None:
         begin = self._clock()
         batch = self._scheduler.schedule()
@@ -160,9 +173,18 @@ class Engine:
         self._dispatch_times.observe(now - begin)
         return InFlight(batch, step, now)
 
-    def _sample(self, dispatched: InFlight) -> None:
-        assert self._masks is not None, "a constrained request needs masks"
-        self._runner.sample(dispatched.step, self._masks.fill(dispatched.batch))
+    def _sample(self, dispatched: InFlight) -> list[TokenOutput]:
+        """Sample a step under its masks; return the last outputs of samples for which the masks leave nothing."""
+        assert self._constraints is not None
+        masks, ended = self._constraints.fill(dispatched.batch)
+        self._runner.sample(dispatched.step, masks)
+        return self._ended(ended)
+
+    def _ended(self, outputs: list[TokenOutput]) -> list[TokenOutput]:
+        """Take samples out of the schedule that ended by their grammar."""
+        for output in outputs:
+            self._scheduler.abort(output.request_id, output.index)
+        return outputs
 
     def _finish(self, step: InFlight) -> list[TokenOutput]:
         begin = self._clock()
@@ -174,4 +196,10 @@ class Engine:
         if self._decode_gap is not None:
             self._decode_gap.observe(step.batch.num_tokens, on_device)
         self._collected_at = now
-        return self._scheduler.update(step.batch, result)
+        outputs = self._scheduler.update(step.batch, result)
+        if step.batch.constrained:
+            assert self._constraints is not None
+            for output in outputs:
+                if output.finish_reason is not None:
+                    self._constraints.forget(output.request_id, output.index)
+        return outputs

@@ -40,6 +40,7 @@ class RunnerConfig:
             max_batch_tokens=max(options.max_batch_prefill_tokens or (512 if on_cpu else 8192), batch_size),
             page_size=options.page_size,
             max_total_tokens=options.max_total_tokens,
+            masked=not options.disable_grammar_support,
             kv_bytes=int(options.cpu_kv_cache_gib * GIB) // options.tensor_size if on_cpu else None,
             compilation_cache_dir=compilation_cache_dir,
         )

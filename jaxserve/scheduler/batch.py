@@ -40,13 +40,10 @@ class ScheduledBatch:
         rows: rows of one token first (decodes), then prefill chunks; at most one a sample.
         page_copies: (KV group, source page, target page), to be done before the step and after the steps before it.
         num_tokens: sum over rows.
+        constrained: a row's token must obey a grammar, so that its mask is needed before it is sampled.
     """
 
     rows: list[ScheduledRow]
     page_copies: list[tuple[int, int, int]] = field(default_factory=list)
     num_tokens: int = 0
-
-    @property
-    def constrained(self) -> bool:
-        """Whether a row's token must obey a grammar, so that its mask is needed before it is sampled."""
-        return any(row.sample.constrained for row in self.rows)
+    constrained: bool = False

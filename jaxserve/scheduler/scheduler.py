@@ -60,6 +60,7 @@ class Scheduler:
         self._running: list[Sample] = []
         self._leaving: set[Sample] = set()
         self._num_arrived = 0
+        self._num_constrained = 0  # unfinished samples; none costs nothing
         self._step = 0
         # Counters of EngineStats
         self._prefix_queries = 0
@@ -101,6 +102,7 @@ class Scheduler:
             self._num_arrived += 1
         self._requests[request.request_id] = siblings
         self._waiting.extend(siblings)
+        self._num_constrained += params.n if constrained else 0
 
     def set_ready(self, request_id: str) -> None:
         """Let a request be scheduled that was added as not ready; unknown ids are ignored."""
@@ -129,7 +131,8 @@ class Scheduler:
         if not rows and not chunks:
             return None
         rows += sorted(chunks, key=_is_long)
-        return ScheduledBatch(rows, page_copies, num_decodes + sum(row.num_tokens for row in chunks))
+        constrained = self._num_constrained > 0 and any(row.samples and row.sample.constrained for row in rows)
+        return ScheduledBatch(rows, page_copies, num_decodes + sum(row.num_tokens for row in chunks), constrained)
 
     def update(self, batch: ScheduledBatch, result: StepResult) -> list[TokenOutput]:
         """Take what a step sampled.
@@ -345,6 +348,7 @@ class Scheduler:
             self._waiting.remove(sample)
         elif sample not in self._leaving:
             self._running.remove(sample)
+        self._num_constrained -= sample.constrained
         sample.state = FINISHED
         self._vacate(sample)
 

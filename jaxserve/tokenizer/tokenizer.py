@@ -100,6 +100,10 @@ class Tokenizer:
         token_id = self._backend.token_to_id(text) if self._backend is not None else self._inner.get_vocab().get(text)
         return token_id if token_id in self._special_ids else None
 
+    def as_json(self) -> str | None:
+        """The pipeline of the library `tokenizers` as its JSON; None where the tokenizer is of another kind."""
+        return self._backend.to_str() if self._backend is not None else None
+
     def least_tokens(self, text: str) -> int:
         """A number of tokens that the text has at least, told without tokenizing it; 0 where nothing is sure."""
         return 0 if self._bound is None else self._bound.least_tokens(text)
