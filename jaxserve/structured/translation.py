@@ -2,6 +2,7 @@
 
 import json
 from typing import Any
+from urllib.parse import quote
 
 from llguidance import LLMatcher, StructTag
 from llguidance.gbnf_to_lark import any_to_lark
@@ -9,9 +10,12 @@ from llguidance.gbnf_to_lark import any_to_lark
 from jaxserve.errors import InvalidRequest
 from jaxserve.grammar import Grammar, GrammarKind
 
-# Between two parts of a JSON text: a few spaces, or a line break and the next line's indentation. JSON allows any number; models have
-# been seen to write nothing else for ever.
-_WHITESPACE = r"[ \t]{1,4}|\r?\n[ \t]{0,24}"
+# Between two parts of a JSON text: a space, or a line break and the next line's indentation. JSON allows any number; models have been
+# seen to write nothing else for ever.
+_WHITESPACE = r" |\r?\n[ \t]{0,24}"
+
+_URI_CHARACTERS = "%:/?#@!$&'()*+,;=-._~"
+_PLAIN_VALUES = frozenset({"const", "enum", "default", "examples"})
 
 
 def translate(grammar: Grammar) -> list[str]:
@@ -33,7 +37,24 @@ def translate(grammar: Grammar) -> list[str]:
 
 
 def _json_schema(text: str) -> list[str]:
-    return [LLMatcher.grammar_from_json_schema(text, {"whitespace_pattern": _WHITESPACE})]
+    schema = json.dumps(_with_quoted_references(json.loads(text)), ensure_ascii=False)
+    return [LLMatcher.grammar_from_json_schema(schema, {"whitespace_pattern": _WHITESPACE})]
+
+
+def _with_quoted_references(schema: Any) -> Any:
+    """A schema whose references are URIs: names in them that people wrote as they are ("#/$defs/tree node") are escaped."""
+    if isinstance(schema, list):
+        return [_with_quoted_references(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: quote(value, safe=_URI_CHARACTERS)
+        if key == "$ref" and isinstance(value, str)
+        else value
+        if key in _PLAIN_VALUES
+        else _with_quoted_references(value)
+        for key, value in schema.items()
+    }
 
 
 def _json_object(_: str) -> list[str]:
