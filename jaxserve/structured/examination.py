@@ -13,7 +13,6 @@ from jaxserve.errors import InvalidRequest
 from jaxserve.grammar import Grammar, GrammarKind
 from jaxserve.structured.translation import translate
 
-CPU_SECONDS = 5  # for one grammar
 MEMORY_BYTES = 2 * 2**30
 
 
@@ -29,13 +28,14 @@ def examine(kind: str, text: str) -> dict[str, object]:
 
 
 def main() -> None:
-    """Answer until stdin ends."""
+    """Answer until stdin ends. Argument: seconds of CPU that one grammar may take."""
+    limit = int(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for line in sys.stdin.buffer:
         used = resource.getrusage(resource.RUSAGE_SELF)
         # The kernel ends a process that passes it, wherever it is.
-        resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 1 + CPU_SECONDS, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 1 + limit, resource.RLIM_INFINITY))
         question = json.loads(line)
         sys.stdout.buffer.write(json.dumps(examine(question["kind"], question["text"])).encode() + b"\n")
         sys.stdout.buffer.flush()

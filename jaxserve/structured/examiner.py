@@ -16,7 +16,8 @@ import time
 from jaxserve.errors import InvalidRequest
 from jaxserve.grammar import Grammar
 
-WALL_SECONDS = 30.0  # for one grammar; the child allows itself less of the CPU
+CPU_SECONDS = 5  # for one grammar
+WALL_SECONDS = 30.0
 TOO_MUCH = "it takes too much time, memory or nesting to compile"
 
 
@@ -37,7 +38,7 @@ class GrammarExaminer:
         """
         if self._child is None:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "jaxserve.structured.examination"],
+                [sys.executable, "-m", "jaxserve.structured.examination", str(CPU_SECONDS)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,  # where a grammar is too much for it, it has much to say

@@ -37,8 +37,11 @@ def translate(grammar: Grammar) -> list[str]:
 
 
 def _json_schema(text: str) -> list[str]:
-    schema = json.dumps(_with_quoted_references(json.loads(text)), ensure_ascii=False)
-    return [LLMatcher.grammar_from_json_schema(schema, {"whitespace_pattern": _WHITESPACE})]
+    schema = json.loads(text)
+    if schema is False:
+        raise InvalidRequest("no JSON is valid by the schema `false`")
+    schema = {} if schema is True else _with_quoted_references(schema)
+    return [LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False), {"whitespace_pattern": _WHITESPACE})]
 
 
 def _with_quoted_references(schema: Any) -> Any:
