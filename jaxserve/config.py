@@ -108,7 +108,6 @@ class ServerOptions:
     otlp_service_name: str = option("jaxserve", "Name of this server in traces.", metavar="NAME")
     prometheus_port: int | None = option(None, "A second port for /metrics alone. It is at the HTTP port anyway.", low=0, high=65535)
     validation_workers: int = option(2, "Threads of an HTTP process that tokenize.", low=1, high=64)
-    disable_grammar_support: bool = option(False, "Refuse requests with a grammar.")
     tgi_strict: bool = option(False, "Do what TGI does where jaxserve does better, see docs/tgi.md.")
 
 

@@ -182,7 +182,7 @@ class Request:
             raise ContextTooLong(f"the prompt has {len(prompt)} tokens, more than the {info.max_input_tokens} allowed", "prompt")
         self.params.validate(info.vocab_size)
         if (grammar := self.params.grammar) is not None and info.no_grammars:
-            raise InvalidRequest(f"`{grammar.param}`: grammars are not supported: {info.no_grammars}", grammar.param)
+            raise InvalidRequest(f"grammar is not supported: {info.no_grammars}", grammar.param)
         wanted = len(prompt) + (self.params.max_tokens or 1)
         if wanted > info.max_total_tokens:
             raise ContextTooLong(

@@ -10,11 +10,8 @@ from huggingface_hub import InferenceClient
 from live_front_end import LiveFrontEnd
 
 from jaxserve.config import ServerOptions
-from jaxserve.errors import InvalidRequest
-from jaxserve.grammar import Grammar, GrammarKind
-from jaxserve.http.service import Service
+from jaxserve.grammar import GrammarKind
 from jaxserve.http.tgi_types import GenerateParameters, generate_task
-from jaxserve.request import SamplingParams
 
 
 def _post(front_end: LiveFrontEnd, path: str, inputs: str, **parameters: Any) -> Any:
@@ -252,10 +249,3 @@ def test_grammars():
         assert made is not None and made.kind is kind
         if kind is GrammarKind.JSON_SCHEMA:
             assert json.loads(made.text) == schema
-
-
-def test_grammars_can_be_forbidden(front_end: LiveFrontEnd):
-    service = Service(front_end.router, front_end.service.metrics, ServerOptions(disable_grammar_support=True))
-    params = SamplingParams(grammar=Grammar.json_object())
-    with pytest.raises(InvalidRequest, match="grammar is not supported"):
-        service.answers("x", [([5], params)], 0.0)

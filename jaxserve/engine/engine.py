@@ -5,9 +5,8 @@ tokens to step n+1, and step n is collected while step n+1 runs. So a stop that 
 tokens computed after it are dropped and counted nowhere. Pages and slots are freed once, when no step in flight holds them, and at
 most two steps are in flight. With `sync` a step is collected right after its dispatch; the tokens are the same.
 
-**Two forms of one step.** A batch without constrained rows is dispatched fused (forward and sampling in one program). A batch with
-one is dispatched split: the forward at once, the sampler when step n was collected and the masks of step n+1 could be filled, which
-happens while the forward runs.
+**Constrained rows.** A batch without them is dispatched as a whole. Of a batch with one the forward is dispatched at once, and the
+sampler when step n was collected and the masks of step n+1 could be filled, which happens while the forward runs.
 """
 
 import time

@@ -214,10 +214,6 @@ class Service:
         ]
         for request in requests:
             request.validate(self.info)
-            if self.options.disable_grammar_support and request.params.grammar is not None:
-                raise InvalidRequest("grammar is not supported", request.params.grammar.param)
-            if (grammar := request.params.grammar) is not None:
-                raise InvalidRequest(f"`{grammar.param}` is not supported yet", grammar.param)
         answers = Answers()
         try:
             for request in requests:
