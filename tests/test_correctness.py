@@ -1,6 +1,8 @@
 """The checks that run on a GPU (benchmarks.correctness and others), on a tiny model and the CPU; and that they can fail."""
 
+import asyncio
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,11 +10,13 @@ import jax
 import numpy as np
 import pytest
 from engines import tiny_runner
+from live_front_end import LiveFrontEnd
 from tiny_models import CONFIGS
 
-from benchmarks import edges, under_load
+from benchmarks import edges, random_traffic, under_load
 from benchmarks import logits as checked
 from benchmarks.plain_llama import GOLDEN, Float32Llama, hidden_in_float64
+from benchmarks.server import sum_metrics
 from jaxserve.request import TokenLogprobs
 from jaxserve.runner.buckets import Buckets
 
@@ -81,3 +85,33 @@ def test_every_bucket_at_its_edge(tiny_checkpoint: Callable[[str], Path]):
     assert edges.check_edges(engine, tiny.config, True, lines.append)
     assert "preemptions" in lines[0] and int(lines[0].split()[-2]) > 0
     assert f"edges: {len(list(Buckets.for_platform('cpu', 4, 64)))} buckets filled, 0 compile events" in lines[1]
+
+
+class LiveServer:
+    """benchmarks.server.Server, as far as the traffic needs it, over a front end in this process."""
+
+    def __init__(self, live: LiveFrontEnd):
+        self.url = live.url
+        self._live = live
+
+    def metrics(self) -> dict[str, float]:
+        time.sleep(1.1)  # engines tell their statistics every half second
+        return sum_metrics(self._live.client.get("/metrics").text)
+
+
+@pytest.mark.parametrize("fail_token_id", [-1, 8])
+def test_random_traffic_finds_what_is_wrong(fail_token_id: int, tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(random_traffic, "BURST_EXCESS", 40)
+    monkeypatch.setattr(random_traffic, "LATE_SECONDS", 60.0)  # no timings in tests
+    engine = {"max_concurrent_requests": 20, "fail_token_id": fail_token_id, "step_seconds": 0.002}
+    live = LiveFrontEnd(tiny_checkpoint("llama"), {"max_best_of": 4}, engine)
+    live.service.max_concurrent_requests = 20
+    live.start()
+    try:
+        faults = asyncio.run(random_traffic.check(LiveServer(live), 1.0, 6, 320))  # type: ignore[arg-type]
+    finally:
+        live.stop()
+    if fail_token_id < 0:
+        assert not faults
+    else:
+        assert any(fault.startswith("burst") and "step failed" in fault for fault in faults)
