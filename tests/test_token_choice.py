@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.triton import lowering as triton_lowering
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from jaxserve.pallas_kernels.noise import noise_keys
@@ -83,7 +84,12 @@ def test_broken_logits_give_some_token():
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["free", "masked"])
-def test_the_kernel_lowers_for_cuda(masked: bool):
+def test_the_kernel_lowers_for_cuda(masked: bool, monkeypatch: pytest.MonkeyPatch):
+    lower = triton_lowering.lower_jaxpr_to_triton_module
+    modules = []
+    monkeypatch.setattr(
+        triton_lowering, "lower_jaxpr_to_triton_module", lambda *args, **kwargs: modules.append(lower(*args, **kwargs)) or modules[-1]
+    )
     rows, slots, vocab = 4, 8, 128256
     shapes = [((rows, vocab), jnp.float32), ((rows, 13), jnp.int32), ((rows,), jnp.uint32), ((slots, vocab), jnp.int32)]
     logits, columns, word, counts = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
@@ -95,3 +101,4 @@ def test_the_kernel_lowers_for_cuda(masked: bool):
         lowered = jax.jit(functools.partial(choose_tokens)).trace(logits, columns, (word, word), counts, bias, last, masks)
         text = lowered.lower(lowering_platforms=("cuda",)).as_text()
     assert "choose_tokens" in text
+    assert [module.module.operation.verify() for module in modules] == [True]

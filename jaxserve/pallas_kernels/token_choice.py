@@ -195,9 +195,9 @@ class _Distances:
     def __init__(self, logits: _Row, best, inverse_temperature, scratch_refs, threaded: bool, count=None):
         self._logits, self._best, self._inverse_temperature, self._scratch_refs = logits, best, inverse_temperature, scratch_refs
         self._threaded = threaded
-        self._count = jnp.int32(0) if count is None else count
-        self._is_whole = self._count == 0
-        self._num_blocks = jnp.where(self._is_whole, pl.cdiv(logits.vocab_size, _BLOCK), 1)
+        self._count = count
+        num_blocks = pl.cdiv(logits.vocab_size, _BLOCK)
+        self._num_blocks = num_blocks if count is None else 1 + (count == 0).astype(jnp.int32) * (num_blocks - 1)
 
     def _read(self, i):
         """Token ids [_BLOCK] of block i, and their distances; inf where there is none."""
@@ -206,13 +206,16 @@ class _Distances:
             token, value = self._logits.read(i)
             return token, jnp.where(token < self._logits.vocab_size, (self._best - value) * self._inverse_temperature, jnp.inf)
 
+        if self._count is None:
+            return whole()
+
         def gathered():
             row, place = self._logits.row, pl.ds(0, _BLOCK)
             present = jnp.arange(_BLOCK, dtype=jnp.int32) < self._count
             token = plt.load(self._scratch_refs[0].at[row, place], mask=present, other=0)
             return token, plt.load(self._scratch_refs[1].at[row, place], mask=present, other=jnp.inf)
 
-        return lax.cond(self._is_whole, whole, gathered)
+        return lax.cond(self._count == 0, whole, gathered)
 
     def fold(self, function, start):
         """function(carry, token ids [_BLOCK], distances [_BLOCK]) over all blocks."""
