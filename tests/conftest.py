@@ -54,3 +54,29 @@ def front_end(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     live.start()
     yield live
     live.stop()
+
+
+@pytest.fixture(scope="session")
+def front_ends(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Any]]:
+    """LiveFrontEnds by the name of their chat template in answer_templates.TEMPLATES, started when first asked for."""
+    import json
+
+    from answer_templates import TEMPLATES
+    from live_front_end import LiveFrontEnd
+    from tiny_models import write_tokenizer
+
+    started: dict[str, LiveFrontEnd] = {}
+
+    def start(name: str) -> LiveFrontEnd:
+        if name not in started:
+            folder = tmp_path_factory.mktemp("tokenizer")
+            write_tokenizer(folder)
+            settings = json.loads((folder / "tokenizer_config.json").read_text())
+            (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TEMPLATES[name]}))
+            started[name] = LiveFrontEnd(folder)
+            started[name].start()
+        return started[name]
+
+    yield start
+    for front_end in started.values():
+        front_end.stop()

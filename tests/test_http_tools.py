@@ -1,29 +1,18 @@
 """Tool calls and reasoning over HTTP. The templates here render nothing but what the answer shall be: the engine double repeats it."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from live_front_end import LiveFrontEnd
-from tiny_models import CHAT_TEMPLATE, write_tokenizer
+from tiny_models import write_tokenizer
 
 from jaxserve.chat_output import TOOL_CALL_PARSERS
 
 CHAT = "/v1/chat/completions"
-ANSWER = "{{ messages[-1]['content'] }}"
-TEMPLATES = {
-    "hermes": ANSWER + "{# tools <tool_call> #}",
-    "thinking": ANSWER + "{# tools <tool_call> </think> #}",
-    "llama3_json": ANSWER + "{# tools <|python_tag|> #}",
-    "pythonic": ANSWER + "{# tools [func_name1(...)] #}",
-    "mistral": ANSWER + "{# tools [TOOL_CALLS] #}",
-    "unknown": ANSWER + "{# tools #}",
-    "plain": CHAT_TEMPLATE,
-    "json": "{{ messages | tojson }}{{ tools | tojson }}{# <tool_call> #}",
-}
 TOOLS = [
     {"type": "function", "function": {"name": "get_weather", "description": "Weather", "parameters": {
         "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}},
@@ -38,26 +27,6 @@ CALLS = {
     "pythonic": "[get_weather(city='São Paulo'), now()]",
     "mistral": '[TOOL_CALLS][{"name": "get_weather", "arguments": {"city": "São Paulo"}}, {"name": "now", "arguments": {}}]',
 }
-
-
-@pytest.fixture(scope="module")
-def front_ends(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], LiveFrontEnd]]:
-    """Front ends by the name of their template."""
-    started: dict[str, LiveFrontEnd] = {}
-
-    def start(name: str) -> LiveFrontEnd:
-        if name not in started:
-            folder = tmp_path_factory.mktemp("tokenizer")
-            write_tokenizer(folder)
-            settings = json.loads((folder / "tokenizer_config.json").read_text())
-            (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TEMPLATES[name]}))
-            started[name] = LiveFrontEnd(folder)
-            started[name].start()
-        return started[name]
-
-    yield start
-    for front_end in started.values():
-        front_end.stop()
 
 
 def ask(front_end: LiveFrontEnd, content: str, **body: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from jaxserve.http.errors import add_error_handlers
 from jaxserve.http.openai_routes import openai_routes
 from jaxserve.http.platform_routes import platform_routes
 from jaxserve.http.request_record import RecordRequests, RequestRecord, log_record
+from jaxserve.http.responses_routes import responses_routes
 from jaxserve.http.service import Service
 from jaxserve.http.status_routes import status_routes
 from jaxserve.http.tgi_routes import tgi_routes
@@ -55,6 +56,7 @@ def build_app(
     )
     add_error_handlers(app, service.metrics, options.tgi_strict)
     app.include_router(openai_routes(service))
+    app.include_router(responses_routes(service))
     app.include_router(tgi_routes(service))
     app.include_router(tokenize_routes(service))
     app.include_router(platform_routes(service, os.environ))

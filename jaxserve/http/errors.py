@@ -46,11 +46,17 @@ class ModelNotServed(InvalidRequest):
         super().__init__(f"The model `{name}` does not exist.", "model")
 
 
+class NotFound(InvalidRequest):
+    """The request names something that is not there."""
+
+
 def openai_error(error: Exception) -> tuple[int, dict[str, Any]]:
     """Status and body in OpenAI's shape."""
     match error:
         case ModelNotServed():
             return 404, _openai(error, "invalid_request_error", "model_not_found", error.param)
+        case NotFound():
+            return 404, _openai(error, "invalid_request_error", "not_found", error.param)
         case ContextTooLong():
             return 400, _openai(error, "invalid_request_error", "context_length_exceeded", error.param)
         case InvalidRequest():

@@ -8,6 +8,7 @@ from pydantic import Field
 from jaxserve.errors import InvalidRequest
 from jaxserve.grammar import Grammar
 from jaxserve.http.body import Body
+from jaxserve.http.sampler_fields import SamplerFields
 
 JsonSchema = dict[str, Any] | bool
 
@@ -74,7 +75,7 @@ _MAKERS: dict[str, Callable[[Any, str], Grammar]] = {
 }
 
 
-class GrammarFields(Body):
+class GrammarFields(SamplerFields):
     """The fields; only one of them may be there."""
 
     response_format: ResponseFormat | None = None

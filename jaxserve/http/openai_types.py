@@ -10,7 +10,8 @@ from jaxserve.errors import InvalidRequest
 from jaxserve.http.body import Unsupported
 from jaxserve.http.conversation import Conversation, ToolUse
 from jaxserve.http.openai_messages import MAX_TOOLS, FunctionTool, Message, NamedChoice, tool_use
-from jaxserve.http.sampling_fields import Ignored, SamplingFields, check_logprobs
+from jaxserve.http.sampler_fields import Ignored
+from jaxserve.http.sampling_fields import SamplingFields, check_logprobs
 from jaxserve.request import MAX_SAMPLES, SamplingParams
 
 MAX_MESSAGES = 8192

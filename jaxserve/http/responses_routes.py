@@ -1,0 +1,88 @@
+"""/v1/responses: OpenAI's newer way to ask. Responses are kept in memory, in the one HTTP process; see response_store.py."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from jaxserve.errors import InvalidRequest
+from jaxserve.http.answer import aborted_on_disconnect
+from jaxserve.http.body import json_route
+from jaxserve.http.documented import OPENAI_ERRORS
+from jaxserve.http.errors import NotFound
+from jaxserve.http.response_items import ResponseItems, new_id
+from jaxserve.http.response_rendering import ResponseEvents, response_end, response_head, token_logprobs
+from jaxserve.http.response_store import ResponseStore, StoredResponse
+from jaxserve.http.responses_types import ResponsesBody, messages_of
+from jaxserve.http.service import Service
+from jaxserve.http.sse import EventStream
+from jaxserve.http.timing import timing_headers
+
+
+def responses_routes(service: Service) -> APIRouter:
+    """The routes under /v1/responses."""
+    router = APIRouter(
+        prefix="/v1/responses", route_class=json_route(service.options.payload_limit), tags=["OpenAI"], responses=OPENAI_ERRORS
+    )
+    store = ResponseStore()
+
+    def stored(response_id: str, param: str | None = None) -> StoredResponse:
+        if service.options.http_workers > 1:
+            raise InvalidRequest("responses are kept by one HTTP process only; this server has several (--http-workers)", param)
+        response = store.get(response_id)
+        if response is None:
+            raise NotFound(f"Response with id '{response_id[:256]}' not found.", param)
+        return response
+
+    @router.post("", response_model=None)
+    async def create(request: Request, body: ResponsesBody) -> Response:
+        """Answer an input."""
+        arrived = time.perf_counter()
+        service.check_model(body.model)
+        service.check_stop(body.stop)
+        earlier = stored(body.previous_response_id, "previous_response_id").messages if body.previous_response_id is not None else ()
+        messages = body.new_messages()
+        conversation = body.conversation_after(earlier, messages, service.info.defaults, service.options.max_top_n_tokens)
+        response_id = new_id("resp")
+        turn = await service.turn(response_id, conversation, arrived, cache_salt=body.cache_salt or "")
+        head = response_head(service, body, conversation.params, response_id)
+
+        def keep(response: Mapping[str, Any]) -> None:
+            ended = turn.finish_reason(turn.answers.samples[0]) is not None  # else the client has gone
+            if ended and body.keeps and service.options.http_workers == 1:
+                store.add(response, earlier, [*messages, *messages_of(response["output"])])
+
+        headers = {"x-request-id": response_id}
+        if body.stream:
+            return EventStream(ResponseEvents(service, turn, head, keep), headers)
+        items = ResponseItems()
+        async with aborted_on_disconnect(request.receive, turn.answers):
+            while tokens := await turn.read():
+                for token, delta in tokens:
+                    items.push(delta, token_logprobs(service, token))
+        items.end(turn.finish_reason(turn.answers.samples[0]) != "length")
+        response = response_end(head, turn, items.items)
+        keep(response)
+        return JSONResponse(response, headers={**headers, **timing_headers(service, turn.answers, len(turn.prompt))})
+
+    @router.get("/{response_id}", response_model=None)
+    async def get(response_id: str) -> Response:
+        """A response that is kept."""
+        return JSONResponse(stored(response_id).body)
+
+    @router.delete("/{response_id}", response_model=None)
+    async def delete(response_id: str) -> Response:
+        """Forget a response."""
+        stored(response_id)
+        store.remove(response_id)
+        return JSONResponse({"id": response_id, "object": "response", "deleted": True})
+
+    @router.post("/{response_id}/cancel", response_model=None)
+    async def cancel(response_id: str) -> Response:
+        """Refused: there are no responses in the background."""
+        stored(response_id)
+        raise InvalidRequest("only a response in the background can be cancelled; close the connection instead", "response_id")
+
+    return router
