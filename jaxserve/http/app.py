@@ -12,6 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
 from jaxserve.http import VERSION
+from jaxserve.http.anthropic_routes import anthropic_routes
 from jaxserve.http.auth import OPEN_PATHS, TGI_OPEN_ROUTES, ApiKey
 from jaxserve.http.errors import add_error_handlers
 from jaxserve.http.openai_routes import openai_routes
@@ -22,6 +23,7 @@ from jaxserve.http.service import Service
 from jaxserve.http.status_routes import status_routes
 from jaxserve.http.tgi_routes import tgi_routes
 from jaxserve.http.tokenize_routes import tokenize_routes
+from jaxserve.http.vllm_routes import vllm_routes
 
 STATIC = Path(__file__).parent / "static"
 # The chat page runs no code but its own and talks to nobody but this server.
@@ -51,14 +53,16 @@ def build_app(
         static_url="/docs/static",
         title="jaxserve",
         version=VERSION,
-        description="Serves language models on JAX, with the APIs of OpenAI and of Text Generation Inference.",
+        description="Serves language models on JAX, with the APIs of OpenAI, of Anthropic and of Text Generation Inference.",
         lifespan=lifespan or _no_lifespan,
     )
     add_error_handlers(app, service.metrics, options.tgi_strict)
     app.include_router(openai_routes(service))
     app.include_router(responses_routes(service))
+    app.include_router(anthropic_routes(service))
     app.include_router(tgi_routes(service))
     app.include_router(tokenize_routes(service))
+    app.include_router(vllm_routes(service))
     app.include_router(platform_routes(service, os.environ))
     app.include_router(status_routes(service, os.environ))
 
@@ -80,8 +84,8 @@ def build_app(
     app.add_middleware(
         CORSMiddleware,
         allow_origins=list(options.cors_allow_origin) or ["*"],
-        allow_methods=["GET", "POST"],
-        allow_headers=["content-type", "authorization"],
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["content-type", "authorization", "x-api-key", "anthropic-version", "anthropic-beta"],
     )
     app.add_middleware(RecordRequests, tell=[log_record, *tell])
     return app

@@ -11,6 +11,8 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from jaxserve.http.errors import is_anthropic
+
 OPEN_PATHS = frozenset(
     {
         "/",
@@ -32,6 +34,7 @@ OPEN_PATHS = frozenset(
 )
 TGI_OPEN_ROUTES = frozenset({("GET", "/info"), ("GET", "/v1/models"), ("POST", "/chat_tokenize")})
 _WRONG_KEY = {"message": "Incorrect API key provided.", "type": "invalid_request_error", "param": None, "code": "invalid_api_key"}
+_WRONG_ANTHROPIC_KEY = {"type": "error", "error": {"type": "authentication_error", "message": _WRONG_KEY["message"]}}
 
 
 class ApiKey:
@@ -39,7 +42,7 @@ class ApiKey:
 
     Args:
         app: what it guards.
-        key: as in `Authorization: Bearer KEY`.
+        key: as in `Authorization: Bearer KEY`; Anthropic's clients may send it as `x-api-key`.
         open_paths: may be read without it.
         open_routes: further (method, path) pairs without it.
     """
@@ -54,12 +57,18 @@ class ApiKey:
             await self._app(scope, receive, send)
             return
         headers = {"www-authenticate": "Bearer"}
-        is_openai = scope["path"].startswith("/v1/")
-        response = JSONResponse({"error": _WRONG_KEY}, 401, headers) if is_openai else Response(None, 401, headers)
+        path = scope["path"]
+        if is_anthropic(path):
+            response: Response = JSONResponse(_WRONG_ANTHROPIC_KEY, 401, headers)
+        else:
+            response = JSONResponse({"error": _WRONG_KEY}, 401, headers) if path.startswith("/v1/") else Response(None, 401, headers)
         await response(scope, receive, send)
 
     def _allows(self, scope: Scope) -> bool:
         if (scope["method"], scope["path"]) in self._open_routes:
             return True
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        headers = Headers(scope=scope)
+        if is_anthropic(scope["path"]) and (sent := headers.get("x-api-key")) is not None:
+            return hmac.compare_digest(sent.strip().encode(), self._key)
+        scheme, _, key = headers.get("authorization", "").partition(" ")
         return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self._key)

@@ -20,6 +20,27 @@ class OpenAIErrorBody(Body):
     error: OpenAIError
 
 
+class AnthropicError(Body):
+    """What is wrong."""
+
+    type: str
+    message: str
+
+
+class AnthropicErrorBody(Body):
+    """An error in Anthropic's shape."""
+
+    type: str
+    error: AnthropicError
+
+
+class TGIErrorBody(Body):
+    """An error in TGI's shape."""
+
+    error: str
+    error_type: str
+
+
 _MEANINGS = {
     400: "The body is not JSON, a field is wrong, or the prompt is too long.",
     401: "The API key is wrong.",
@@ -33,4 +54,10 @@ _MEANINGS = {
 }
 OPENAI_ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": meaning, "model": OpenAIErrorBody} for status, meaning in _MEANINGS.items()
+}
+ANTHROPIC_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": meaning, "model": AnthropicErrorBody} for status, meaning in _MEANINGS.items()
+}
+TGI_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": meaning, "model": TGIErrorBody} for status, meaning in (_MEANINGS | {422: "A field is wrong."}).items()
 }

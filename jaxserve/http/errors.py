@@ -16,6 +16,8 @@
 | no such route     | 404 invalid_request_error      | 404 not_found                     |
 | wrong method      | 405 invalid_request_error      | 405 method_not_allowed            |
 
+Under /v1/messages the statuses are those of /v1/*, and the shape is Anthropic's.
+
 With --tgi-strict all routes answer in TGI's shape, and a body that is not what a route takes is told in plain text, as TGI does it.
 """
 
@@ -72,6 +74,28 @@ def openai_error(error: Exception) -> tuple[int, dict[str, Any]]:
     return 500, _openai("internal error", "server_error", "internal_error")
 
 
+_ANTHROPIC_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def anthropic_error(error: Exception) -> tuple[int, dict[str, Any]]:
+    """Status and body in Anthropic's shape."""
+    status, told = openai_error(error)
+    kind = _ANTHROPIC_KINDS.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    return status, {"type": "error", "error": {"type": kind, "message": told["error"]["message"]}}
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether a path belongs to Anthropic's API."""
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
+
+
 def tgi_error(error: Exception) -> tuple[int, dict[str, Any]]:
     """Status and body in TGI's shape."""
     match error:
@@ -98,6 +122,8 @@ def _tgi(message: str, kind: str) -> dict[str, Any]:
 
 def error_body(path: str, error: Exception) -> tuple[int, dict[str, Any]]:
     """Status and body in the shape of the path's API."""
+    if is_anthropic(path):
+        return anthropic_error(error)
     return openai_error(error) if path.startswith("/v1/") else tgi_error(error)
 
 
