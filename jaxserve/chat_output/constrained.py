@@ -1,8 +1,12 @@
 """A grammar for what follows the reasoning of a thinking model."""
 
 import json
+from typing import Any
 
 from jaxserve.grammar import Grammar, GrammarKind
+
+# Between two parts of a JSON text; models have been seen to write nothing but white space for ever.
+_WHITESPACE = r" |\r?\n[ \t]{0,24}"
 
 
 def after_reasoning(body: str, reasoning: str) -> str:
@@ -24,9 +28,9 @@ def constrained_answer(grammar: Grammar, reasoning: str) -> Grammar | None:
         return grammar
     match grammar.kind:
         case GrammarKind.JSON_OBJECT:
-            body = '%json {"type": "object"}'
+            body = _json({"type": "object"})
         case GrammarKind.JSON_SCHEMA:
-            body = f"%json {grammar.text}"
+            body = _json(json.loads(grammar.text))
         case GrammarKind.REGEX:
             body = "/" + grammar.text.replace("\\/", "/").replace("/", "\\/") + "/"
         case GrammarKind.CHOICE:
@@ -34,3 +38,9 @@ def constrained_answer(grammar: Grammar, reasoning: str) -> Grammar | None:
         case _:
             return None
     return Grammar(GrammarKind.EBNF, after_reasoning("answer", reasoning) + f"\nanswer: {body}", grammar.param)
+
+
+def _json(schema: Any) -> str:
+    schema = {} if schema is True else schema
+    options = {"x-guidance": {"whitespace_pattern": _WHITESPACE}}
+    return f"%json {json.dumps({**schema, **options} if isinstance(schema, dict) else schema)}"

@@ -35,8 +35,15 @@ def tool_grammar(
     rules = [after_reasoning(calls, reasoning), f"call: {each} ({' | '.join(f'call_{i}' for i in range(len(tools)))}) {end}"]
     for i, (name, schema) in enumerate(tools):
         head = json.dumps(f'{{"name": {json.dumps(name)}, "{key}": ')
-        rules += [f'call_{i}: {head} arguments_{i} "}}"', f"arguments_{i}: %json {json.dumps(schema)}"]
+        rules += [f'call_{i}: {head} arguments_{i} "}}"', f"arguments_{i}: %json {_compact(schema)}"]
     return "\n".join(rules)
+
+
+def _compact(schema: Any) -> str:
+    """A schema whose values have white space only where people put it: models may else write nothing else for ever."""
+    if isinstance(schema, Mapping):
+        schema = {**schema, "x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
+    return json.dumps(schema)
 
 
 def _pythonic(tools: Sequence[tuple[str, Mapping[str, Any]]], parallel: bool, reasoning: str) -> str:
@@ -48,7 +55,7 @@ def _pythonic(tools: Sequence[tuple[str, Mapping[str, Any]]], parallel: bool, re
         shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         arguments: list[str] = []
         for j, (argument, inner) in enumerate(properties.items()):
-            rules.append(f"value_{i}_{j}: %json {json.dumps({**shared, **inner} if isinstance(inner, Mapping) else inner)}")
+            rules.append(f"value_{i}_{j}: %json {_compact({**shared, **inner} if isinstance(inner, Mapping) else inner)}")
             arguments.append(f"{json.dumps(argument + '=')} value_{i}_{j}")
         rules += _arguments(f"arguments_{i}", arguments, [argument in required for argument in properties])
         rules.append(f'call_{i}: {json.dumps(name + "(")} arguments_{i} ")"')
