@@ -7,6 +7,7 @@ from jaxserve.pallas_kernels.layer_kv import KV_HEADS_AXIS as KV_HEADS_AXIS
 from jaxserve.pallas_kernels.layer_kv import LayerKV as LayerKV
 from jaxserve.pallas_kernels.layer_kv import layer_kv_shape as layer_kv_shape
 from jaxserve.pallas_kernels.layer_kv import make_layer_kv as make_layer_kv
+from jaxserve.pallas_kernels.matmul import matmul as matmul
 from jaxserve.pallas_kernels.metadata import AttentionMetadata as AttentionMetadata
 from jaxserve.pallas_kernels.paged_attention import paged_attention as paged_attention
 from jaxserve.pallas_kernels.paged_attention import plan_attention as plan_attention

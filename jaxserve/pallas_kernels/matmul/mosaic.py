@@ -1,0 +1,195 @@
+"""Few tokens times a large weight for sm_90 (Hopper), in Pallas Mosaic GPU: as fast as the weight can be read.
+
+The weight is wgmma's left operand, 64 of its rows at a time, and the tokens are the narrow side, so that a small batch wastes
+nothing. A block of threads has two warpgroups: one fetches by TMA and runs ahead over the borders of tiles, one computes. The work is
+cut so that each block reads as many bytes as every other; where the rows of a weight are too few for that, its columns are cut too, and
+the partial sums are added up by XLA, in a fixed order, in whatever reads the product.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxserve.pallas_kernels.paged_attention.mosaic_decode import swizzled
+
+HEIGHT = 64  # of a wgmma
+_SMEM_BYTES = 226 * 1024  # of a block, but for its barriers
+_FEWEST_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class MosaicMatmulConfig:
+    """How the kernel is cut.
+
+    Attributes:
+        tile: rows of the weight a block computes at once, a multiple of 64.
+        splits: shares of the columns, each with partial sums of its own.
+        block_k: columns fetched at once.
+        num_stages: fetches in flight.
+        num_blocks: at most so many blocks of threads; each walks several tiles if there are more.
+        cluster: blocks that fetch the tokens together, each a share for all of them.
+    """
+
+    tile: int
+    splits: int
+    block_k: int
+    num_stages: int
+    num_blocks: int
+    cluster: int = 1
+
+    @classmethod
+    def suited(cls, x: jax.Array, weight: jax.Array, num_multiprocessors: int) -> "MosaicMatmulConfig | None":
+        """The cut for x [T, K] and weight [N, K]; None where the kernel does not go or XLA's products are as fast.
+
+        By measurements on an H200 (docs/performance_gpu.md): XLA is as fast with up to 32 tokens, and with a weight under 32 MB, where a
+        launch and the sum of partial results weigh more than the reading.
+        """
+        (num_tokens, depth), size = x.shape, weight.shape[0]
+        if x.dtype != jnp.bfloat16 or weight.dtype != x.dtype or not 32 < num_tokens <= 128 or 2 * size * depth < _FEWEST_BYTES:
+            return None
+        lanes = _lanes(num_tokens)
+        enough = 0.7 * num_multiprocessors  # fewer blocks do not draw all that the memory gives
+        tile = 2 * HEIGHT if size % (2 * HEIGHT) == 0 and size // (2 * HEIGHT) >= enough else HEIGHT
+        splits = next((splits for splits in (1, 2, 4, 8) if size // tile * splits >= enough), 0)
+        block_k = next((width for width in (128, 64) if splits and depth % (splits * width) == 0), 0)
+        partial_share = 0 if splits == 1 else 2 * splits * lanes / depth  # bytes of partial sums a byte of the weight
+        if size % tile or block_k == 0 or partial_share > 1 / 8:
+            return None
+        # A cluster's blocks wait for each other: it pays where the tokens are as many bytes as the tile.
+        cluster = 2 if lanes > 64 and lanes % 16 == 0 and size % (2 * tile) == 0 else 1
+        stages = (_SMEM_BYTES - 4 * lanes * HEIGHT) // (2 * (tile + lanes) * block_k)
+        return cls(tile, splits, block_k, min(8, stages), num_multiprocessors, cluster)
+
+
+def _lanes(num_tokens: int) -> int:
+    return pl.cdiv(num_tokens, 8) * 8
+
+
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+def matmul_mosaic(x: jax.Array, weight: jax.Array, *, config: MosaicMatmulConfig, interpret: bool = False) -> jax.Array:
+    """x [T, K] times the transposed weight [N, K], both bfloat16 or float16: [T, N] in their dtype; the same bits in every run.
+
+    A partial sum leaves the kernel as two numbers of x's dtype, itself and what rounding it left over (in bfloat16 16 bits of its
+    float32's 24): only 16-bit numbers go transposed to SMEM.
+    """
+    num_tokens = x.shape[0]
+    size = weight.shape[0]
+    lanes = _lanes(num_tokens)
+    chunks = size // (config.tile * config.cluster) * config.splits
+    workers = pl.cdiv(chunks, pl.cdiv(chunks, config.num_blocks // config.cluster))
+    planes = 1 if config.splits == 1 else 2
+    tiled = swizzled(config.block_k, x.dtype)
+    if config.cluster == 1:
+        emptied, clusters = plgpu.Barrier(num_barriers=config.num_stages), {}
+    else:
+        emptied = plgpu.ClusterBarrier(collective_axes=("member",), num_barriers=config.num_stages)
+        clusters = dict(cluster=(config.cluster,), cluster_names=("member",))
+    parts = plgpu.kernel(
+        functools.partial(_matmul_kernel, config=config, chunks=chunks, workers=workers),
+        out_type=jax.ShapeDtypeStruct((config.splits * planes, lanes, size), x.dtype),
+        scratch_types=(
+            plgpu.SMEM((config.num_stages, config.tile, config.block_k), x.dtype, transforms=tiled),
+            plgpu.SMEM((config.num_stages, lanes, config.block_k), x.dtype, transforms=tiled),
+            plgpu.SMEM((planes, lanes, HEIGHT), x.dtype, transforms=swizzled(HEIGHT // 2, x.dtype)),
+            plgpu.Barrier(num_arrivals=2, num_barriers=config.num_stages),
+            emptied,
+        ),
+        grid=(workers,),
+        grid_names=("worker",),
+        **clusters,
+        num_threads=2,
+        thread_name="warpgroup",
+        # Lane semantics lower in half the time of the default's, which infers layouts first.
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )(jnp.pad(x, ((0, lanes - num_tokens), (0, 0))), weight)
+    parts = parts[:, :num_tokens]
+    return parts[0] if parts.shape[0] == 1 else parts.astype(jnp.float32).sum(axis=0).astype(x.dtype)
+
+
+def _matmul_kernel(
+    x_ref, weight_ref, parts_ref, weight_smem, x_smem, out_smem, filled, emptied,
+    *, config: MosaicMatmulConfig, chunks: int, workers: int,
+):  # fmt: skip
+    tile, block_k, stages = config.tile, config.block_k, config.num_stages
+    splits, planes = jnp.int32(config.splits), out_smem.shape[0]
+    lanes, depth = x_ref.shape
+    steps = depth // config.splits // block_k
+    worker = lax.axis_index("worker")
+    warpgroup = lax.axis_index("warpgroup")
+    member = lax.axis_index("member") if config.cluster > 1 else 0
+    shared = dict(collective_axes="member") if config.cluster > 1 else {}
+    begin, end = lax.div(worker * chunks, jnp.int32(workers)), lax.div((worker + 1) * chunks, jnp.int32(workers))
+    tops = range(0, tile, HEIGHT)
+
+    def first_row(chunk):
+        return (lax.div(chunk, splits) * config.cluster + member) * tile
+
+    @pl.when(warpgroup == 1)
+    def _fetch():
+        def fetch_chunk(chunk, count):
+            rows = pl.ds(pl.multiple_of(first_row(chunk), tile), tile)
+            share = lax.rem(chunk, splits) * (steps * block_k)
+
+            def step(i, count):
+                slot = lax.rem(count, jnp.int32(stages))
+
+                @pl.when(count >= stages)
+                def _():
+                    plgpu.barrier_wait(emptied.at[slot])
+
+                # Blocks start at different columns: together at the same ones they would crowd some of the memory's channels.
+                column = share + lax.rem(i + worker, jnp.int32(steps)) * block_k
+                columns = pl.ds(pl.multiple_of(column, block_k), block_k)
+                plgpu.copy_gmem_to_smem(weight_ref.at[rows, columns], weight_smem.at[slot], filled.at[slot])
+                plgpu.copy_gmem_to_smem(x_ref.at[:, columns], x_smem.at[slot], filled.at[slot], **shared)
+                return count + 1
+
+            return lax.fori_loop(0, steps, step, count)
+
+        count = lax.fori_loop(begin, end, fetch_chunk, jnp.int32(0))
+        for slot in range(stages):  # see every phase of a barrier out, as the interpreter demands, and clusters too
+
+            @pl.when(slot < count)
+            def _(slot=slot):
+                plgpu.barrier_wait(emptied.at[slot])
+
+    @pl.when(warpgroup == 0)
+    def _compute():
+        def compute_chunk(chunk, count):
+            def accumulate(*sums):
+                def step(i, count):
+                    del i
+                    slot = lax.rem(count, jnp.int32(stages))
+                    plgpu.barrier_wait(filled.at[slot])
+                    for total, top in zip(sums, tops, strict=True):
+                        plgpu.wgmma(total, weight_smem.at[slot, pl.ds(top, HEIGHT)], x_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(emptied.at[slot])
+                    return count + 1
+
+                return lax.fori_loop(0, steps, step, count), [total[...] for total in sums]
+
+            accumulators = [plgpu.WGMMAAccumulatorRef((HEIGHT, lanes), jnp.float32) for _ in tops]
+            count, sums = pl.run_scoped(accumulate, *accumulators)
+            place = lax.rem(chunk, splits) * planes
+            for rest, top in zip(sums, tops, strict=True):
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                for plane in range(planes):
+                    part = rest.astype(parts_ref.dtype)
+                    out_smem.at[plane].transpose((1, 0))[...] = part
+                    if plane + 1 < planes:
+                        rest = rest - part.astype(jnp.float32)
+                plgpu.commit_smem()
+                rows = pl.ds(pl.multiple_of(first_row(chunk) + top, HEIGHT), HEIGHT)
+                for plane in range(planes):
+                    plgpu.copy_smem_to_gmem(out_smem.at[plane], parts_ref.at[place + plane, :, rows])
+            return count
+
+        lax.fori_loop(begin, end, compute_chunk, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,94 @@
+"""Products with a weight: XLA's, and the kernel for Hopper GPUs, interpreted on small shapes and lowered for CUDA at serving shapes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from jaxserve.pallas_kernels import matmul
+from jaxserve.pallas_kernels.matmul import api
+from jaxserve.pallas_kernels.matmul.mosaic import MosaicMatmulConfig, matmul_mosaic
+from jaxserve.pallas_kernels.paged_attention.local_gpu import Gpu
+
+UNOPTIMISED = {"xla_backend_optimization_level": 0}
+LLAMA_8B = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
+
+
+def normal(num_tokens, size, depth):
+    rng = np.random.default_rng(num_tokens)
+    return rng.standard_normal((num_tokens, depth), np.float32), rng.standard_normal((size, depth), np.float32)
+
+
+def relative_error(out, x, weight):
+    expected = x.astype(np.float32) @ weight.astype(np.float32).T
+    return np.linalg.norm(np.asarray(out, np.float32) - expected) / np.linalg.norm(expected)
+
+
+KERNEL_CASES = [
+    (3, 192, 256, MosaicMatmulConfig(64, 2, 64, 2, 4)),  # two partial sums, blocks with one chunk and with two, padded tokens
+    (16, 256, 192, MosaicMatmulConfig(128, 1, 64, 2, 1)),  # one block walks all tiles
+    (16, 256, 256, MosaicMatmulConfig(64, 2, 64, 2, 4, cluster=2)),
+]
+
+
+@pytest.mark.parametrize("num_tokens, size, depth, config", KERNEL_CASES)
+def test_the_kernel_multiplies(num_tokens, size, depth, config):
+    x, weight = (jnp.asarray(a, jnp.bfloat16) for a in normal(num_tokens, size, depth))
+    call = jax.jit(functools.partial(matmul_mosaic, config=config, interpret=True), compiler_options=UNOPTIMISED)
+    out = call(x, weight)
+    assert out.shape == (num_tokens, size) and out.dtype == x.dtype
+    assert relative_error(out, np.asarray(x), np.asarray(weight)) < 2.5e-3  # half of bfloat16's last bit
+
+
+@pytest.mark.parametrize("num_tokens", [3, 16])
+def test_xla_multiplies(num_tokens):
+    x, weight = normal(num_tokens, 24, 40)
+    assert relative_error(matmul(jnp.asarray(x), jnp.asarray(weight), jnp.float32), x, weight) < 1e-6
+
+
+def abstract(num_tokens, size, depth, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct((num_tokens, depth), dtype), jax.ShapeDtypeStruct((size, depth), dtype)
+
+
+@pytest.mark.parametrize("num_tokens", [40, 64, 72, 128])
+@pytest.mark.parametrize("size, depth", [*LLAMA_8B, (2048, 8192), (128256, 4096), (1280, 20480), (19456, 2560), (8192, 3584)])
+def test_the_cut_fits(num_tokens, size, depth):
+    config = MosaicMatmulConfig.suited(*abstract(num_tokens, size, depth), 132)
+    assert config is not None
+    lanes = -(-num_tokens // 8) * 8
+    assert size % (config.tile * config.cluster) == 0 and depth % (config.splits * config.block_k) == 0
+    in_flight = 2 * (config.tile + lanes) * config.block_k * config.num_stages
+    assert 96 * 1024 <= in_flight <= 227 * 1024 - 2 * lanes * 64 * 2
+    assert config.tile * lanes <= 128 * 128  # float32 sums: half of the registers
+    assert size // config.tile * config.splits >= 90
+
+
+def test_what_xla_does_as_fast_is_left_to_it():
+    for num_tokens, size, depth, dtype in (
+        (32, *LLAMA_8B[3], jnp.bfloat16),
+        (129, *LLAMA_8B[3], jnp.bfloat16),
+        (64, 3072, 2048, jnp.bfloat16),
+    ):
+        assert MosaicMatmulConfig.suited(*abstract(num_tokens, size, depth, dtype), 132) is None
+    assert MosaicMatmulConfig.suited(*abstract(64, *LLAMA_8B[3], dtype=jnp.float32), 132) is None
+
+
+def lowered(num_tokens, size, depth, out_dtype=jnp.bfloat16) -> str:
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        call = jax.jit(functools.partial(matmul, out_dtype=out_dtype))
+        return call.trace(*abstract(num_tokens, size, depth)).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_a_hopper_gpu_takes_the_kernel_for_a_batch_and_a_large_weight(monkeypatch):
+    monkeypatch.setattr(api, "local_gpu", lambda: Gpu(132, True))
+    for case in ((64, *LLAMA_8B[2]), (64, *LLAMA_8B[3]), (128, *LLAMA_8B[3])):
+        text = lowered(*case)
+        assert text.count("custom_call @mosaic_gpu_v2") == 1 and "dot_general" not in text
+    for case in ((1, *LLAMA_8B[3]), (256, *LLAMA_8B[3]), (64, 128256, 2048, jnp.float32)):
+        assert "mosaic_gpu_v2" not in lowered(*case)
+    monkeypatch.setattr(api, "local_gpu", lambda: Gpu(108, False))
+    assert "mosaic_gpu_v2" not in lowered(64, *LLAMA_8B[3])
