@@ -20,7 +20,7 @@ from benchmarks.logits import MAX_REFERENCE_ERROR, Reference, check_logits
 from benchmarks.plain_llama import GOLDEN_LAYERS
 from benchmarks.under_load import check_under_load
 from jaxserve.config import EngineOptions, ModelOptions
-from jaxserve.engine.build import compilation_cache, join
+from jaxserve.engine.build import compilation_cache, join, limit_gpu_memory
 from jaxserve.request import EngineInfo
 from jaxserve.runner import ModelRunner, RunnerConfig, make_mesh
 from jaxserve.weights import ModelSource
@@ -38,7 +38,7 @@ def is_golden_shape(shape: dict) -> bool:
 
 def main() -> None:
     """Read the arguments and check."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--layers", type=int, default=GOLDEN_LAYERS, help="of the model; 0: as config.json says")
@@ -61,6 +61,7 @@ def main() -> None:
         max_batch_prefill_tokens=arguments.max_batch_prefill_tokens,
         max_total_tokens=min(arguments.longest + 256, shape["max_position_embeddings"]),
     )
+    limit_gpu_memory(options)
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(shape))

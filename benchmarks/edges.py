@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from jaxserve.request import MAX_TOP_LOGPROBS, FinishReason, Request, SamplingPa
 from jaxserve.runner import RunnerConfig
 from jaxserve.runner.buckets import Bucket, Buckets
 
-MOST_OPTIONS = dict(
+MOST_OPTIONS: dict[str, Any] = dict(
     temperature=0.8, top_p=0.95, top_k=50, min_p=0.01, typical_p=0.98, repetition_penalty=1.1, presence_penalty=0.1, frequency_penalty=0.1
 )
 SLOWER, SLOWER_SECONDS = 2.0, 0.02  # a first time may take so many times the second, and is not worth a word below these seconds

@@ -97,7 +97,7 @@ class Measurement:
 
 def main() -> None:
     """Read the arguments and measure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("folder")
     parser.add_argument("--label", default="", help="part of the rows' names, for a shape that is not the 8B one: 1b")
     parser.add_argument("--only", nargs="+", choices=("decode", "prefill", "top_p"), default=("decode", "prefill", "top_p"))

@@ -125,7 +125,7 @@ async def measure_gap(server: Server, arguments: argparse.Namespace, prompts: Pr
 
 def main() -> None:
     """Read the arguments and measure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("folder")
     parser.add_argument("--loads", nargs="*", default=LOADS, metavar="CONCURRENCY:PROMPTS")
     parser.add_argument("--tokens-in", type=int, default=1024)

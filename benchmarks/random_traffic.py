@@ -33,6 +33,7 @@ from benchmarks.server import Server
 
 WORDS = ["river", "stone", "light", "paper", "engine", "garden", "window", "number", "winter", "music"]
 ABORTED_SHARE, ILLEGAL_SHARE, SHARED_PREFIX_SHARE = 0.2, 0.05, 0.3
+LONGEST_SHARE = 0.003  # prompts as long as is legal
 BURST_INTERVAL, BURST_EXCESS = 30.0, 200  # seconds; requests more than the server takes
 GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc", "tgi_queue_size", "tgi_batch_current_size")
 AFTER_BURST = 15.0  # seconds in which a 429 is no wonder
@@ -58,14 +59,16 @@ class Traffic:
 
     Args:
         limits: the server's /info.
+        usual: most tokens of all prompts but a few.
         vocab_size: token ids are below it.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, limits: dict[str, Any], vocab_size: int, seed: int = 0):
+    def __init__(self, session: aiohttp.ClientSession, url: str, limits: dict[str, Any], vocab_size: int, usual: int, seed: int = 0):
         self.tally = Tally()
         self._session = session
         self._url = url
         self._limits = limits
+        self._usual = usual
         self._ids = range(3, min(49000, vocab_size))
         self._random = random.Random(seed)
         self._prefix = self._random.choices(self._ids, k=min(2000, self._longest // 2))
@@ -130,7 +133,8 @@ class Traffic:
     async def _send_legal(self) -> None:
         rng = self._random
         num_out = self._length(min(512, self._longest // 4))
-        num_in = self._length(self._longest - num_out - 1)
+        most = self._longest - num_out - 1
+        num_in = most if rng.random() < LONGEST_SHARE else self._length(min(most, self._usual))
         prompt = rng.choices(self._ids, k=num_in)
         if rng.random() < SHARED_PREFIX_SHARE:
             prompt = (self._prefix[: rng.randrange(len(self._prefix))] + prompt)[:num_in]
@@ -259,7 +263,7 @@ class Traffic:
         self.tally.faults.append(f"{kind} {json.dumps(shown)[:200]}: {what}")
 
 
-async def check(server: Server, seconds: float, clients: int, vocab_size: int) -> list[str]:
+async def check(server: Server, seconds: float, clients: int, vocab_size: int, usual: int) -> list[str]:
     """Run the traffic against a server that is ready.
 
     Returns:
@@ -269,7 +273,7 @@ async def check(server: Server, seconds: float, clients: int, vocab_size: int) -
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         async with session.get(f"{server.url}/info") as response:
             limits = await response.json()
-        traffic = Traffic(session, server.url, limits, vocab_size)
+        traffic = Traffic(session, server.url, limits, vocab_size, usual)
         lengths = [length for length in (1, 30, 300, 3000, 12000) if length < limits["max_input_tokens"] - 2]
         first = {length: await traffic.time_to_first_token(length) for length in lengths}
         await traffic.run(seconds, clients)
@@ -308,10 +312,11 @@ async def _idle(server: Server, timeout: float = 30.0) -> list[str]:
 
 def main() -> None:
     """Read the arguments, start the server and check."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("folder")
     parser.add_argument("--seconds", type=float, default=360.0)
     parser.add_argument("--clients", type=int, default=300)
+    parser.add_argument("--usual", type=int, default=16384, help="tokens of the longest prompts, but for a few as long as is legal")
     parser.add_argument("--log", type=Path, default=Path(tempfile.gettempdir()) / "random_traffic.log", help="what the server said")
     parser.add_argument("--server-flags", type=shlex.split, default=[], help="further flags of the server, one text")
     arguments = parser.parse_args()
@@ -320,7 +325,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(Server(flags, arguments.log))
         print(f"ready after {server.ready_seconds:.1f} s; traffic for {arguments.seconds:.0f} s", flush=True)
-        faults = asyncio.run(check(server, arguments.seconds, arguments.clients, vocab_size))
+        faults = asyncio.run(check(server, arguments.seconds, arguments.clients, vocab_size, arguments.usual))
         if code := server.end():
             faults.append(f"the server ended with {code}")
     suspicious = [line for line in arguments.log.read_text().splitlines() if "Traceback" in line or " error" in line.lower()]

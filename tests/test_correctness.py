@@ -73,7 +73,7 @@ def test_a_parting_is_judged_by_the_margin_alone():
 
     alone = answer([5, 6, 7], [-1.0, -2.0, -1.0], [-3.0, -2.04, -3.0])
     close = under_load.compare(alone, answer([5, 9, 7], [-1.02, -2.0, -1.0], [-3.0, -2.0, -3.0]))
-    assert close == under_load.Parting(1, pytest.approx(0.04), pytest.approx(0.02)) and close.within
+    assert (close.at, close.margin, close.logprob_error) == (1, pytest.approx(0.04), pytest.approx(0.02)) and close.within
     assert not under_load.compare(alone, answer([4, 6, 7], [-1.0, -2.0, -1.0], [-3.0, -2.0, -3.0])).within  # parted where it was clear
     assert not under_load.compare(alone, answer([5, 6, 7], [-1.0, -2.0, -1.04], [-3.0, -2.0, -3.0])).within
     assert not under_load.compare(alone, answer([5, 6, 7], [-1.0, float("nan"), -1.0], [-3.0, -2.0, -3.0])).within
@@ -108,7 +108,7 @@ def test_random_traffic_finds_what_is_wrong(fail_token_id: int, tiny_checkpoint:
     live.service.max_concurrent_requests = 20
     live.start()
     try:
-        faults = asyncio.run(random_traffic.check(LiveServer(live), 1.0, 6, 320))  # type: ignore[arg-type]
+        faults = asyncio.run(random_traffic.check(LiveServer(live), 1.0, 6, 320, 2000))  # type: ignore[arg-type]
     finally:
         live.stop()
     if fail_token_id < 0:

@@ -44,7 +44,7 @@ def build_engine(
         StartupError: one line says why.
     """
     source = source or resolve_model(model_options)
-    _limit_gpu_memory(engine_options)
+    limit_gpu_memory(engine_options)
     mesh = make_mesh(engine_options.tensor_size, replica)
     platform = mesh.devices.flat[0].platform
     attention = engine_options.attention
@@ -139,7 +139,7 @@ def _info(source: ModelSource, options: EngineOptions, model: Model, runner: Mod
     )
 
 
-def _limit_gpu_memory(options: EngineOptions) -> None:
+def limit_gpu_memory(options: EngineOptions) -> None:
     """Tell JAX its share of a GPU; heeded only before the process has used one. A user's own variable goes before the flag."""
     if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(options.cuda_memory_fraction)

@@ -130,7 +130,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counters and gauges as of now."""
         return replace(
-            EngineStats(**self._scheduler.stats(), **self._runner.stats()),
+            EngineStats(**self._scheduler.stats(), **self._runner.stats()),  # pyright: ignore[reportArgumentType]
             num_steps=self._num_steps,
             schedule_seconds=self._schedule_times.seconds,
             dispatch_seconds=self._dispatch_times.seconds,
