@@ -26,30 +26,39 @@ class Buckets:
     Args:
         decode: row counts of the decode-only shapes, ascending.
         mixed: (tokens, rows) of the others.
+        logits: row counts of logits, which the sampler is compiled for, ascending; None: those of the shapes.
     """
 
-    def __init__(self, decode: Iterable[int], mixed: Iterable[tuple[int, int]]):
+    def __init__(self, decode: Iterable[int], mixed: Iterable[tuple[int, int]], logits: Iterable[int] | None = None):
         self._decode = tuple(Bucket(rows, rows, True) for rows in decode)
         self._mixed = tuple(Bucket(tokens, rows, False) for tokens, rows in sorted(mixed))
+        self.logits = tuple(logits or sorted({bucket.num_rows for bucket in self}))
 
     @classmethod
     def for_platform(cls, platform: str, max_batch_size: int, max_batch_tokens: int) -> Self:
         """Ladders of powers of two; finer on a GPU, where a program's compile time counts less than a step's padding.
 
         Small mixed shapes come with few rows (a prompt alone) and with all: the logits and the sampling of rows that are not there
-        cost as much as some tens of tokens, which a large shape does not feel.
+        cost as much as some tens of tokens, which a large shape does not feel. On a GPU rows of logits are cheap and samplers slow to
+        compile, so there are few row counts.
         """
         if platform == "cpu":
             decode, tokens, few_rows, few_rows_tokens = _ladder(1, max_batch_size), _ladder(32, max_batch_tokens), 4, 128
+            logits = None
         else:
             decode, tokens = _ladder(1, max_batch_size, finer_from=32), _ladder(16, max_batch_tokens, finer_from=256)
             few_rows, few_rows_tokens = 16, 1024
+            logits = sorted({min(rows, max_batch_size) for rows in (1, few_rows, 64, max_batch_size)})
         few = [(t, few_rows) for t in tokens if t <= few_rows_tokens and few_rows < max_batch_size]
-        return cls(decode, (*few, *((t, max_batch_size) for t in tokens)))
+        return cls(decode, (*few, *((t, max_batch_size) for t in tokens)), logits)
 
     def __iter__(self) -> Iterator[Bucket]:
         """All of them."""
         return iter((*self._decode, *self._mixed))
+
+    def logit_rows(self, bucket: Bucket) -> int:
+        """Rows of a shape's logits: the fewest that hold its rows."""
+        return next(rows for rows in self.logits if rows >= bucket.num_rows)
 
     def pick(self, num_tokens: int, num_rows: int) -> Bucket:
         """The smallest shape that holds a batch; with as many tokens as rows each row has one.

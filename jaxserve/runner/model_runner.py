@@ -112,7 +112,7 @@ class ModelRunner:
         programs = self._programs(self._plan)
         todo: dict[ProgramKey, Program] = {}
         for bucket in self._buckets:
-            todo["forward", bucket] = programs.forward(self._layout(bucket))
+            todo["forward", bucket] = programs.forward(self._layout(bucket), self._buckets.logit_rows(bucket))
         for form in self._sampler_forms():
             todo["sample", form] = programs.sample(form.num_rows, masked=form.masked, logprobs=form.logprobs)
         todo |= {("copy_pages", None): programs.copy_pages(), ("load_slot", None): programs.load_slot()}
@@ -148,7 +148,9 @@ class ModelRunner:
         """
         assert step.logits is not None, "sample() of a step that is not between forward() and sample()"
         logits, columns = step.logits
-        form = SamplerForm(step.layout.bucket.num_rows, masks is not None, step.wants_logprobs or False not in self._logprob_forms)
+        form = SamplerForm(
+            self._buckets.logit_rows(step.layout.bucket), masks is not None, step.wants_logprobs or False not in self._logprob_forms
+        )
         arguments = [logits, self._state.sampling, columns]
         if masks is not None:
             padded = np.full((form.num_rows, masks.shape[1]), 0xFFFFFFFF, np.uint32)
@@ -190,8 +192,10 @@ class ModelRunner:
             self.collect(step)
 
     def _sampler_forms(self) -> list[SamplerForm]:
-        rows = sorted({bucket.num_rows for bucket in self._buckets})
-        return [SamplerForm(*form) for form in itertools.product(rows, sorted({False, self._config.masked}), self._logprob_forms)]
+        return [
+            SamplerForm(*form)
+            for form in itertools.product(self._buckets.logits, sorted({False, self._config.masked}), self._logprob_forms)
+        ]
 
     def _prepare(self, batch: Batch) -> Step:
         """Bring the device state to where the step can run, and upload the step."""
@@ -257,7 +261,7 @@ class ModelRunner:
         trial = plan_kv_cache(model, replace(config, max_batch_size=1), tensor_size, dtype, left)
         largest = max(self._buckets, key=lambda bucket: (bucket.num_tokens, bucket.num_rows))
         layout = BatchLayout.of(largest, len(trial.num_pages), config.page_size)
-        compiled = compile_programs({"forward": self._programs(trial).forward(layout)}, num_threads=1)["forward"]
+        compiled = compile_programs({"forward": self._programs(trial).forward(layout, largest.num_rows)}, num_threads=1)["forward"]
         analysis = compiled.memory_analysis()
         assert analysis is not None, "XLA tells no memory analysis"
         budget = kv_cache_bytes(self._mesh, None, analysis.temp_size_in_bytes)

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.models import Model
 from jaxserve.runner.batch import BatchLayout, add_page_entries, unpack_batch
 from jaxserve.runner.kv_cache import KVCachePlan
 from jaxserve.runner.sampler import sample
-from jaxserve.runner.sampling_rows import NUM_SAMPLING_COLUMNS
+from jaxserve.runner.sampling_rows import NUM_SAMPLING_COLUMNS, neutral_columns
 from jaxserve.runner.sampling_state import SLOT_LOAD_SIZE, SamplingState, load_slot
 from jaxserve.runner.state import STATE_SPEC, DeviceState
 
@@ -52,13 +53,21 @@ class Programs:
     state: DeviceState
     options: dict[str, Any]
 
-    def forward(self, layout: BatchLayout) -> Program:
-        """(leaves, state, packed) -> (state, logits, the sampler's columns of packed)."""
+    def forward(self, layout: BatchLayout, logit_rows: int) -> Program:
+        """(leaves, state, packed) -> (state, logits, the sampler's columns of packed).
+
+        Args:
+            layout: of the bucket.
+            logit_rows: rows of the logits and columns; those beyond the bucket's are padding.
+        """
+        padding = logit_rows - layout.bucket.num_rows
 
         def forward(leaves: tuple[jax.Array, ...], state: DeviceState, packed: jax.Array) -> tuple[DeviceState, jax.Array, jax.Array]:
             batch, tables = unpack_batch(packed, layout, state.page_tables, state.sampling.last_tokens, self.plan)
-            logits, kv = self.model.apply(leaves, batch.token_ids, batch.positions, state.kv, batch.metadata, batch.last)
-            return DeviceState(kv, tables, state.sampling), logits, layout.split(packed).sampling
+            last = jnp.pad(batch.last, (0, padding))
+            logits, kv = self.model.apply(leaves, batch.token_ids, batch.positions, state.kv, batch.metadata, last)
+            columns = jnp.concatenate([layout.split(packed).sampling, np.tile(neutral_columns(), (padding, 1))])
+            return DeviceState(kv, tables, state.sampling), logits, columns
 
         specs = self.model.specs, STATE_SPEC, _EVERYWHERE
         arguments = self.model.leaves, self.state, self._ints(layout.size)

@@ -53,6 +53,13 @@ class SamplingRows:
     frequency_penalty: jax.Array
 
 
+def neutral_columns() -> np.ndarray:
+    """int32 [NUM_SAMPLING_COLUMNS], of a row that asks for nothing."""
+    neutral = np.zeros(NUM_SAMPLING_COLUMNS, np.int32)
+    neutral[[Column.TOP_P, Column.TYPICAL_P, Column.REPETITION]] = np.ones(3, np.float32).view(np.int32)
+    return neutral
+
+
 def unpack_rows(columns: jax.Array) -> SamplingRows:
     """Read the columns that `RowPacker.pack` wrote.
 
@@ -117,9 +124,7 @@ class RowPacker:
     def __init__(self, num_slots: int):
         self._columns = np.zeros((num_slots, NUM_SAMPLING_COLUMNS), np.int32)
         self._min_tokens = np.zeros(num_slots, np.int32)
-        neutral = np.zeros(NUM_SAMPLING_COLUMNS, np.int32)
-        neutral[[Column.TOP_P, Column.TYPICAL_P, Column.REPETITION]] = np.ones(3, np.float32).view(np.int32)
-        self._neutral = neutral
+        self._neutral = neutral_columns()
 
     def enter(self, slot: int, params: SamplingParams, index: int = 0) -> None:
         """A sample takes a slot.
