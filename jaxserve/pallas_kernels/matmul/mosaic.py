@@ -84,11 +84,9 @@ def matmul_mosaic(x: jax.Array, weight: jax.Array, *, config: MosaicMatmulConfig
     workers = pl.cdiv(chunks, pl.cdiv(chunks, config.num_blocks // config.cluster))
     planes = 1 if config.splits == 1 else 2
     tiled = swizzled(config.block_k, x.dtype)
-    if config.cluster == 1:
-        emptied, clusters = plgpu.Barrier(num_barriers=config.num_stages), {}
-    else:
+    emptied = plgpu.Barrier(num_barriers=config.num_stages)
+    if config.cluster > 1:
         emptied = plgpu.ClusterBarrier(collective_axes=("member",), num_barriers=config.num_stages)
-        clusters = dict(cluster=(config.cluster,), cluster_names=("member",))
     parts = plgpu.kernel(
         functools.partial(_matmul_kernel, config=config, chunks=chunks, workers=workers),
         out_type=jax.ShapeDtypeStruct((config.splits * planes, lanes, size), x.dtype),
@@ -101,7 +99,8 @@ def matmul_mosaic(x: jax.Array, weight: jax.Array, *, config: MosaicMatmulConfig
         ),
         grid=(workers,),
         grid_names=("worker",),
-        **clusters,
+        cluster=(config.cluster,) if config.cluster > 1 else (),
+        cluster_names=("member",) if config.cluster > 1 else (),
         num_threads=2,
         thread_name="warpgroup",
         # Lane semantics lower in half the time of the default's, which infers layouts first.
@@ -123,7 +122,7 @@ def _matmul_kernel(
     worker = lax.axis_index("worker")
     warpgroup = lax.axis_index("warpgroup")
     member = lax.axis_index("member") if config.cluster > 1 else 0
-    shared = dict(collective_axes="member") if config.cluster > 1 else {}
+    sharers = "member" if config.cluster > 1 else None
     begin, end = lax.div(worker * chunks, jnp.int32(workers)), lax.div((worker + 1) * chunks, jnp.int32(workers))
     tops = range(0, tile, HEIGHT)
 
@@ -147,7 +146,7 @@ def _matmul_kernel(
                 column = share + lax.rem(i + worker, jnp.int32(steps)) * block_k
                 columns = pl.ds(pl.multiple_of(column, block_k), block_k)
                 plgpu.copy_gmem_to_smem(weight_ref.at[rows, columns], weight_smem.at[slot], filled.at[slot])
-                plgpu.copy_gmem_to_smem(x_ref.at[:, columns], x_smem.at[slot], filled.at[slot], **shared)
+                plgpu.copy_gmem_to_smem(x_ref.at[:, columns], x_smem.at[slot], filled.at[slot], collective_axes=sharers)
                 return count + 1
 
             return lax.fori_loop(0, steps, step, count)
