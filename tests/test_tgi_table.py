@@ -24,8 +24,8 @@ def words(text: str) -> list[str]:
 TGI_FLAGS = words("""
     model-id revision validation-workers sharded num-shard quantize speculate dtype kv-cache-dtype trust-remote-code max-concurrent-requests
     max-best-of max-stop-sequences max-top-n-tokens max-input-tokens max-input-length max-total-tokens waiting-served-ratio
-    max-batch-prefill-tokens max-batch-total-tokens max-waiting-tokens max-batch-size cuda-graphs hostname port prometheus-port shard-uds-path
-    master-addr master-port huggingface-hub-cache weights-cache-override disable-custom-kernels cuda-memory-fraction
+    max-batch-prefill-tokens max-batch-total-tokens max-waiting-tokens max-batch-size cuda-graphs hostname port prometheus-port
+    shard-uds-path master-addr master-port huggingface-hub-cache weights-cache-override disable-custom-kernels cuda-memory-fraction
     rope-scaling rope-factor
     json-output otlp-endpoint otlp-service-name cors-allow-origin api-key watermark-gamma watermark-delta ngrok ngrok-authtoken ngrok-edge
     tokenizer-config-path disable-grammar-support env max-client-batch-size lora-adapters usage-stats payload-limit enable-prefill-logprobs

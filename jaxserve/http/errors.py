@@ -30,6 +30,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxserve.errors import ContextTooLong, EngineUnavailable, GenerationFailed, InvalidRequest, JaxserveError, Overloaded
 from jaxserve.http.request_record import note_error
@@ -189,6 +190,23 @@ def _plain_rejection(error: Exception, told: Exception, headers: dict[str, str])
         prefix = "Failed to parse the request body as JSON: " if isinstance(error, RequestValidationError) else ""
         return PlainTextResponse(f"{prefix}{told.detail}", told.status_code, headers)
     return PlainTextResponse(f"Failed to deserialize the JSON body into the target type: {told}", 422, headers)
+
+
+def contain_errors(app: ASGIApp) -> ASGIApp:
+    """Wrap an application whose error handlers have answered and logged every error.
+
+    Starlette raises an unexpected error again after its answer, and uvicorn then closes the connection under the client's next request.
+    """
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await app(scope, receive, send)
+        except Exception as error:
+            if scope["type"] != "http":
+                raise
+            logger.debug("answered already: %r", error)
+
+    return call
 
 
 def add_error_handlers(app: FastAPI, metrics: Metrics, strict: bool = False) -> None:

@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from jaxserve.config import ServerOptions
 from jaxserve.errors import EngineUnavailable, StartupError
 from jaxserve.http.app import build_app
+from jaxserve.http.errors import contain_errors
 from jaxserve.http.protocol import LimitedProtocol
 from jaxserve.http.service import Service
 from jaxserve.http.sse import with_direct_send
@@ -49,7 +50,7 @@ class HttpServer(uvicorn.Server):
         protocol: Any = functools.partial(LimitedProtocol, payload_limit=service.options.payload_limit)
         super().__init__(
             uvicorn.Config(
-                with_direct_send(metrics_alone(build_app(service, self._lifespan, self._tell), metrics_ports)),
+                with_direct_send(contain_errors(metrics_alone(build_app(service, self._lifespan, self._tell), metrics_ports))),
                 loop="uvloop",
                 http=protocol,
                 ws="none",

@@ -1,6 +1,8 @@
 """TGI's Python client, text-generation 0.7.0, against the real server."""
 
 import asyncio
+import json
+import re
 from types import ModuleType
 from typing import Any
 
@@ -95,3 +97,21 @@ def test_asynchronous_client(text_generation: ModuleType, server_url: str):
 
     answers, streamed = asyncio.run(ask())
     assert len(set(answers)) == 1 and "".join(streamed) == answers[0]
+
+
+def test_grammars(client: Any, text_generation: ModuleType):
+    types = text_generation.types
+    regex = types.Grammar(type=types.GrammarType.Regex, value="[0-9]{2}\\.[0-9]{2}")
+    answer = client.generate("Pi is about", grammar=regex, max_new_tokens=20)
+    assert re.fullmatch(r"[0-9]{2}\.[0-9]{2}", answer.generated_text) and answer.details.finish_reason.value == "eos_token"
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}, "big": {"type": "boolean"}},
+        "required": ["city"],
+    }
+    for value in (schema, json.dumps(schema)):
+        grammar = types.Grammar(type=types.GrammarType.Json, value=value)
+        events = list(client.generate_stream("A city as JSON:", grammar=grammar, max_new_tokens=60))
+        assert isinstance(json.loads(events[-1].generated_text)["city"], str)
+    with pytest.raises(text_generation.errors.ValidationError, match="grammar"):
+        client.generate("x", grammar=types.Grammar(type=types.GrammarType.Regex, value="[0-9"))
