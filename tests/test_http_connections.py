@@ -135,7 +135,8 @@ def test_silence_is_broken_by_comments(short_limits: LiveFrontEnd):
     assert rest.index(b"data: {") < rest.rindex(b":\n\n") < rest.index(b"data: [DONE]")
 
 
-def test_headers_are_bounded(short_limits: LiveFrontEnd):
+def test_headers_are_bounded(short_limits: LiveFrontEnd, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO", "jaxserve.http.protocol")
     one = b"GET /health HTTP/1.1\r\nx: " + b"a" * 100_000 + b"\r\n\r\n"
     many = b"GET /health HTTP/1.1\r\n" + b"x: y\r\n" * 20_000 + b"\r\n"
     unending = b"GET /" + b"a" * 100_000
@@ -143,6 +144,7 @@ def test_headers_are_bounded(short_limits: LiveFrontEnd):
         with _connect(short_limits) as connection:
             connection.sendall(head)
             assert _read_all(connection).startswith(b"HTTP/1.1 431")
+    assert [record.getMessage()[-35:] for record in caplog.records] == ["431 Request Header Fields Too Large"] * 3
 
 
 def test_requests_must_arrive_in_time(short_limits: LiveFrontEnd):

@@ -41,7 +41,7 @@ def pins(lock: str) -> dict[str, str]:
 def third_party(folder: str) -> dict[str, str]:
     """Distribution -> a file of the folder that imports it."""
     provided, used = packages_distributions(), {}
-    local = {path.stem for path in (ROOT / folder).rglob("*.py")} | {"jaxserve", "jaxlib"}
+    local = {path.stem for path in (ROOT / folder).rglob("*.py")} | {"jaxserve", "jaxlib", "benchmarks"}
     for path in (ROOT / folder).rglob("*.py"):
         if path.name in OTHER_ENVIRONMENTS:
             continue

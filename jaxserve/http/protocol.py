@@ -4,9 +4,12 @@ uvicorn takes headers of megabytes and waits for ever for half a request or for 
 """
 
 import asyncio
+import logging
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+logger = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 65536
 HEAD_TIMEOUT = 10.0  # seconds from the first byte, or from connecting, to the end of the headers
@@ -147,6 +150,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: bytes) -> None:
         self._refused = True
+        told = {"status": int(status[:3]), "outcome": "refused"}
+        logger.info("refused before a request was read: %s", status.partition(b"\r")[0].decode(), extra={"request": told})
         self.transport.write(b"HTTP/1.1 " + status + b"\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
         self.hang_up()
 
