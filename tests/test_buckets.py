@@ -41,3 +41,12 @@ def test_padding_never_more_than_doubles_a_step():
 
 def test_a_cpu_compiles_few_programs():
     assert len(list(Buckets.for_platform("cpu", 32, 512))) <= 16
+
+
+def test_padding_of_large_steps_on_a_gpu_is_small():
+    buckets = Buckets.for_platform("gpu", 256, 8192)
+    for tokens in range(257, 8193):
+        assert buckets.pick(tokens, 20).num_tokens < 1.26 * tokens
+    for rows in range(65, 257):
+        assert buckets.pick(rows, rows).num_tokens < 1.25 * rows
+    assert len(list(buckets)) < 60

@@ -7,6 +7,7 @@ import pytest
 
 from jaxserve.errors import ContextTooLong, InvalidRequest, StartupError
 from jaxserve.request import FinishReason, Request, SamplingParams, TokenOutput
+from jaxserve.runner.buckets import Buckets
 from jaxserve.scheduler import KVGroupPages, ScheduledBatch, ScheduledRow, Scheduler, SchedulerConfig
 from jaxserve.scheduler.scheduler import MAX_PASSED
 from jaxserve.step import StepLogprobs, StepResult
@@ -703,3 +704,31 @@ def test_check_integrity_names_what_is_lost():
     scheduler._requests.clear()
     with pytest.raises(AssertionError, match="listed"):
         scheduler.check_integrity()
+
+
+def test_a_step_fills_a_compiled_size_where_decodes_run_anyway():
+    config = SchedulerConfig(4, 64, PAGE_SIZE, 100, step_sizes=(16, 32, 64))
+    scheduler = Scheduler(config, [KVGroupPages(64)], lambda: 0.0)
+    scheduler.add(request("a", 40, 8), 0.0)
+    assert shape(must_schedule(scheduler)) == [("a", 0, 40)], "alone, a little padding is cheaper than another step"
+    scheduler.add(request("b", 39, 8), 0.0)
+    assert [row.num_tokens for row in must_schedule(scheduler).rows] == [1, 31]
+    assert [row.num_tokens for row in must_schedule(scheduler).rows] == [1, 8], "half of a small rest would be no progress"
+
+
+@pytest.mark.parametrize("longest", [40, 700, 3000])
+def test_padding_is_small_on_any_mix(longest: int):
+    rng = np.random.default_rng(longest)
+    buckets = Buckets.for_platform("gpu", 256, 8192)
+    config = SchedulerConfig(256, 8192, 16, 4096, prefix_caching=False, step_sizes=buckets.step_sizes)
+    scheduler = Scheduler(config, [KVGroupPages(60_000)], lambda: 0.0)
+    useful = padded = 0
+    for number in range(300):
+        while scheduler.stats()["num_running"] + scheduler.stats()["num_waiting"] < 64 + number % 100:
+            length, out = int(rng.integers(1, longest)), int(rng.integers(1, 120))
+            scheduler.add(Request(f"{number}-{rng.random()}", (1,) * length, SamplingParams(max_tokens=out)), 0.0)
+        batch = must_schedule(scheduler)
+        scheduler.update(batch, result_of(batch))
+        bucket = buckets.pick(batch.num_tokens, len(batch.rows))
+        useful, padded = useful + batch.num_tokens, padded + bucket.num_tokens - batch.num_tokens
+    assert padded < 0.1 * (useful + padded)

@@ -86,6 +86,7 @@ def join(
             prefix_caching=options.prefix_caching,
             eos_token_ids=frozenset(info.eos_token_ids),
             max_prefill_tokens_while_decoding=None if gap is None else gap.max_prefill_tokens,
+            step_sizes=runner.step_sizes,
         ),
         [KVGroupPages(num_pages, window) for num_pages, window in runner.kv_groups],
     )

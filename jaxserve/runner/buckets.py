@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Self
 
+_FEW = 16  # rows of the small mixed shapes for prompts alone, on a GPU
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Bucket:
@@ -43,14 +45,18 @@ class Buckets:
         compile, so there are few row counts.
         """
         if platform == "cpu":
-            decode, tokens, few_rows, few_rows_tokens = _ladder(1, max_batch_size), _ladder(32, max_batch_tokens), 4, 128
-            logits = None
-        else:
-            decode, tokens = _ladder(1, max_batch_size, finer_from=32), _ladder(16, max_batch_tokens, finer_from=256)
-            few_rows, few_rows_tokens = 16, 1024
-            logits = sorted({min(rows, max_batch_size) for rows in (1, few_rows, 64, max_batch_size)})
-        few = [(t, few_rows) for t in tokens if t <= few_rows_tokens and few_rows < max_batch_size]
-        return cls(decode, (*few, *((t, max_batch_size) for t in tokens)), logits)
+            tokens = _ladder(32, max_batch_tokens)
+            few = [(t, 4) for t in tokens if t <= 128 and max_batch_size > 4]
+            return cls(_ladder(1, max_batch_size), (*few, *((t, max_batch_size) for t in tokens)))
+        few = [(t, _FEW) for t in _ladder(16, min(max_batch_tokens, 1024)) if max_batch_size > _FEW]
+        mixed = (*few, *((t, max_batch_size) for t in _ladder(16, max_batch_tokens, (64, 1), (256, 3))))
+        logits = sorted({min(rows, max_batch_size) for rows in (1, _FEW, 64, max_batch_size)})
+        return cls(_ladder(1, max_batch_size, (16, 1), (64, 3)), mixed, logits)
+
+    @property
+    def step_sizes(self) -> tuple[int, ...]:
+        """Tokens of the shapes that are not decode-only, ascending."""
+        return tuple(sorted({bucket.num_tokens for bucket in self._mixed}))
 
     def __iter__(self) -> Iterator[Bucket]:
         """All of them."""
@@ -72,13 +78,12 @@ class Buckets:
         raise ValueError(f"no bucket holds {num_tokens} tokens of {num_rows} rows")
 
 
-def _ladder(first: int, last: int, finer_from: int | None = None) -> tuple[int, ...]:
-    """Powers of two from `first`, with 1.5 times each between them from `finer_from` on, and `last`."""
+def _ladder(first: int, last: int, *finer: tuple[int, int]) -> tuple[int, ...]:
+    """Powers of two from `first`, and `last`; (start, n) puts n rungs between each two of them from `start` on."""
     rungs = {last}
     rung = first
     while rung < last:
-        rungs.add(rung)
-        if finer_from is not None and rung >= finer_from:
-            rungs.add(rung * 3 // 2)
+        between = max((n for start, n in finer if rung >= start), default=0)
+        rungs |= {rung + rung * i // (between + 1) for i in range(between + 1)}
         rung *= 2
     return tuple(sorted(r for r in rungs if r <= last))

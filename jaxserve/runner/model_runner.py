@@ -102,6 +102,11 @@ class ModelRunner:
         return list(zip(self._plan.num_pages, self._plan.windows, strict=True))
 
     @property
+    def step_sizes(self) -> tuple[int, ...]:
+        """Token counts that steps with prompts are compiled for, ascending; one between them is padded."""
+        return self._buckets.step_sizes
+
+    @property
     def max_total_tokens(self) -> int:
         """Most tokens of a request."""
         return self._plan.max_total_tokens
@@ -249,7 +254,7 @@ class ModelRunner:
 
     def _programs(self, plan: KVCachePlan) -> Programs:
         state = abstract_state(plan, self._config.max_batch_size, self._model.config.vocab_size, self._mesh)
-        return Programs(self._model, self._mesh, plan, state, {})
+        return Programs(self._model, self._mesh, plan, state)
 
     def _plan_kv_cache(self) -> KVCachePlan:
         config, model = self._config, self._model.config

@@ -24,6 +24,7 @@ from jaxserve.runner.state import STATE_SPEC, DeviceState
 
 PAGE_COPIES = 16  # a call
 PAGE_ENTRIES = 1024  # a call
+_MOST_TRITON_TOKENS = 32
 
 _EVERYWHERE = PartitionSpec()
 
@@ -44,14 +45,12 @@ class Programs:
         mesh: with axes "data" and "tensor".
         plan: sizes of the KV cache.
         state: shapes of the device state.
-        options: XLA's, by name.
     """
 
     model: Model
     mesh: Mesh
     plan: KVCachePlan
     state: DeviceState
-    options: dict[str, Any]
 
     def forward(self, layout: BatchLayout, logit_rows: int) -> Program:
         """(leaves, state, packed) -> (state, logits, the sampler's columns of packed).
@@ -71,7 +70,9 @@ class Programs:
 
         specs = self.model.specs, STATE_SPEC, _EVERYWHERE
         arguments = self.model.leaves, self.state, self._ints(layout.size)
-        return Program(self._jit(forward, specs, (STATE_SPEC, _EVERYWHERE, _EVERYWHERE), donated=1), arguments)
+        # With more tokens XLA's autotuner picks cuBLAS anyway, after it has compiled dozens of Triton kernels for each product.
+        options = {} if layout.bucket.num_tokens <= _MOST_TRITON_TOKENS else {"xla_gpu_enable_triton_gemm": False}
+        return Program(self._jit(forward, specs, (STATE_SPEC, _EVERYWHERE, _EVERYWHERE), donated=1, options=options), arguments)
 
     def sample(self, num_rows: int, *, masked: bool, logprobs: bool) -> Program:
         """(logits, sampling state, columns[, masks]) -> (sampling state, what unpack_sampled() reads)."""
@@ -119,10 +120,10 @@ class Programs:
     def _state_program(self, function: Callable[..., DeviceState], upload: jax.ShapeDtypeStruct) -> Program:
         return Program(self._jit(function, (STATE_SPEC, _EVERYWHERE), STATE_SPEC, donated=0), (self.state, upload))
 
-    def _jit(self, function: Callable[..., Any], in_specs: Any, out_specs: Any, donated: int) -> Any:
+    def _jit(self, function: Callable[..., Any], in_specs: Any, out_specs: Any, donated: int, options: dict[str, Any] | None = None) -> Any:
         # check_vma would ask every loop of every kernel to declare what varies over the mesh.
         sharded = jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        return jax.jit(sharded, donate_argnums=donated, compiler_options=self.options)
+        return jax.jit(sharded, donate_argnums=donated, compiler_options=options)
 
     def _ints(self, *shape: int) -> jax.ShapeDtypeStruct:
         return self._array(shape, jnp.int32)

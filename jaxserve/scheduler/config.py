@@ -19,6 +19,7 @@ class SchedulerConfig:
         eos_token_ids: the model's end-of-sequence tokens.
         max_prefill_tokens_while_decoding: most prompt tokens a step computes beside running decodes, which bounds the gap that their
             streams see: a number, or a function called once a step. None is no bound but max_batch_tokens.
+        step_sizes: token counts that cost what they hold, ascending; a step between two of them costs as much as the larger.
         num_speculative_tokens: K: a step yields up to 1 + K tokens a sample; pages are reserved for all of them.
 
     Raises:
@@ -32,6 +33,7 @@ class SchedulerConfig:
     prefix_caching: bool = True
     eos_token_ids: frozenset[int] = field(default_factory=frozenset)
     max_prefill_tokens_while_decoding: Callable[[], int] | int | None = None
+    step_sizes: tuple[int, ...] = ()
     num_speculative_tokens: int = 0
 
     def __post_init__(self) -> None:

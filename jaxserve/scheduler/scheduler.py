@@ -1,9 +1,10 @@
 """Scheduler: which samples run, and which of their tokens the next step computes."""
 
 import time
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from operator import attrgetter
 
 from jaxserve.errors import ContextTooLong, InvalidRequest
@@ -17,6 +18,7 @@ from jaxserve.scheduler.sample import NEVER, Sample, SampleState
 from jaxserve.step import StepResult
 
 MAX_PASSED = 64  # steps in which later samples may pass one that lacks memory; then it blocks them
+MOST_PADDING_ALONE = 128  # tokens; computing them costs about as much as a step of a few tokens
 MAX_SKIPPED = 8  # samples skipped for lack of memory before the search for a smaller one ends
 
 WAITING, RUNNING, FINISHED = SampleState.WAITING, SampleState.RUNNING, SampleState.FINISHED
@@ -123,7 +125,7 @@ class Scheduler:
         self._step += 1
         rows, behind = self._schedule_decodes()
         num_decodes = len(rows)
-        budget = self._prefill_budget(num_decodes)
+        budget = self._without_padding(self._prefill_budget(num_decodes), num_decodes, behind)
         chunks = self._schedule_chunks(behind, budget)
         budget -= sum(row.num_tokens for row in chunks)
         admitted, page_copies = self._admit_waiting(budget)
@@ -243,6 +245,24 @@ class Scheduler:
         if bound is None or num_decodes == 0:
             return budget
         return min(budget, max(1, bound() if callable(bound) else bound))
+
+    def _without_padding(self, budget: int, num_decodes: int, behind: list[Sample]) -> int:
+        """Return a budget that fills a step of one of the sizes, where what there is to compute would leave much padding in the next one.
+
+        What is left over joins the next step, which costs little beside decodes that run anyway; prompts alone would wait for it.
+        """
+        wanted = sum(sample.num_behind for sample in behind)
+        for sample in islice(self._waiting, len(self._free_slots)):
+            if wanted >= budget:
+                break
+            wanted += sample.num_behind
+        total, sizes = num_decodes + min(budget, wanted), self._config.step_sizes
+        above = bisect_left(sizes, total)
+        if above in (0, len(sizes)):
+            return budget
+        padding, smaller = sizes[above] - total, sizes[above - 1] - num_decodes
+        most_padding = total // 16 if num_decodes else MOST_PADDING_ALONE
+        return smaller if padding > most_padding and smaller > (total - num_decodes) // 2 else budget
 
     def _schedule_chunks(self, behind: Iterable[Sample], budget: int) -> list[ScheduledRow]:
         """Return rows for the running samples that are behind, the earliest first, until the budget is used up."""
