@@ -36,10 +36,12 @@ def test_values_that_mean_off_are_refused(strict: LiveFrontEnd, parameters: dict
     assert (told.status_code, told.json()) == (422, {"error": f"Input validation error: {message}", "error_type": "validation"})
 
 
-def test_streams_tell_every_error_as_an_event(strict: LiveFrontEnd):
+def test_streams_tell_every_error_as_an_event(strict: LiveFrontEnd, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO", "jaxserve.http.request_record")
     for path, fields in (("/generate_stream", {}), ("/", {"stream": True})):
         told = strict.client.post(path, json={"inputs": "", **fields})
         assert told.status_code == 200 and told.headers["content-type"].startswith("text/event-stream")
+        assert caplog.records[-1].__dict__["request"].items() >= {"outcome": "refused", "error": "`inputs` cannot be empty"}.items()
         assert told.text == 'data: {"error": "Input validation error: `inputs` cannot be empty", "error_type": "validation"}\n\n'
     strict.engine.max_concurrent_requests = 0
     try:

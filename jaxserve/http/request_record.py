@@ -56,7 +56,7 @@ class RequestRecord:
             return "aborted"
         if self.status >= 500 or any(answer.error for answer in self.answers if self.status == 200):
             return "failed"
-        return "done" if self.status < 400 else "refused"
+        return "refused" if self.status >= 400 or self.error else "done"
 
     def fields(self) -> dict[str, Any]:
         """What there is to tell; times in seconds."""
@@ -146,8 +146,8 @@ class RecordRequests:
 
 
 def log_record(record: RequestRecord) -> None:
-    """One line for every request that asked for work or was refused; probes and pages that went well only with --log-level debug."""
-    level = logging.INFO if record.method == "POST" or record.status >= 400 else logging.DEBUG
+    """One line for every request that asked for work or was refused; pages, and probes whatever they heard, only with --log-level debug."""
+    level = logging.INFO if record.method == "POST" or record.status not in (200, 304, 503) else logging.DEBUG
     if not logger.isEnabledFor(level):
         return
     told = record.fields()

@@ -7,6 +7,7 @@ from typing import Any
 from jaxserve.errors import EngineUnavailable, GenerationFailed, JaxserveError
 from jaxserve.http.answer import Answers, SampleResult, SampleToken
 from jaxserve.http.errors import error_event, failure_kind
+from jaxserve.http.request_record import note_error
 from jaxserve.http.service import Service
 from jaxserve.http.sse import compact, quoted
 from jaxserve.http.tgi_types import GenerateParameters, GenerateTask
@@ -151,6 +152,7 @@ class FailedEvents:
 
     def failed(self, error: JaxserveError) -> bytes:
         self._service.metrics.tgi_failure.labels(failure_kind(error)).inc()
+        note_error(str(error))
         return error_event("/generate_stream", error).encode()
 
     def abort(self) -> None:

@@ -26,5 +26,5 @@ def set_up_logging(as_json: bool, level: str = "info") -> None:
     handler.setFormatter(_JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(name)s[%(process)d]: %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # They tell every request of theirs, every start and every end.
-    for name in ("httpx", "httpcore", "uvicorn.error", "huggingface_hub", "jax"):
+    for name in ("httpx", "httpcore", "uvicorn.error", "huggingface_hub", "jax", "grpc", "asyncio"):
         logging.getLogger(name).setLevel(logging.WARNING)
