@@ -59,7 +59,8 @@ def main() -> None:
         prefix_caching=False,
         max_batch_size=arguments.max_batch_size,
         max_batch_prefill_tokens=arguments.max_batch_prefill_tokens,
-        max_total_tokens=min(arguments.longest + 256, shape["max_position_embeddings"]),
+        # Edges alone are those of a server with default flags.
+        max_total_tokens=None if set(arguments.parts) == {"edges"} else min(arguments.longest + 256, shape["max_position_embeddings"]),
     )
     limit_gpu_memory(options)
     begin = time.perf_counter()
