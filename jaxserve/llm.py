@@ -10,7 +10,7 @@ from tqdm import tqdm
 from jaxserve.config import EngineOptions, ModelOptions
 from jaxserve.engine import Engine, build_engine
 from jaxserve.errors import GenerationFailed, InvalidRequest, StartupError
-from jaxserve.request import FinishReason, Request, SamplingParams, TokenLogprobs, TokenOutput
+from jaxserve.request import FinishReason, PromptLogprobs, Request, SamplingParams, TokenLogprobs, TokenOutput
 from jaxserve.tokenizer import TextStream, Tokenizer, load_tokenizer
 from jaxserve.weights import resolve_model
 
@@ -49,12 +49,14 @@ class RequestOutput:
         prompt_token_ids: what the model saw.
         outputs: n samples, by index.
         num_cached_tokens: prompt tokens taken from the prefix cache by the first sample.
+        prompt_logprobs: where SamplingParams.prompt_logprobs asked for them.
     """
 
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
     outputs: list[SampleOutput]
     num_cached_tokens: int = 0
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class LLM:
@@ -240,6 +242,7 @@ class _Running:
         if delta.stop is not None and output.finish_reason is None:
             self.engine.abort(output.request_id, output.index)
             sample.finish_reason = FinishReason.STOP
+        self.output.prompt_logprobs = self.output.prompt_logprobs or output.prompt_logprobs
         if output.index == 0:
             self.output.num_cached_tokens = output.num_cached_tokens
         if sample.finish_reason is not None:

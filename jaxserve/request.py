@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from jaxserve.errors import ContextTooLong, InvalidRequest
 from jaxserve.grammar import Grammar
 
@@ -50,6 +52,7 @@ class SamplingParams:
         stop_token_ids: token ids that end a sample.
         ignore_eos: the model's end-of-sequence tokens do not end a sample.
         logprobs: None for none, else the number of most likely tokens to report beside the chosen one.
+        prompt_logprobs: the same for the prompt's tokens, told once; such a prompt is computed as a whole, whatever is cached of it.
         logit_bias: token id -> value added to its logit.
         grammar: what the text must match; None is anything. A sample whose grammar is complete and cannot go on ends, whatever
             min_tokens and ignore_eos say.
@@ -73,6 +76,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     grammar: Grammar | None = None
     skip_special_tokens: bool = True
@@ -105,6 +109,8 @@ class SamplingParams:
             raise InvalidRequest(f"`min_tokens` must be <= `max_tokens` ({self.max_tokens}). Given: {self.min_tokens}", "min_tokens")
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            _integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_TOP_LOGPROBS)
         if any(not s for s in self.stop):
             raise InvalidRequest("`stop` must not hold empty strings", "stop")
         if any(len(s) > MAX_STOP_LENGTH for s in self.stop):
@@ -210,6 +216,23 @@ class TokenLogprobs:
     top_processed: list[float]
 
 
+@dataclass(slots=True, eq=False)
+class PromptLogprobs:
+    """Log probabilities (nats) of a prompt's tokens, each given those before it. The first has none: P tokens make P - 1 entries.
+
+    Attributes:
+        raw: float32 [P - 1], of the prompt's own tokens, as TokenLogprobs.raw.
+        ranks: int32 [P - 1], 1 where the prompt's token was the most likely one.
+        top_token_ids: int32 [P - 1, N], the most likely tokens, best first, as many as asked for.
+        top_raw: float32 [P - 1, N].
+    """
+
+    raw: np.ndarray
+    ranks: np.ndarray
+    top_token_ids: np.ndarray
+    top_raw: np.ndarray
+
+
 @dataclass(slots=True)
 class TokenOutput:
     """What one step yields for one sample.
@@ -223,6 +246,7 @@ class TokenOutput:
         num_cached_tokens: prompt tokens taken from the prefix cache.
         queue_time: seconds between arrival and the first scheduling.
         error: what went wrong, with FinishReason.ERROR and INVALID.
+        prompt_logprobs: where the request asked for them, with the first tokens of sample 0.
     """
 
     request_id: str
@@ -233,6 +257,7 @@ class TokenOutput:
     num_cached_tokens: int = 0
     queue_time: float = 0.0
     error: str = ""
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)

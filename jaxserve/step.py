@@ -23,6 +23,23 @@ class StepLogprobs:
 
 
 @dataclass(slots=True)
+class ScoredTokens:
+    """Log probabilities (nats) of prompt tokens that a step computed the logits of: S of them, in the order of its rows.
+
+    Attributes:
+        raw: float32 [S].
+        ranks: int32 [S], how many tokens of the vocabulary are at least as likely, itself included where no other is.
+        top_ids: int32 [S, N], most likely first.
+        top_raw: float32 [S, N].
+    """
+
+    raw: np.ndarray
+    ranks: np.ndarray
+    top_ids: np.ndarray
+    top_raw: np.ndarray
+
+
+@dataclass(slots=True)
 class StepResult:
     """What a step sampled, as collected from the device. Rows beyond those of the batch are padding.
 
@@ -30,8 +47,10 @@ class StepResult:
         token_ids: int32 [R, 1+K].
         counts: int32 [R], how many of them are valid; at least 1 where the row samples.
         logprobs: None where no row asked.
+        scored: None where no row asked for those of its prompt.
     """
 
     token_ids: np.ndarray
     counts: np.ndarray
     logprobs: StepLogprobs | None = None
+    scored: ScoredTokens | None = None

@@ -41,6 +41,16 @@ def test_greedy_tokens_equal_transformers(llm: LLM):
     llm.engines[0].check_integrity()
 
 
+def test_prompt_logprobs_equal_transformers(llm: LLM):
+    prompts = [golden["prompt"] + golden["tokens"] for golden in GOLDENS.values()]
+    outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0))
+    for golden, output in zip(GOLDENS.values(), outputs, strict=True):
+        assert output.prompt_logprobs is not None
+        first = len(golden["prompt"]) - 1
+        assert output.prompt_logprobs.raw[first:] == pytest.approx(golden["logprobs"], abs=2e-3)
+        assert (output.prompt_logprobs.ranks[first:] == 1).all()
+
+
 def test_the_answers_are_the_models_own(llm: LLM):
     (output,) = llm.chat([{"role": "user", "content": "What is the capital of France?"}], SamplingParams(temperature=0.0, max_tokens=20))
     assert output.outputs[0].text == "The capital of France is Paris."

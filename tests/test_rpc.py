@@ -10,8 +10,10 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 from engine_double import EngineDouble
 from hypothesis import given, settings
@@ -20,7 +22,7 @@ from hypothesis import strategies as st
 import jaxserve.rpc
 from jaxserve.errors import ContextTooLong, EngineUnavailable, GenerationFailed, InvalidRequest, Overloaded
 from jaxserve.grammar import Grammar
-from jaxserve.request import EngineInfo, EngineStats, FinishReason, Request, SamplingParams, TokenLogprobs, TokenOutput
+from jaxserve.request import EngineInfo, EngineStats, FinishReason, PromptLogprobs, Request, SamplingParams, TokenLogprobs, TokenOutput
 from jaxserve.rpc import client as client_module
 from jaxserve.rpc import server as server_module
 from jaxserve.rpc import wire
@@ -33,7 +35,7 @@ def test_request_round_trip():
     params = SamplingParams(
         n=3, temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, typical_p=0.5, repetition_penalty=1.1, presence_penalty=-1.0,
         frequency_penalty=2.0, seed=2**64 - 1, max_tokens=None, min_tokens=2, stop_token_ids=(3, 4), ignore_eos=True, logprobs=0,
-        logit_bias={7: -100.0, 9: 0.5}, grammar=Grammar.choice(["é", "b"], "guided_choice"),
+        prompt_logprobs=5, logit_bias={7: -100.0, 9: 0.5}, grammar=Grammar.choice(["é", "b"], "guided_choice"),
     )  # fmt: skip
     request = Request("r-1", (1, 500, 70000), params, "salt", "adapter")
     read = wire.request_from(wire.generate_message(1, request).generate)
@@ -75,6 +77,19 @@ def test_output_columns_round_trip(outputs: list[tuple[int, TokenOutput]]):
     message = columns.message()
     read = list(wire.outputs_from(type(message).FromString(message.SerializeToString())))
     assert read == [(number * 128 + output.index, output) for number, output in outputs]
+
+
+def test_prompt_logprobs_round_trip():
+    random = np.random.default_rng(0)
+    raw, top_raw = random.random(7, np.float32), random.random((7, 3), np.float32)
+    sent = PromptLogprobs(raw, np.arange(7, dtype=np.int32), np.arange(21, dtype=np.int32).reshape(7, 3), top_raw)
+    columns = wire.OutputColumns()
+    columns.add(1, TokenOutput("", 0, [5], []), first=True)
+    columns.add(2, TokenOutput("", 0, [5], [], prompt_logprobs=sent), first=True)
+    (_, other), (_, output) = wire.outputs_from(columns.message())
+    assert other.prompt_logprobs is None and output.prompt_logprobs is not None
+    for field in fields(sent):
+        np.testing.assert_array_equal(getattr(output.prompt_logprobs, field.name), getattr(sent, field.name))
 
 
 def test_first_output_tells_of_the_cache_and_the_queue():

@@ -17,6 +17,7 @@ from typing import Any
 from jaxserve.engine.constraints import Constraints
 from jaxserve.engine.decode_gap import DecodeGap
 from jaxserve.engine.durations import Durations
+from jaxserve.engine.prompt_scores import PromptScores
 from jaxserve.request import EngineInfo, EngineStats, Request, TokenOutput
 from jaxserve.runner import ModelRunner
 from jaxserve.scheduler import ScheduledBatch, Scheduler
@@ -64,6 +65,7 @@ class Engine:
         self._decode_gap = decode_gap
         self._constraints = constraints
         self._clock = clock
+        self._prompt_scores = PromptScores()
         # What is on the device.
         self._in_flight: InFlight | None = None
         self._collected_at = 0.0
@@ -86,12 +88,13 @@ class Engine:
             InvalidRequest: it cannot be served; nothing was queued.
         """
         request.validate(self.info)
-        if request.params.grammar is None:
-            self._scheduler.add(request, self._clock())
-            return
-        assert self._constraints is not None, "info.no_grammars must say that there are no constraints"
-        self._scheduler.add(request, self._clock(), constrained=True, ready=False)
-        self._constraints.add(request)
+        constrained = request.params.grammar is not None
+        self._scheduler.add(request, self._clock(), constrained=constrained, ready=not constrained)
+        if request.params.prompt_logprobs is not None:
+            self._prompt_scores.add(request)
+        if constrained:
+            assert self._constraints is not None, "info.no_grammars must say that there are no constraints"
+            self._constraints.add(request)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Forget a request, or one of its samples: no further output; its pages are free when no step in flight holds them.
@@ -101,6 +104,8 @@ class Engine:
         self._scheduler.abort(request_id, index)
         if self._constraints is not None:
             self._constraints.forget(request_id, index)
+        if not index:
+            self._prompt_scores.forget(request_id)
 
     def step(self) -> list[TokenOutput]:
         """Schedule and dispatch one step, collect the one before.
@@ -183,6 +188,7 @@ class Engine:
         """Take samples out of the schedule that ended by their grammar."""
         for output in outputs:
             self._scheduler.abort(output.request_id, output.index)
+        self._prompt_scores.tell(outputs)
         return outputs
 
     def _finish(self, step: InFlight) -> list[TokenOutput]:
@@ -195,7 +201,10 @@ class Engine:
         if self._decode_gap is not None:
             self._decode_gap.observe(step.batch.num_tokens, on_device)
         self._collected_at = now
+        if result.scored is not None:
+            self._prompt_scores.take(step.batch, result.scored)
         outputs = self._scheduler.update(step.batch, result)
+        self._prompt_scores.tell(outputs)
         if step.batch.constrained:
             assert self._constraints is not None
             for output in outputs:

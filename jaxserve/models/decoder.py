@@ -113,7 +113,7 @@ class Decoder(nnx.Module):
         kv: tuple[LayerKV, ...],
         metadata: tuple[AttentionMetadata, ...],
         last: jax.Array,
-    ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
+    ) -> tuple[jax.Array, tuple[LayerKV, ...], jax.Array]:
         """Compute one step.
 
         Args:
@@ -123,7 +123,8 @@ class Decoder(nnx.Module):
             last: int32 [R], where in the flat axis the token stands that each row samples from.
 
         Returns:
-            Logits, float32 [R, vocab_size], the same on every shard; the caches with this step's keys and values.
+            Logits, float32 [R, vocab_size], the same on every shard; the caches with this step's keys and values; what the last layer
+            gives, [T, hidden], from which `logits` makes those of any other token.
         """
         x = self.embedding(token_ids)
         rotation = self.config.rope(positions)
@@ -132,9 +133,12 @@ class Decoder(nnx.Module):
             graphdef, state = nnx.split(layer)
             x, cache = _call_layer(graphdef, state, x, rotation, cache, metadata[group])
             caches.append(cache)
+        return self.logits(x.at[last].get(mode="promise_in_bounds")), tuple(caches), x
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Logits, float32 [T, vocab_size], of what the last layer gives, [T, hidden]."""
         with jax.named_scope("logits"):
-            logits = (self.head or self.embedding).logits(self.norm(x.at[last].get(mode="promise_in_bounds")))
-        return logits, tuple(caches)
+            return (self.head or self.embedding).logits(self.norm(x))
 
 
 def layer_prefix(path: Sequence[object]) -> str:

@@ -53,10 +53,16 @@ class Architecture:
         kv: tuple[LayerKV, ...],
         metadata: tuple[AttentionMetadata, ...],
         last: jax.Array,
-    ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
+    ) -> tuple[jax.Array, tuple[LayerKV, ...], jax.Array]:
         """`Decoder.__call__` on local shards of the arrays; to be traced inside `jax.shard_map`, never called as it is."""
-        decoder = nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
-        return decoder(token_ids, positions, kv, metadata, last)
+        return self._decoder(leaves)(token_ids, positions, kv, metadata, last)
+
+    def logits(self, leaves: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:
+        """`Decoder.logits`, likewise."""
+        return self._decoder(leaves).logits(x)
+
+    def _decoder(self, leaves: tuple[jax.Array, ...]) -> Decoder:
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
 
 
 def check_attention(config: ModelConfig, attention: str, dtype: jnp.dtype, page_size: int, shards: int) -> None:
@@ -98,7 +104,7 @@ class Model:
         return self.architecture.specs
 
     @property
-    def apply(self) -> Callable[..., tuple[jax.Array, tuple[LayerKV, ...]]]:
+    def apply(self) -> Callable[..., tuple[jax.Array, tuple[LayerKV, ...], jax.Array]]:
         """`Architecture.apply`."""
         return self.architecture.apply
 

@@ -8,18 +8,30 @@ from dataclasses import asdict, fields
 from itertools import islice
 from typing import Any
 
+import numpy as np
+
 from jaxserve.errors import ContextTooLong, EngineUnavailable, InvalidRequest, JaxserveError, Overloaded
 from jaxserve.grammar import Grammar, GrammarKind
-from jaxserve.request import MAX_SAMPLES, EngineInfo, EngineStats, FinishReason, Request, SamplingParams, TokenLogprobs, TokenOutput
+from jaxserve.request import (
+    MAX_SAMPLES,
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    PromptLogprobs,
+    Request,
+    SamplingParams,
+    TokenLogprobs,
+    TokenOutput,
+)
 from jaxserve.rpc import engine_pb2 as pb
 
 _REASON_FROM_WIRE = {pb.FinishReason.Value(reason.name): reason for reason in FinishReason}
 # Fields that cross under their own name; stop strings and text options stay with the process that detokenizes.
 _PLAIN_PARAMS = (
     "n", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-    "max_tokens", "min_tokens", "stop_token_ids", "ignore_eos", "logprobs",
+    "max_tokens", "min_tokens", "stop_token_ids", "ignore_eos", "logprobs", "prompt_logprobs",
 )  # fmt: skip
-_OPTIONAL_PARAMS = ("max_tokens", "logprobs")
+_OPTIONAL_PARAMS = ("max_tokens", "logprobs", "prompt_logprobs")
 
 
 def generate_message(number: int, request: Request) -> pb.ClientMessage:
@@ -81,6 +93,7 @@ class OutputColumns:
         self._token_ids: list[int] = []
         self._notes: list[pb.Note] = []
         self._logprobs = pb.Logprobs()
+        self._prompt_logprobs: list[pb.PromptLogprobs] = []
 
     def add(self, number: int, output: TokenOutput, first: bool) -> None:
         """Add a sample's output; `first` where it is the sample's first."""
@@ -96,6 +109,8 @@ class OutputColumns:
             )
         if output.logprobs:
             self._add_logprobs(output)
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs.append(_prompt_logprobs_message(len(self._samples), output.prompt_logprobs))
         self._samples.append(number * MAX_SAMPLES + output.index)
         self._counts.append(len(output.token_ids))
         self._token_ids += output.token_ids
@@ -108,6 +123,7 @@ class OutputColumns:
             token_ids=self._token_ids,
             notes=self._notes,
             logprobs=self._logprobs if self._logprobs.positions else None,
+            prompt_logprobs=self._prompt_logprobs,
         )
 
     def _add_logprobs(self, output: TokenOutput) -> None:
@@ -122,6 +138,25 @@ class OutputColumns:
             columns.top_processed.extend(logprobs.top_processed)
 
 
+def _prompt_logprobs_message(position: int, logprobs: PromptLogprobs) -> pb.PromptLogprobs:
+    return pb.PromptLogprobs(
+        position=position,
+        raw=logprobs.raw.astype("<f4").tobytes(),
+        ranks=logprobs.ranks.astype("<i4").tobytes(),
+        top_token_ids=logprobs.top_token_ids.astype("<i4").tobytes(),
+        top_raw=logprobs.top_raw.astype("<f4").tobytes(),
+        num_top=logprobs.top_raw.shape[1],
+    )
+
+
+def _prompt_logprobs_from(message: pb.PromptLogprobs) -> PromptLogprobs:
+    raw, ranks = np.frombuffer(message.raw, "<f4"), np.frombuffer(message.ranks, "<i4")
+    shape = (len(raw), message.num_top)
+    return PromptLogprobs(
+        raw, ranks, np.frombuffer(message.top_token_ids, "<i4").reshape(shape), np.frombuffer(message.top_raw, "<f4").reshape(shape)
+    )
+
+
 def outputs_from(message: pb.Outputs) -> Iterator[tuple[int, TokenOutput]]:
     """Each sample's name and its output; the request id is left "" for the reader to know.
 
@@ -130,6 +165,7 @@ def outputs_from(message: pb.Outputs) -> Iterator[tuple[int, TokenOutput]]:
     notes = {note.position: note for note in message.notes}
     counts = list(message.counts)
     logprobs = _logprobs_from(message.logprobs, counts) if message.HasField("logprobs") else {}
+    prompt_logprobs = {each.position: _prompt_logprobs_from(each) for each in message.prompt_logprobs}
     token_ids = list(message.token_ids)
     end = 0
     for position, sample in enumerate(list(message.samples)):
@@ -140,6 +176,7 @@ def outputs_from(message: pb.Outputs) -> Iterator[tuple[int, TokenOutput]]:
             output.error = note.error
             output.num_cached_tokens = note.num_cached_tokens
             output.queue_time = note.queue_time
+        output.prompt_logprobs = prompt_logprobs.get(position)
         yield sample, output
 
 

@@ -4,6 +4,7 @@ import itertools
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from jaxserve.runner.config import RunnerConfig
 from jaxserve.runner.kv_cache import KVCachePlan, plan_kv_cache
 from jaxserve.runner.memory import kv_cache_bytes
 from jaxserve.runner.programs import PAGE_COPIES, PAGE_ENTRIES, Program, Programs
+from jaxserve.runner.prompt_scores import pack_scored, unpack_scored
 from jaxserve.runner.sampler import unpack_sampled
 from jaxserve.runner.sampling_state import needs_slot_load, slot_loads
 from jaxserve.runner.state import abstract_state, allocate_state
@@ -51,6 +53,8 @@ class Step:
         packed: what went up.
         logits: float32 [R, V] and the sampler's columns, between forward() and sample().
         sampled: int32 [R, columns], once the sampler was dispatched.
+        scored: the prompt's tokens of rows that want them, some a call.
+        num_scored: how many of them, without padding.
     """
 
     layout: BatchLayout
@@ -59,6 +63,8 @@ class Step:
     packed: jax.Array
     logits: list[jax.Array] | None = None
     sampled: jax.Array | None = None
+    scored: Sequence[jax.Array] = ()
+    num_scored: int = 0
 
 
 class ModelRunner:
@@ -84,14 +90,18 @@ class ModelRunner:
         if config.compilation_cache_dir is not None:
             use_compilation_cache(config.compilation_cache_dir)
         # Each form is a compilation for each row count: on the CPU a conditional is cheaper than that.
-        self._logprob_forms = (True,) if mesh.devices.flat[0].platform == "cpu" else (False, True)
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        self._logprob_forms = (True,) if on_cpu else (False, True)
+        # On a GPU the head's weights are read once for so many tokens of a prompt.
+        self._num_scored_a_call = 64 if on_cpu else 256
+        self._hidden = jax.ShapeDtypeStruct((config.max_batch_tokens, model.config.hidden_size), model.leaves[0].dtype)
         self._plan = self._plan_kv_cache()
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._compiled: dict[ProgramKey, Compiled] = {}
         self._compile_events = CompileEvents()
         # From step to step
         self._packer = BatchPacker(config.max_batch_size, len(self._plan.num_pages), config.page_size)
-        self._state = allocate_state(self._plan, config.max_batch_size, model.config.vocab_size, mesh)
+        self._state = allocate_state(self._plan, config.max_batch_size, model.config.vocab_size, self._hidden, mesh)
         self._in_flight = 0
         self._padded_tokens = 0
         self._useful_tokens = 0
@@ -121,7 +131,7 @@ class ModelRunner:
         for form in self._sampler_forms():
             todo["sample", form] = programs.sample(form.num_rows, masked=form.masked, logprobs=form.logprobs)
         todo |= {("copy_pages", None): programs.copy_pages(), ("load_slot", None): programs.load_slot()}
-        todo["add_page_entries", None] = programs.add_page_entries()
+        todo |= {("add_page_entries", None): programs.add_page_entries(), ("score", None): programs.score(self._num_scored_a_call)}
         self._compiled = compile_programs(todo, num_threads=os.cpu_count() or 1)
         self._run_for_nobody()
         self._compile_events.start()
@@ -141,6 +151,8 @@ class ModelRunner:
         """Start a step that waits for sample() after its logits; returns at once."""
         step = self._prepare(batch)
         self._start_forward(step)
+        if batch.num_scored:
+            self._start_scores(step, batch)
         return step
 
     def sample(self, step: Step, masks: np.ndarray | None = None) -> None:
@@ -171,7 +183,8 @@ class ModelRunner:
         assert step.sampled is not None, "collect() of a step that was not sampled"
         result = unpack_sampled(np.asarray(step.sampled))
         self._in_flight -= 1
-        return result if step.wants_logprobs else StepResult(result.token_ids, result.counts)
+        scored = unpack_scored([np.asarray(part) for part in step.scored], step.num_scored) if step.scored else None
+        return StepResult(result.token_ids, result.counts, result.logprobs if step.wants_logprobs else None, scored)
 
     def stats(self) -> dict[str, int]:
         """The counters of EngineStats that the runner keeps."""
@@ -219,6 +232,15 @@ class ModelRunner:
         run = self._compiled["forward", step.layout.bucket]
         self._state, *step.logits = run(self._model.leaves, self._state, step.packed)
 
+    def _start_scores(self, step: Step, batch: Batch) -> None:
+        """Score the prompts' tokens that the step reached; before the next forward, which overwrites what they need."""
+        run, size = self._compiled["score", None], self._num_scored_a_call
+        uploads = pack_scored(batch, size)
+        step.scored = [run(self._model.leaves, self._state.hidden, self._upload(upload)) for upload in uploads]
+        step.num_scored = batch.num_scored
+        for part in step.scored:
+            part.copy_to_host_async()
+
     def _copy_pages(self, batch: Batch) -> None:
         for begin in range(0, len(batch.page_copies), PAGE_COPIES):
             pages = np.zeros((len(self._plan.num_pages), 2, PAGE_COPIES), np.int32)
@@ -253,7 +275,7 @@ class ModelRunner:
         return BatchLayout.of(bucket, len(self._plan.num_pages), self._config.page_size)
 
     def _programs(self, plan: KVCachePlan) -> Programs:
-        state = abstract_state(plan, self._config.max_batch_size, self._model.config.vocab_size, self._mesh)
+        state = abstract_state(plan, self._config.max_batch_size, self._model.config.vocab_size, self._hidden, self._mesh)
         return Programs(self._model, self._mesh, plan, state)
 
     def _plan_kv_cache(self) -> KVCachePlan:

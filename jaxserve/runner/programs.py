@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxserve.models import Model
 from jaxserve.runner.batch import BatchLayout, add_page_entries, unpack_batch
 from jaxserve.runner.kv_cache import KVCachePlan
+from jaxserve.runner.prompt_scores import score_tokens
 from jaxserve.runner.sampler import sample
 from jaxserve.runner.sampling_rows import NUM_SAMPLING_COLUMNS, neutral_columns
 from jaxserve.runner.sampling_state import SLOT_LOAD_SIZE, SamplingState, load_slot
@@ -64,9 +65,10 @@ class Programs:
         def forward(leaves: tuple[jax.Array, ...], state: DeviceState, packed: jax.Array) -> tuple[DeviceState, jax.Array, jax.Array]:
             batch, tables = unpack_batch(packed, layout, state.page_tables, state.sampling.last_tokens, self.plan)
             last = jnp.pad(batch.last, (0, padding))
-            logits, kv = self.model.apply(leaves, batch.token_ids, batch.positions, state.kv, batch.metadata, last)
+            logits, kv, x = self.model.apply(leaves, batch.token_ids, batch.positions, state.kv, batch.metadata, last)
             columns = jnp.concatenate([layout.split(packed).sampling, np.tile(neutral_columns(), (padding, 1))])
-            return DeviceState(kv, tables, state.sampling), logits, columns
+            hidden = jax.lax.dynamic_update_slice(state.hidden, x, (0, 0))
+            return DeviceState(kv, tables, state.sampling, hidden), logits, columns
 
         specs = self.model.specs, STATE_SPEC, _EVERYWHERE
         arguments = self.model.leaves, self.state, self._ints(layout.size)
@@ -87,6 +89,16 @@ class Programs:
         masks = [self._array((num_rows, mask_words(self.model.config.vocab_size)), jnp.uint32)] if masked else []
         arguments = logits, self.state.sampling, self._ints(num_rows, NUM_SAMPLING_COLUMNS), *masks
         return Program(self._jit(sample_all, (_EVERYWHERE,) * len(arguments), (_EVERYWHERE, _EVERYWHERE), donated=1), arguments)
+
+    def score(self, num_tokens: int) -> Program:
+        """(leaves, hidden, int32 [2, num_tokens]: tokens of the last step, and which token follows each) -> what unpack_scored() reads."""
+
+        def score(leaves: tuple[jax.Array, ...], hidden: jax.Array, upload: jax.Array) -> jax.Array:
+            logits = self.model.architecture.logits(leaves, hidden.at[upload[0]].get(mode="promise_in_bounds"))
+            return score_tokens(logits, upload[1])
+
+        specs = self.model.specs, _EVERYWHERE, _EVERYWHERE
+        return Program(self._jit(score, specs, _EVERYWHERE, donated=()), (self.model.leaves, self.state.hidden, self._ints(2, num_tokens)))
 
     def copy_pages(self) -> Program:
         """(state, int32 [groups, 2, PAGE_COPIES]) -> state with pages [g, 0] copied to [g, 1]; a target out of range is dropped."""
@@ -120,7 +132,9 @@ class Programs:
     def _state_program(self, function: Callable[..., DeviceState], upload: jax.ShapeDtypeStruct) -> Program:
         return Program(self._jit(function, (STATE_SPEC, _EVERYWHERE), STATE_SPEC, donated=0), (self.state, upload))
 
-    def _jit(self, function: Callable[..., Any], in_specs: Any, out_specs: Any, donated: int, options: dict[str, Any] | None = None) -> Any:
+    def _jit(
+        self, function: Callable[..., Any], in_specs: Any, out_specs: Any, donated: int | tuple[()], options: dict[str, Any] | None = None
+    ) -> Any:
         # check_vma would ask every loop of every kernel to declare what varies over the mesh.
         sharded = jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
         return jax.jit(sharded, donate_argnums=donated, compiler_options=options)

@@ -20,19 +20,21 @@ class DeviceState:
         kv: one LayerKV a layer.
         page_tables: for each KV group int32 [slots, pages a request].
         sampling: counts, biases, bans and last tokens by slot.
+        hidden: [most tokens of a step, hidden], what the last layer gave for each token of the last step.
     """
 
     kv: tuple[LayerKV, ...]
     page_tables: tuple[jax.Array, ...]
     sampling: SamplingState
+    hidden: jax.Array
 
 
-STATE_SPEC = DeviceState(KV_SPEC, PartitionSpec(), PartitionSpec())  # pyright: ignore[reportArgumentType]
+STATE_SPEC = DeviceState(KV_SPEC, PartitionSpec(), PartitionSpec(), PartitionSpec())  # pyright: ignore[reportArgumentType]
 """How a DeviceState lies on the mesh (a prefix of its tree): KV heads are split, all else is on every device."""
 
 
-def abstract_state(plan: KVCachePlan, num_slots: int, vocab_size: int, mesh: Mesh) -> DeviceState:
-    """Shapes and shardings, to compile with."""
+def abstract_state(plan: KVCachePlan, num_slots: int, vocab_size: int, hidden: jax.ShapeDtypeStruct, mesh: Mesh) -> DeviceState:
+    """Shapes and shardings, to compile with; those of `hidden` are given."""
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -40,14 +42,14 @@ def abstract_state(plan: KVCachePlan, num_slots: int, vocab_size: int, mesh: Mes
 
     sampling = jax.eval_shape(lambda: make_sampling_state(num_slots, vocab_size))
     tables = tuple(jax.ShapeDtypeStruct((num_slots, plan.pages_per_request), jnp.int32) for _ in plan.num_pages)
-    return DeviceState(plan.abstract(mesh), *jax.tree.map(placed, (tables, sampling)))
+    return DeviceState(plan.abstract(mesh), *jax.tree.map(placed, (tables, sampling, hidden)))
 
 
-def allocate_state(plan: KVCachePlan, num_slots: int, vocab_size: int, mesh: Mesh) -> DeviceState:
+def allocate_state(plan: KVCachePlan, num_slots: int, vocab_size: int, hidden: jax.ShapeDtypeStruct, mesh: Mesh) -> DeviceState:
     """The arrays, empty."""
 
-    def rest() -> tuple[tuple[jax.Array, ...], SamplingState]:
+    def rest() -> tuple[tuple[jax.Array, ...], SamplingState, jax.Array]:
         tables = tuple(jnp.zeros((num_slots, plan.pages_per_request), jnp.int32) for _ in plan.num_pages)
-        return tables, make_sampling_state(num_slots, vocab_size)
+        return tables, make_sampling_state(num_slots, vocab_size), jnp.zeros(hidden.shape, hidden.dtype)
 
     return DeviceState(plan.allocate(mesh), *jax.jit(rest, out_shardings=NamedSharding(mesh, PartitionSpec()))())

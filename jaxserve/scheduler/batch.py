@@ -21,6 +21,7 @@ class ScheduledRow:
         samples: the last token's logits are sampled: the row catches up with all its sample's tokens.
         new_slot: the sample enters its slot with this step, for the first time or after preemption.
         num_output_tokens: output tokens before the one that this row samples, also those still in flight.
+        num_scored: of so many of its tokens, from the first on, the log probability of the prompt's next token is wanted.
     """
 
     sample: Sample
@@ -30,6 +31,7 @@ class ScheduledRow:
     samples: bool
     new_slot: bool
     num_output_tokens: int
+    num_scored: int = 0
 
 
 @dataclass(slots=True)
@@ -41,9 +43,11 @@ class ScheduledBatch:
         page_copies: (KV group, source page, target page), to be done before the step and after the steps before it.
         num_tokens: sum over rows.
         constrained: a row's token must obey a grammar, so that its mask is needed before it is sampled.
+        num_scored: sum over rows.
     """
 
     rows: list[ScheduledRow]
     page_copies: list[tuple[int, int, int]] = field(default_factory=list)
     num_tokens: int = 0
     constrained: bool = False
+    num_scored: int = 0

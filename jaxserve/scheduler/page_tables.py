@@ -135,7 +135,7 @@ class PageTables:
 
     def _cached_prefix(self, sample: Sample) -> Prefix:
         """Return what the prefix cache holds of a sample; at least one token is left to compute."""
-        if self._cache is None:
+        if self._cache is None or sample.scores_prompt:
             return Prefix(0, [() for _ in self.pools])
         limit = (sample.num_tokens - 1) // self._page_size
         self._cache.extend_keys(sample.page_keys, sample.request, sample.token_ids, limit)

@@ -37,6 +37,7 @@ class Sample:
     Attributes:
         constrained: its tokens must obey a grammar.
         ready: may be scheduled (its grammar is compiled).
+        scores_prompt: the log probabilities of its prompt are wanted, so that it takes no part of it from anywhere.
         slot: row of the running batch on the device, -1 while it has none.
         page_tables: for each KV group the page ids in logical order, equally long; a page freed behind the window is 0.
         token_ids: prompt, then the output tokens that are known on the host.
@@ -68,6 +69,7 @@ class Sample:
         "ready",
         "request",
         "room",
+        "scores_prompt",
         "settle_at",
         "slot",
         "state",
@@ -87,6 +89,7 @@ class Sample:
         self.stop_token_ids = stop_token_ids
         self.constrained = False
         self.ready = True
+        self.scores_prompt = request.params.prompt_logprobs is not None and index == 0
         # Grows until it is finished
         self.state = SampleState.WAITING
         self.token_ids: list[int] = list(request.prompt_token_ids)

@@ -63,6 +63,7 @@ class Scheduler:
         self._leaving: set[Sample] = set()
         self._num_arrived = 0
         self._num_constrained = 0  # unfinished samples; none costs nothing
+        self._num_scoring = 0  # likewise
         self._step = 0
         # Counters of EngineStats
         self._prefix_queries = 0
@@ -105,6 +106,7 @@ class Scheduler:
         self._requests[request.request_id] = siblings
         self._waiting.extend(siblings)
         self._num_constrained += params.n if constrained else 0
+        self._num_scoring += siblings[0].scores_prompt
 
     def set_ready(self, request_id: str) -> None:
         """Let a request be scheduled that was added as not ready; unknown ids are ignored."""
@@ -134,7 +136,8 @@ class Scheduler:
             return None
         rows += sorted(chunks, key=_is_long)
         constrained = self._num_constrained > 0 and any(row.samples and row.sample.constrained for row in rows)
-        return ScheduledBatch(rows, page_copies, num_decodes + sum(row.num_tokens for row in chunks), constrained)
+        num_scored = sum(row.num_scored for row in rows) if self._num_scoring else 0
+        return ScheduledBatch(rows, page_copies, num_decodes + sum(row.num_tokens for row in chunks), constrained, num_scored)
 
     def update(self, batch: ScheduledBatch, result: StepResult) -> list[TokenOutput]:
         """Take what a step sampled.
@@ -304,6 +307,8 @@ class Scheduler:
 
     def _prompt_source(self, sample: Sample) -> Sample | None:
         """Return the running sample of the same request from which a waiting one can take the prompt, now or once it is computed."""
+        if sample.scores_prompt:
+            return None
         for sibling in self._requests[sample.request.request_id]:
             if sibling.state is RUNNING and self._tables.keeps_prompt(sibling, sample):
                 return sibling
@@ -339,7 +344,8 @@ class Scheduler:
             if total + 1 == sample.max_num_tokens:  # nothing is left to schedule: it leaves with its last token
                 self._running.remove(sample)
                 self._leaving.add(sample)
-        return ScheduledRow(sample, start, num_tokens, token_ids, samples, new_slot, total - num_prompt_tokens)
+        num_scored = max(0, min(end, num_prompt_tokens - 1) - start) if sample.scores_prompt else 0
+        return ScheduledRow(sample, start, num_tokens, token_ids, samples, new_slot, total - num_prompt_tokens, num_scored)
 
     def _make_room(self, sample: Sample, num_tokens: int) -> int:
         """Give a running sample pages for its next tokens, at the expense of later ones; return how many it can compute."""
@@ -369,6 +375,7 @@ class Scheduler:
         elif sample not in self._leaving:
             self._running.remove(sample)
         self._num_constrained -= sample.constrained
+        self._num_scoring -= sample.scores_prompt
         sample.state = FINISHED
         self._vacate(sample)
 
