@@ -17,8 +17,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from jaxserve.errors import EngineUnavailable, InvalidRequest, Overloaded, StartupError
-from jaxserve.request import EngineInfo, EngineStats, FinishReason, Request, TokenLogprobs, TokenOutput
+from jaxserve.request import EngineInfo, EngineStats, FinishReason, PromptLogprobs, Request, TokenLogprobs, TokenOutput
 
 
 @dataclass
@@ -159,8 +161,17 @@ class EngineDouble:
             top = [(token + k) % self.vocab_size for k in range(params.logprobs)]
             values = [-0.25 - k for k in range(params.logprobs)]
             output.logprobs = [TokenLogprobs(-0.25, -0.125, top, values, [value / 2 for value in values])]
+        if params.prompt_logprobs is not None and done == sample.index == 0:
+            output.prompt_logprobs = self._prompt_logprobs(request.prompt_token_ids, params.prompt_logprobs)
         sample.num_output_tokens += 1
         return output
+
+    def _prompt_logprobs(self, prompt: tuple[int, ...], num_top: int) -> PromptLogprobs:
+        """Each token is the most likely one, at -0.25, and the ids after it follow."""
+        raw = np.full(len(prompt) - 1, -0.25, np.float32)
+        behind = np.arange(num_top, dtype=np.int32)[None, :]
+        top = (np.array(prompt[1:], np.int32)[:, None] + behind) % self.vocab_size
+        return PromptLogprobs(raw, np.ones(len(raw), np.int32), top, raw[:, None] - behind.astype(np.float32))
 
 
 if __name__ == "__main__":

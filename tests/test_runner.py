@@ -50,6 +50,7 @@ class Row:
     samples: bool
     new_slot: bool
     num_output_tokens: int
+    num_scored: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -64,6 +65,10 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return sum(row.num_tokens for row in self.rows)
+
+    @property
+    def num_scored(self) -> int:
+        return sum(row.num_scored for row in self.rows)
 
 
 def row(sample: Sample, start: int, end: int, num_outputs: int | None = None) -> Row:
