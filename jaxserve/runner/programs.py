@@ -72,8 +72,7 @@ class Programs:
 
         specs = self.model.specs, STATE_SPEC, _EVERYWHERE
         arguments = self.model.leaves, self.state, self._ints(layout.size)
-        # With more tokens XLA's autotuner picks cuBLAS anyway, after it has compiled dozens of Triton kernels for each product.
-        options = {} if layout.bucket.num_tokens <= _MOST_TRITON_TOKENS else {"xla_gpu_enable_triton_gemm": False}
+        options = _product_options(layout.bucket.num_tokens)
         return Program(self._jit(forward, specs, (STATE_SPEC, _EVERYWHERE, _EVERYWHERE), donated=1, options=options), arguments)
 
     def sample(self, num_rows: int, *, masked: bool, logprobs: bool) -> Program:
@@ -98,7 +97,8 @@ class Programs:
             return score_tokens(logits, upload[1])
 
         specs = self.model.specs, _EVERYWHERE, _EVERYWHERE
-        return Program(self._jit(score, specs, _EVERYWHERE, donated=()), (self.model.leaves, self.state.hidden, self._ints(2, num_tokens)))
+        arguments = self.model.leaves, self.state.hidden, self._ints(2, num_tokens)
+        return Program(self._jit(score, specs, _EVERYWHERE, donated=(), options=_product_options(num_tokens)), arguments)
 
     def copy_pages(self) -> Program:
         """(state, int32 [groups, 2, PAGE_COPIES]) -> state with pages [g, 0] copied to [g, 1]; a target out of range is dropped."""
@@ -144,6 +144,12 @@ class Programs:
 
     def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, _EVERYWHERE))
+
+
+def _product_options(num_tokens: int) -> dict[str, Any]:
+    """XLA's options for products with so many tokens."""
+    # With more tokens XLA's autotuner picks cuBLAS anyway, after it has compiled dozens of Triton kernels for each product.
+    return {} if num_tokens <= _MOST_TRITON_TOKENS else {"xla_gpu_enable_triton_gemm": False}
 
 
 def mask_words(vocab_size: int) -> int:
