@@ -186,6 +186,7 @@ class Traffic:
             body | {"prompt": [5] * (self._longest + 1)},
             body | {"max_tokens": self._longest},
             body | {"prompt": []},
+            body | {"prompt": ["x"] * 1000},
             body | {"prompt": [self._ids.stop + 10**6]},
             body | {"temperature": -1},
             body | {"top_p": 0},
