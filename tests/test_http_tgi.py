@@ -41,6 +41,7 @@ def test_top_tokens_and_prefill(front_end: LiveFrontEnd):
     details = _post(front_end, "/generate", "hello", decoder_input_details=True, top_n_tokens=2, max_new_tokens=1)["details"]
     assert details["finish_reason"] == "length"
     assert [token["text"] for token in details["prefill"]] == ["he", "ll", "o"]
+    assert [token["logprob"] for token in details["prefill"]] == [None, -0.25, -0.25]
     assert [[top["logprob"] for top in each] for each in details["top_tokens"]] == [[-0.125, -0.625]]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxserve.errors import JaxserveError
 from jaxserve.metrics import RequestMeter, RequestTimes
-from jaxserve.request import FinishReason, TokenLogprobs, TokenOutput
+from jaxserve.request import FinishReason, PromptLogprobs, TokenLogprobs, TokenOutput
 from jaxserve.rpc.client import Generation
 from jaxserve.tokenizer import TextStream, Tokenizer
 
@@ -83,6 +83,7 @@ class Answer:
         self.request = request
         self.meter = meter
         self.times = RequestTimes()  # once all samples have ended
+        self.prompt_logprobs: PromptLogprobs | None = None  # once the first token has come, where asked for
         self.samples = [
             Sample(index, first_choice + index, TextStream(tokenizer, request.params, request.prompt_token_ids, keep_pieces))
             for index in range(request.params.n)
@@ -114,6 +115,8 @@ class Answer:
             now = time.perf_counter()
             for output in outputs:
                 sample = self.samples[output.index]
+                if output.prompt_logprobs is not None:
+                    self.prompt_logprobs = output.prompt_logprobs
                 if sample.finish_reason is None:
                     self.meter.output(output, now)
                     self._take(sample, output, tokens)

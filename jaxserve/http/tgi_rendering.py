@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 from jaxserve.errors import EngineUnavailable, GenerationFailed, JaxserveError
@@ -76,15 +77,22 @@ def generate_body(
     return body
 
 
+def _prefill(tokenizer: Tokenizer, answers: Answers) -> list[dict[str, Any]]:
+    """The prompt's tokens; nothing comes before the first, so that it has no log probability."""
+    answer = answers.answers[0]
+    told = [] if answer.prompt_logprobs is None else answer.prompt_logprobs.raw.tolist()
+    pairs = zip_longest(answer.request.prompt_token_ids, [None, *map(_number, told)])
+    return [{"id": token_id, "text": tokenizer.token_text(token_id), "logprob": logprob} for token_id, logprob in pairs]
+
+
 def _details(service: Service, answers: Answers, result: SampleResult, task: GenerateTask, place: int, prefill: bool) -> dict[str, Any]:
     tokenizer = service.tokenizer
     tokens = [token for token in result.tokens if token.token_id >= 0]
-    prompt = answers.answers[place].request.prompt_token_ids if prefill else ()
     details = {
         "finish_reason": finish_reason(result.sample.finish_reason),
         "generated_tokens": result.sample.num_tokens,
         "seed": task.params[place].seed if task.sampling else None,
-        "prefill": [{"id": token_id, "text": tokenizer.token_text(token_id), "logprob": None} for token_id in prompt],
+        "prefill": _prefill(tokenizer, answers) if prefill else [],
         "tokens": [_sampled(tokenizer, token) for token in tokens],
     }
     if task.top_n_tokens:

@@ -2,7 +2,7 @@
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import FailFast, Field
@@ -156,7 +156,10 @@ def generate_task(parameters: GenerateParameters, options: ServerOptions, stream
     if best_of > 1 and parameters.seed is not None:
         raise InvalidRequest("`seed` must not be set when `best_of` > 1", "seed")
     seeds = [random.getrandbits(64) if parameters.seed is None else parameters.seed for _ in range(best_of)]
-    return GenerateTask(tuple(_params(parameters, sampling, seed, grammar) for seed in seeds), sampling, parameters.top_n_tokens or 0)
+    first, *others = [_params(parameters, sampling, seed, grammar) for seed in seeds]
+    if parameters.decoder_input_details:  # the candidates have one prompt
+        first = replace(first, prompt_logprobs=0)
+    return GenerateTask((first, *others), sampling, parameters.top_n_tokens or 0)
 
 
 def _above(value: float | None, low: float) -> bool:

@@ -27,6 +27,13 @@ def test_generate(client: Any):
     assert answer.generated_text.startswith(" Paris")
     assert (details.finish_reason.value, details.generated_tokens, details.seed) == ("length", 5, None)
     assert "".join(token.text for token in details.prefill) == PROMPT
+    first, *others = [token.logprob for token in details.prefill]
+    assert first is None and all(logprob < 0 for logprob in others)
+    # What it answers is as likely as a part of the next prompt (a greedy answer's distribution is the model's own).
+    again = client.generate(PROMPT + answer.generated_text, max_new_tokens=1, decoder_input_details=True).details.prefill
+    tokens = details.tokens[: len(again) - len(details.prefill)]
+    assert [token.id for token in again[len(details.prefill) :]] == [token.id for token in tokens]
+    assert [token.logprob for token in again[len(details.prefill) :]] == pytest.approx([token.logprob for token in tokens], abs=1e-3)
     assert "".join(token.text for token in details.tokens) == answer.generated_text
     assert all(token.logprob <= 0 and not token.special for token in details.tokens)
 
