@@ -1,7 +1,8 @@
 """Speed of the attention kernels on this GPU, beside the floor and the rivals: `python -m benchmarks.kernels [--results FILE]`.
 
 A figure is the time of one layer in a chain of layers inside one jit, each with pages of its own (more than the L2 cache holds) and the
-output of the one before as its queries: what a layer costs in a step, launches and the combination of partial results included. Each
+output of the one before as its queries: what a layer costs in a step, launches and the combination of partial results included. A call's
+output is the next call's donated queries, so that addresses stay and the CUDA graph is replayed as it is, as in a server's steps. Each
 kernel is compared first with the reference in float32 at highest precision on a small step of the same heads. Bytes are those
 of K and V, operations those of visible scores.
 """
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.rows import add_row_flags, make_rows
-from jaxserve.pallas_kernels import AttentionMetadata, LayerKV, layer_kv_shape, paged_attention
+from jaxserve.pallas_kernels import AttentionMetadata, LayerKV, layer_kv_shape, paged_attention, plan_attention
 from jaxserve.pallas_kernels.paged_attention.api import IMPLEMENTATIONS
 from jaxserve.pallas_kernels.paged_attention.gpu import paged_attention_gpu
 from jaxserve.pallas_kernels.paged_attention.local_gpu import Gpu, local_gpu
@@ -75,7 +76,12 @@ SHAPES = (
     Shape("decode_attention_fp8_b64_4k", ((1, 4096),) * 64, kv_dtype="float8_e4m3fn"),
     Shape("prefill_attention_8k", ((8192, 8192),)),
     Shape("prefill_attention_2k_over_6k", ((2048, 8192),)),
+    Shape("decode_attention_b1_1k", ((1, 1152),)),
+    Shape("decode_attention_b64_1k", ((1, 1152),) * 64),
     Shape("decode_attention_b256_1k", ((1, 1152),) * 256),
+    Shape("decode_attention_d64_b1_1k", ((1, 1152),), head_dim=64),
+    Shape("decode_attention_d64_b64_1k", ((1, 1152),) * 64, head_dim=64),
+    Shape("decode_attention_d64_b256_1k", ((1, 1152),) * 256, head_dim=64),
     Shape("decode_attention_b128_mixed_to_16k", _lengths(128, 16384)),
     Shape("decode_attention_page64_b64_4k", ((1, 4096),) * 64, page_size=64),
     Shape("decode_attention_fp8_b8_4k", ((1, 4096),) * 8, kv_dtype="float8_e4m3fn"),
@@ -83,7 +89,7 @@ SHAPES = (
     Shape("prefill_attention_4x2k", ((2048, 2048),) * 4),
     Shape("prefill_attention_d64_8k", ((8192, 8192),), head_dim=64),
 )
-SHAPES += tuple(_on_a_shard(shape) for shape in SHAPES[:6] if shape.kv_dtype == "bfloat16")
+SHAPES += tuple(_on_a_shard(shape) for shape in SHAPES[:9] if shape.kv_dtype == "bfloat16")
 
 
 def make_step(shape: Shape, num_layers: int) -> tuple[jax.Array, tuple[LayerKV, ...], AttentionMetadata]:
@@ -144,21 +150,24 @@ def seconds_per_layer(contender: "Contender", shape: Shape) -> float:
     pools = tuple(contender.prepare(kv, metadata) for kv in pools)
     layer = jax.jit(contender.attention)
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=0)
     def chain(q, pools, metadata):
+        metadata = plan_attention(metadata, page_size=shape.page_size, num_kv_heads=shape.num_kv_heads, window=None)
         for i in range(num_layers):
             q = layer(q, pools[i % num_pools], metadata)
         return q
 
     compiled = chain.lower(q, pools, metadata).compile()
-    compiled(q, pools, metadata).block_until_ready()
+    q = compiled(q, pools, metadata).block_until_ready()
     started = time.perf_counter()
-    compiled(q, pools, metadata).block_until_ready()
+    q = compiled(q, pools, metadata).block_until_ready()
     repetitions = max(3, int(0.03 / (time.perf_counter() - started)))
     times = []
     for _ in range(9):
         started = time.perf_counter()
-        jax.block_until_ready([compiled(q, pools, metadata) for _ in range(repetitions)])
+        for _ in range(repetitions):  # in the same memory each time, as a server's steps: a CUDA graph is then replayed and not changed
+            q = compiled(q, pools, metadata)
+        q.block_until_ready()
         times.append((time.perf_counter() - started) / repetitions / num_layers)
     return statistics.median(times)
 

@@ -172,7 +172,7 @@ def unpack_batch(
             write_offsets=positions % plan.page_size,
             decode_only=decode_only,
         )
-        return plan_attention(metadata, page_size=plan.page_size, window=window)
+        return plan_attention(metadata, page_size=plan.page_size, num_kv_heads=plan.num_kv_heads, window=window)
 
     metadata = tuple(map(group_metadata, page_tables, plan.num_pages, plan.windows))
     return DeviceBatch(token_ids, positions, metadata, last), page_tables

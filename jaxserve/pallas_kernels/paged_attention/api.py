@@ -7,9 +7,10 @@ import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.layer_kv import LayerKV
 from jaxserve.pallas_kernels.metadata import AttentionMetadata
+from jaxserve.pallas_kernels.paged_attention.decode_items import make_arrivals
 from jaxserve.pallas_kernels.paged_attention.local_gpu import Gpu, local_gpu
 from jaxserve.pallas_kernels.paged_attention.xla import paged_attention_xla
-from jaxserve.pallas_kernels.paged_attention.xla_plan import plan_xla
+from jaxserve.pallas_kernels.paged_attention.xla_plan import XlaPlan, plan_xla
 
 IMPLEMENTATIONS = ("auto", "mosaic", "triton", "xla")
 
@@ -54,18 +55,20 @@ def chosen_gpu(implementation: str) -> Gpu | None:
     return replace(gpu, is_hopper=gpu.is_hopper and implementation != "triton", only_mosaic=implementation == "mosaic")
 
 
-def plan_attention(metadata: AttentionMetadata, *, page_size: int, window: int | None) -> AttentionMetadata:
+def plan_attention(metadata: AttentionMetadata, *, page_size: int, num_kv_heads: int, window: int | None) -> AttentionMetadata:
     """Lay out a step's attention once for all layers of a KV group.
 
-    The kernels for GPUs lay out their work by themselves, the same in each layer: XLA then does it once.
+    The kernels for GPUs lay out their work by themselves, the same in each layer: XLA then does it once. What they need is memory that
+    goes from layer to layer.
 
     Args:
         metadata: of the group.
         page_size: tokens a page.
+        num_kv_heads: on one device.
         window: the layers'.
     """
     if local_gpu() is not None:
-        return metadata
+        return replace(metadata, plan=make_arrivals(metadata.page_table.shape[0], num_kv_heads))
     return replace(metadata, plan=plan_xla(metadata, page_size=page_size, window=window))
 
 
@@ -111,5 +114,7 @@ def paged_attention(
         from jaxserve.pallas_kernels.paged_attention.gpu import paged_attention_gpu
 
         return paged_attention_gpu(q, kv, metadata, scale=scale, window=window, soft_cap=soft_cap, gpu=gpu)
-    plan = metadata.plan or plan_xla(metadata, page_size=kv[0].shape[2], window=window)
+    plan = metadata.plan
+    if not isinstance(plan, XlaPlan):
+        plan = plan_xla(metadata, page_size=kv[0].shape[2], window=window)
     return paged_attention_xla(q, kv, plan, scale=scale, window=window, soft_cap=soft_cap)

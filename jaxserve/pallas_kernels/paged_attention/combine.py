@@ -1,4 +1,4 @@
-"""Adding up the partial results of (row, KV head) pairs that several workers of a decode kernel shared, in Pallas-Triton."""
+"""Adding up the partial results of (row, KV head) pairs that several workers of the Mosaic decode kernel shared, in Pallas-Triton."""
 
 import functools
 
@@ -13,49 +13,6 @@ from jaxserve.pallas_kernels.paged_attention.decode_plan import DecodePlan, work
 MASKED = -1e30  # a score that counts for nothing; finite: a maximum over masked scores alone must not make NaN
 DIMS = 32  # head dimensions a program, so that few pairs keep many multiprocessors busy
 FEW = 8  # partial results (of 4 query heads) read at once where a pair has no more; one long row has many, read 8 times as many at once
-
-
-def combine_partials(
-    whole: jax.Array, sums: jax.Array, maxima: jax.Array, weights: jax.Array, plan: DecodePlan, *, interpret: bool
-) -> jax.Array:
-    """Complete `whole` [R, KH, G, D] in place: the pairs that W workers began and handed on.
-
-    Args:
-        sums: float32 [W, 2, G, D] values weighted by exp2(score - maximum), of the pair that each worker took over, and the one it began.
-        maxima, weights: float32 [W, 2, G] their maxima and sums of weights.
-    """
-    padded_dim = pl.next_power_of_2(whole.shape[3])
-    return pl.pallas_call(
-        _combine_begun_kernel,
-        grid=(sums.shape[0], padded_dim // DIMS),
-        in_specs=[pl.no_block_spec] * 6,
-        out_specs=pl.no_block_spec,
-        out_shape=jax.ShapeDtypeStruct(whole.shape, whole.dtype),
-        input_output_aliases={0: 0},
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
-        interpret=interpret,
-        name="paged_decode_combine",
-    )(whole, sums, maxima, weights, plan.begun_pairs, plan.last_workers)
-
-
-def _combine_begun_kernel(whole_ref, sums_ref, maxima_ref, weights_ref, begun_ref, last_ref, out_ref):
-    del whole_ref  # the same memory as out_ref
-    _, num_kv_heads, group, head_dim = out_ref.shape
-    first = pl.program_id(0)
-    pair, last = begun_ref[first], last_ref[first]
-    member = jnp.minimum(jnp.arange(pl.next_power_of_2(group), dtype=jnp.int32), group - 1)
-    dim = jnp.minimum(pl.program_id(1) * DIMS + jnp.arange(DIMS, dtype=jnp.int32), head_dim - 1)
-
-    def read(worker):
-        place = jnp.where(worker == first, 1, 0)
-        sums = sums_ref[worker[:, None, None], place[:, None, None], member[None, :, None], dim[None, None, :]]
-        stats = worker[:, None], place[:, None], member[None, :]
-        return sums, maxima_ref[stats], weights_ref[stats]
-
-    @pl.when(pair >= 0)
-    def _():
-        out = _add_up(read, first, last, member.size)
-        out_ref[pair // num_kv_heads, pair % num_kv_heads, member[:, None], dim[None, :]] = out.astype(out_ref.dtype)
 
 
 def combine_transposed(

@@ -25,16 +25,12 @@ class DecodePlan:
         first_blocks: [R] first KV block that the row's window touches.
         worker_starts: [W + 1] where each worker's share begins.
         worker_rows: [W + 1] row in which each worker's share begins.
-        begun_pairs: [W] (row, KV head), as row * KH + head, that the worker begins and hands on unfinished; -1: none.
-        last_workers: [W] the worker that finishes it.
     """
 
     row_starts: jax.Array
     first_blocks: jax.Array
     worker_starts: jax.Array
     worker_rows: jax.Array
-    begun_pairs: jax.Array
-    last_workers: jax.Array
 
 
 def plan_decode(kv_lens: jax.Array, *, num_kv_heads: int, block_kv: int, window: int | None, num_workers: int) -> DecodePlan:
@@ -53,15 +49,7 @@ def plan_decode(kv_lens: jax.Array, *, num_kv_heads: int, block_kv: int, window:
     share, larger_shares = num_blocks // num_workers, num_blocks % num_workers
     worker_starts = worker * share + jnp.minimum(worker, larger_shares)
     worker_rows = jnp.sum(row_starts[None, 1:] <= worker_starts[:, None], axis=1, dtype=jnp.int32)
-
-    ends, rows = worker_starts[1:], jnp.minimum(worker_rows[1:], kv_lens.shape[0] - 1)  # the block after a share, and its row
-    head_blocks = jnp.maximum(row_blocks[rows] // num_kv_heads, 1)
-    heads = (ends - row_starts[rows]) // head_blocks
-    pair_starts = row_starts[rows] + heads * head_blocks
-    begun = (ends < num_blocks) & (worker_starts[:-1] <= pair_starts) & (pair_starts < ends)
-    last_workers = worker_of_block(pair_starts + head_blocks - 1, num_blocks, num_workers)
-    begun_pairs = jnp.where(begun, rows * num_kv_heads + heads, -1)
-    return DecodePlan(row_starts, first_blocks, worker_starts, worker_rows, begun_pairs, last_workers)
+    return DecodePlan(row_starts, first_blocks, worker_starts, worker_rows)
 
 
 def worker_of_block(block: jax.Array, num_blocks: jax.Array, num_workers: int) -> jax.Array:

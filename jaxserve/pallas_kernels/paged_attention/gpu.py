@@ -29,24 +29,24 @@ def paged_attention_gpu(
     """
     options = dict(scale=scale, window=window, soft_cap=soft_cap, interpret=interpret)
     if metadata.decode_only:
-        return _decode(q, kv, metadata.page_table, metadata.kv_lens, gpu, options)
+        return _decode(q, kv, metadata, metadata.kv_lens, gpu, options)
     starts = metadata.query_starts[:-1]
     single = metadata.query_starts[1:] - starts == 1
     num_tokens = q.shape[0]
     rows = q[jnp.minimum(starts, num_tokens - 1)]
-    decoded = _decode(rows, kv, metadata.page_table, jnp.where(single, metadata.kv_lens, 0), gpu, options)
+    decoded = _decode(rows, kv, metadata, jnp.where(single, metadata.kv_lens, 0), gpu, options)
     prefilled = _prefill(q, kv, metadata, gpu, options)
     return prefilled.at[jnp.where(single, starts, num_tokens)].set(decoded, mode="drop")
 
 
-def _decode(q: jax.Array, kv: LayerKV, page_table: jax.Array, kv_lens: jax.Array, gpu: Gpu, options: dict) -> jax.Array:
+def _decode(q: jax.Array, kv: LayerKV, metadata: AttentionMetadata, kv_lens: jax.Array, gpu: Gpu, options: dict) -> jax.Array:
     config = MosaicDecodeConfig.suited(q, kv, gpu.num_multiprocessors) if gpu.is_hopper else None
     if gpu.only_mosaic:
         config = MosaicDecodeConfig.cut(q.shape[2], gpu.num_multiprocessors)
     if config is not None:
-        return decode_attention_mosaic(q, kv, page_table, kv_lens, config=config, **options)
+        return decode_attention_mosaic(q, kv, metadata.page_table, kv_lens, config=config, **options)
     config = TritonDecodeConfig.suited(q, kv, gpu.num_multiprocessors)
-    return decode_attention_triton(q, kv, page_table, kv_lens, config=config, **options)
+    return decode_attention_triton(q, kv, metadata.page_table, kv_lens, arrivals=metadata.plan, config=config, **options)
 
 
 def _prefill(q: jax.Array, kv: LayerKV, metadata: AttentionMetadata, gpu: Gpu, options: dict) -> jax.Array:

@@ -41,10 +41,9 @@ class MosaicDecodeConfig:
         """`cut`; None where the kernel does not go or Triton's is faster."""
         _, num_kv_heads, page_size, head_dim = kv[0].shape
         num_rows, num_heads, _ = q.shape
-        goes = cls.goes(num_heads, num_kv_heads, head_dim, page_size) and head_dim > HEIGHT and kv[0].dtype == q.dtype
-        if not goes or num_rows * num_kv_heads > 4 * num_multiprocessors:
-            return None
-        return cls.cut(head_dim, num_multiprocessors)
+        most_pairs = {192: 4, 256: 1}.get(head_dim, 0) * num_multiprocessors
+        goes = cls.goes(num_heads, num_kv_heads, head_dim, page_size) and kv[0].dtype == q.dtype
+        return cls.cut(head_dim, num_multiprocessors) if goes and num_rows * num_kv_heads <= most_pairs else None
 
     @classmethod
     def cut(cls, head_dim: int, num_multiprocessors: int) -> "MosaicDecodeConfig":

@@ -1,8 +1,9 @@
 """Decode attention over a paged KV cache for NVIDIA GPUs from sm_80 on, in Pallas-Triton.
 
-One program a share of the plan (see decode_plan.py): it walks the (row, KV head) pairs of its share with an online softmax
-(Flash-Decoding, https://pytorch.org/blog/flash-decoding/, with float32 partial results), then a second kernel adds up the pairs that
-several programs shared (combine.py).
+One program an item of the plan (see decode_items.py): an online softmax over its KV blocks (Flash-Decoding,
+https://pytorch.org/blog/flash-decoding/, with float32 partial results). Of a pair that was cut, the program that comes last adds up
+the partial results of all, in their order, so that the result is the same in every run. Who comes last is told by a counter a pair, which
+that program sets back to zero; the counters go from layer to layer in one array.
 """
 
 import functools
@@ -16,29 +17,39 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from jaxserve.pallas_kernels.layer_kv import LayerKV
-from jaxserve.pallas_kernels.paged_attention.combine import MASKED, combine_partials
-from jaxserve.pallas_kernels.paged_attention.decode_plan import DecodePlan, plan_decode
+from jaxserve.pallas_kernels.paged_attention.combine import MASKED
+from jaxserve.pallas_kernels.paged_attention.decode_items import NUM_FIELDS, DecodeItem, plan_items
 
 FLOAT8 = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))
 
 
 @dataclass(frozen=True)
 class TritonDecodeConfig:
-    """How the kernel is cut: tokens a block, warps a program, blocks in flight, programs (shares) of the whole grid."""
+    """How the kernel is cut: tokens a block, warps a program, blocks in flight a program, programs that the device is to run at once.
+
+    Of 4 warps and blocks of 32 KiB, K and V, registers allow 4 programs a multiprocessor; with two blocks in flight shared memory allows 3.
+    """
 
     block_kv: int = 64
     num_warps: int = 4
-    num_stages: int = 3
-    num_workers: int = 132 * 3
+    num_blocks: int = 1
+    num_programs: int = 132 * 4
+
+    @property
+    def num_stages(self) -> int:
+        """What Triton is to be told: it halves its stages between the loads of page numbers and those of pages."""
+        return 2 * self.num_blocks + 1
 
     @classmethod
     def suited(cls, q: jax.Array, kv: LayerKV, num_multiprocessors: int) -> "TritonDecodeConfig":
         """The cut measured best on an H200 (docs/performance_gpu.md)."""
-        padded_dim = pl.next_power_of_2(q.shape[2])
-        block_kv = max(16, min(128, 64 * 128 // padded_dim))
+        num_pairs = q.shape[0] * kv[0].shape[1]
+        block_kv = max(16, min(128, 64 * 128 // pl.next_power_of_2(q.shape[2])))
         if kv[0].dtype in FLOAT8:
-            return cls(block_kv, 1, 3, 8 * num_multiprocessors)
-        return cls(block_kv, 4, 3, 3 * num_multiprocessors)
+            return cls(block_kv, 1, 1, 8 * num_multiprocessors)
+        if num_pairs <= 2 * num_multiprocessors:
+            return cls(block_kv, 4, 2, (2 if num_pairs <= num_multiprocessors else 3) * num_multiprocessors)
+        return cls(block_kv, 4, 1, 4 * num_multiprocessors)
 
 
 def soft_capped(scores: jax.Array, soft_cap: float | None, unit: float) -> jax.Array:
@@ -55,6 +66,7 @@ def decode_attention_triton(
     page_table: jax.Array,
     kv_lens: jax.Array,
     *,
+    arrivals: jax.Ref | None = None,
     scale: float,
     window: int | None,
     soft_cap: float | None,
@@ -64,27 +76,37 @@ def decode_attention_triton(
     """Attention of one token a row: q [R, H, D], page_table int32 [R, P], kv_lens int32 [R] -> [R, H, D]; zeros for a padding row.
 
     A float8 cache is read as float16, which holds every float8 value (Triton converts one to the other in half an instruction).
+
+    Args:
+        arrivals: from `make_arrivals`; None: made for this call.
     """
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = kv[0].shape[1]
     group = num_heads // num_kv_heads
-    plan = plan_decode(kv_lens, num_kv_heads=num_kv_heads, block_kv=config.block_kv, window=window, num_workers=config.num_workers)
-    kernel = functools.partial(_decode_kernel, scale=scale, window=window, soft_cap=soft_cap, block_kv=config.block_kv)
-    partials = config.num_workers, 2, group
-    whole, sums, maxima, weights = pl.pallas_call(
+    items = plan_items(kv_lens, num_kv_heads=num_kv_heads, block_kv=config.block_kv, window=window, num_programs=config.num_programs)
+    kernel = functools.partial(_decode_kernel, scale=scale, window=window, soft_cap=soft_cap, config=config, interpret=interpret)
+    partials = items.shape[0], group
+    counts = jnp.zeros((num_rows * num_kv_heads,), jnp.int32) if arrivals is None else arrivals[...]
+    out, _, _, _, counts = pl.pallas_call(
         kernel,
-        grid=(config.num_workers,),
+        grid=(items.shape[0],),
+        in_specs=[pl.no_block_spec] * 6,
+        out_specs=(pl.no_block_spec,) * 5,
         out_shape=(
             jax.ShapeDtypeStruct((num_rows, num_kv_heads, group, head_dim), q.dtype),
             jax.ShapeDtypeStruct((*partials, head_dim), jnp.float32),
             jax.ShapeDtypeStruct(partials, jnp.float32),
             jax.ShapeDtypeStruct(partials, jnp.float32),
+            jax.ShapeDtypeStruct(counts.shape, counts.dtype),
         ),
+        input_output_aliases={5: 4},
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
         name="paged_decode",
-    )(q.reshape(num_rows, num_kv_heads, group, head_dim), *kv, page_table, kv_lens, plan)
-    return combine_partials(whole, sums, maxima, weights, plan, interpret=interpret).reshape(q.shape)
+    )(q.reshape(num_rows, num_kv_heads, group, head_dim), *kv, page_table, items, counts)
+    if arrivals is not None:
+        arrivals[...] = counts
+    return out.reshape(q.shape)
 
 
 def padded_lanes(size: int):
@@ -103,44 +125,51 @@ def padded_lanes(size: int):
 
 
 def _decode_kernel(
-    q_ref, keys_ref, values_ref, table_ref, lens_ref, plan_refs: DecodePlan, out_ref, sums_ref, maxima_ref, weights_ref,
-    *, scale: float, window: int | None, soft_cap: float | None, block_kv: int,
+    q_ref, keys_ref, values_ref, table_ref, items_ref, zeros_ref, out_ref, sums_ref, maxima_ref, weights_ref, arrivals_ref,
+    *, scale: float, window: int | None, soft_cap: float | None, config: TritonDecodeConfig, interpret: bool,
 ):  # fmt: skip
-    num_rows, num_kv_heads, group, head_dim = q_ref.shape
-    num_workers = sums_ref.shape[0]
-    page_size = keys_ref.shape[2]
+    del zeros_ref  # the same memory as arrivals_ref
+    _, num_kv_heads, group, head_dim = q_ref.shape
+    page_size, block_kv = keys_ref.shape[2], config.block_kv
     group_lanes = jnp.minimum(jnp.arange(max(16, pl.next_power_of_2(group)), dtype=jnp.int32), group - 1)
     padded_dim = pl.next_power_of_2(head_dim)
     dim, column = padded_lanes(head_dim)
-    worker = pl.program_id(0)
-    end = plan_refs.worker_starts[worker + 1]
+    place = pl.program_id(0)
+    item = DecodeItem(*(items_ref[place, i] for i in range(NUM_FIELDS - 1)))
 
-    def attend(row, head, begin, stop):
-        """Online softmax over blocks [begin, stop) of a row's KV head: weighted values, maxima and weights of its query heads."""
-        q = q_ref[row, head, column(group_lanes), dim]
+    def store(ref, index, value):
+        """Write what belongs to query heads; the surplus lanes of a tile repeat the last head."""
+        value = value.astype(ref.dtype)
+        if interpret or group_lanes.size == group:  # the interpreter knows no masks, and writes the same value again
+            ref[index] = value
+        else:
+            present = jnp.arange(group_lanes.size, dtype=jnp.int32) < group
+            plt.store(ref.at[index], value, mask=present if value.ndim == 1 else jnp.broadcast_to(present[:, None], value.shape))
+
+    def attend():
+        """Online softmax over the item's blocks: weighted values, maxima and weights of its query heads."""
+        q = q_ref[item.row, item.head, column(group_lanes), dim]
         unit = scale
         if padded_dim != head_dim:
             q = jnp.where(jnp.arange(padded_dim, dtype=jnp.int32)[None, :] < head_dim, q, jnp.zeros_like(q))
         if keys_ref.dtype in FLOAT8:
             q, unit = (q.astype(jnp.float32) * scale).astype(jnp.float16), 1.0
-        kv_len = lens_ref[row]
-        first = plan_refs.first_blocks[row]
 
         def block(i, carry):
             total, maximum, weight = carry
-            token = (first + i) * block_kv + jnp.arange(block_kv, dtype=jnp.int32)
-            page = table_ref[row, jnp.minimum(token, kv_len - 1) // page_size]
-            place = column(page), head, column(token % page_size), dim
-            keys = keys_ref[place].astype(q.dtype)
+            token = item.begin + i * block_kv + jnp.arange(block_kv, dtype=jnp.int32)
+            page = table_ref[item.row, jnp.minimum(token, item.end - 1) // page_size]
+            where = column(page), item.head, column(token % page_size), dim
+            keys = keys_ref[where].astype(q.dtype)
             scores = soft_capped(plt.dot(q, keys.T), soft_cap, unit)
-            visible = token < kv_len
+            visible = token < item.end
             if window is not None:
-                visible &= token >= kv_len - window
+                visible &= token >= item.visible
             scores = jnp.where(visible[None, :], scores, MASKED)
             new_maximum = jnp.maximum(maximum, scores.max(axis=1))
             decay = jnp.exp2(maximum - new_maximum)
             exponentials = jnp.exp2(scores - new_maximum[:, None])
-            values = values_ref[place].astype(q.dtype)
+            values = values_ref[where].astype(q.dtype)
             total = total * decay[:, None] + plt.dot(exponentials.astype(q.dtype), values)
             return total, new_maximum, weight * decay + exponentials.sum(axis=1)
 
@@ -149,38 +178,56 @@ def _decode_kernel(
             jnp.full((group_lanes.size,), MASKED, jnp.float32),
             jnp.zeros((group_lanes.size,), jnp.float32),
         )
-        return lax.fori_loop(begin, stop, block, nothing)
+        return lax.fori_loop(0, pl.cdiv(item.end - item.begin, block_kv), block, nothing)
 
-    def pair(carry):
-        position, row = carry
-        row_start, row_end = plan_refs.row_starts[row], plan_refs.row_starts[row + 1]
-        blocks = (row_end - row_start) // num_kv_heads
-        head = (position - row_start) // jnp.maximum(blocks, 1)
-        begin = position - row_start - head * blocks
-        stop = jnp.minimum(begin + end - position, blocks)
-        total, maximum, weight = attend(row, head, begin, stop)
+    def add_up():
+        """Attention [G, D] from the partial results of the pair's items."""
+        member = jnp.minimum(jnp.arange(pl.next_power_of_2(group), dtype=jnp.int32), group - 1)
+        splits = max(1, 2048 * config.num_warps // (member.size * padded_dim))  # read at once: 64 registers a thread
+        first = place - item.split * num_kv_heads
 
-        @pl.when(stop - begin == blocks)
+        def add(i, carry):
+            total, maximum, weight = carry
+            split = i * splits + jnp.arange(splits, dtype=jnp.int32)
+            places = first + jnp.minimum(split, item.num_splits - 1) * num_kv_heads
+            present = (split < item.num_splits)[:, None]
+            pair = places[:, None], member[None, :]
+            sums = sums_ref[(*pair, dim) if isinstance(dim, slice) else (*(index[:, :, None] for index in pair), dim[None])]
+            maxima = jnp.where(present, maxima_ref[pair], MASKED)
+            weights = weights_ref[pair]
+            new_maximum = jnp.maximum(maximum, maxima.max(axis=0))
+            share = jnp.where(present, jnp.exp2(maxima - new_maximum[None, :]), 0.0)
+            decay = jnp.exp2(maximum - new_maximum)
+            total = total * decay[:, None] + (sums * share[:, :, None]).sum(axis=0)
+            return total, new_maximum, weight * decay + (weights * share).sum(axis=0)
+
+        nothing = (
+            jnp.zeros((member.size, padded_dim), jnp.float32),
+            jnp.full((member.size,), MASKED, jnp.float32),
+            jnp.zeros((member.size,), jnp.float32),
+        )
+        total, _, weight = lax.fori_loop(0, pl.cdiv(item.num_splits, splits), add, nothing)
+        out_ref[item.row, item.head, column(member), dim] = (total / jnp.maximum(weight, 1e-30)[:, None]).astype(out_ref.dtype)
+
+    @pl.when(item.num_splits > 0)
+    def _():
+        total, maximum, weight = attend()
+
+        @pl.when(item.num_splits == 1)
         def _():
-            out_ref[row, head, column(group_lanes), dim] = (total / jnp.maximum(weight, 1e-30)[:, None]).astype(out_ref.dtype)
+            store(out_ref, (item.row, item.head, column(group_lanes), dim), total / jnp.maximum(weight, 1e-30)[:, None])
 
-        @pl.when(stop - begin < blocks)
+        @pl.when(item.num_splits > 1)
         def _():
-            place = jnp.where(begin == 0, 1, 0)
-            sums_ref[worker, place, column(group_lanes), dim] = total
-            maxima_ref[worker, place, group_lanes] = maximum
-            weights_ref[worker, place, group_lanes] = weight
+            store(sums_ref, (place, column(group_lanes), dim), total)
+            store(maxima_ref, (place, group_lanes), maximum)
+            store(weights_ref, (place, group_lanes), weight)
+            if not interpret:
+                plt.debug_barrier()  # all warps have written before one of them releases
+            pair = item.row * num_kv_heads + item.head
+            arrived = plt.atomic_add(arrivals_ref, pair, jnp.int32(1))  # of the acquire-release kind, for the whole GPU
 
-        position += stop - begin
-        return position, jnp.where(position == row_end, row + 1, row)
-
-    lax.while_loop(lambda carry: carry[0] < end, pair, (plan_refs.worker_starts[worker], plan_refs.worker_rows[worker]))
-
-    @pl.loop(0, pl.cdiv(num_rows - worker, num_workers))
-    def _(i):
-        row = worker + i * num_workers
-
-        @pl.when(plan_refs.row_starts[row] == plan_refs.row_starts[row + 1])
-        def _():
-            for head in range(num_kv_heads):
-                out_ref[row, head, column(group_lanes), dim] = jnp.zeros((group_lanes.size, padded_dim), out_ref.dtype)
+            @pl.when(arrived == item.num_splits - 1)
+            def _():
+                add_up()
+                arrivals_ref[pair] = jnp.int32(0)
