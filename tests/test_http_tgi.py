@@ -11,6 +11,7 @@ from live_front_end import LiveFrontEnd
 
 from jaxserve.config import ServerOptions
 from jaxserve.grammar import GrammarKind
+from jaxserve.http.tgi_answers import GenerateResponse, SimpleToken, StreamResponse
 from jaxserve.http.tgi_types import GenerateParameters, generate_task
 
 
@@ -234,6 +235,28 @@ def test_openapi_describes_the_bodies(front_end: LiveFrontEnd):
     described = front_end.client.get("/openapi.json").json()
     fields = described["components"]["schemas"]["ChatBody"]["properties"]
     assert {"messages", "temperature", "stream_options", "top_k"} <= fields.keys()
+
+
+def test_answers_are_as_described(front_end: LiveFrontEnd):
+    def post(path: str, **fields: Any) -> Any:
+        return front_end.client.post(path, json=fields)
+
+    parameters = {"details": True, "decoder_input_details": True, "top_n_tokens": 2, "best_of": 2, "do_sample": True}
+    GenerateResponse.model_validate(post("/generate", inputs="ab", parameters=parameters).json())
+    for token in post("/tokenize", inputs="ab").json():
+        SimpleToken.model_validate(token)
+    events = post("/generate_stream", inputs="ab", parameters={"details": True, "top_n_tokens": 1}).text.split("\n\n")[:-1]
+    for event in events:
+        StreamResponse.model_validate_json(event.removeprefix("data: "))
+    paths = front_end.client.get("/openapi.json").json()["paths"]
+    described = {path: paths[path]["post"]["responses"]["200"]["content"] for path in ("/generate", "/generate_stream", "/", "/vertex")}
+    assert {path: set(content) for path, content in described.items()} == {
+        "/generate": {"application/json"},
+        "/generate_stream": {"text/event-stream"},
+        "/": {"application/json", "text/event-stream"},
+        "/vertex": {"application/json"},
+    }
+    assert described["/generate"]["application/json"]["schema"]["$ref"].endswith("/GenerateResponse")
 
 
 def test_grammars():

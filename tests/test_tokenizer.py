@@ -268,6 +268,14 @@ def test_least_tokens_is_never_more_than_there_are(make: Any) -> None:
     assert tokenizer.least_tokens("the quick brown fox " * 100) > 100  # and it tells something
 
 
+def test_the_bound_knows_added_tokens_as_they_are_written() -> None:
+    backend = small_tokenizers.byte_level()
+    backend.add_special_tokens(["\u00e9\u00e8\u00e0" * 5])
+    tokenizer = Tokenizer(small_tokenizers.fast(backend))
+    text = "\u00e9\u00e8\u00e0" * 50
+    assert len(tokenizer.encode(text, add_special_tokens=False)) == 10 >= tokenizer.least_tokens(text) > 0
+
+
 def test_a_text_that_is_too_long_is_not_tokenized() -> None:
     backend = small_tokenizers.byte_level()
     tokenizer = Tokenizer(small_tokenizers.fast(backend))

@@ -15,6 +15,7 @@ from jaxserve.errors import InvalidRequest
 from jaxserve.http.body import Body, json_route
 from jaxserve.http.forward import Answered, Forwarded, ask
 from jaxserve.http.service import Service
+from jaxserve.http.tgi_answers import VertexResponse, whole
 
 # The field that tells the routes apart, in the order in which TGI tries them.
 _ROUTE_OF_FIELD = {"inputs": "/", "messages": "/v1/chat/completions", "prompt": "/v1/completions"}
@@ -57,7 +58,7 @@ def platform_routes(service: Service, environment: Mapping[str, str]) -> APIRout
                 return _as_sent(answer)
         return JSONResponse({"predictions": [_text(answer) for answer in answered]})
 
-    router.post("/vertex", response_model=None)(vertex)
+    router.post("/vertex", **whole(VertexResponse))(vertex)
     if predict_route := environment.get("AIP_PREDICT_ROUTE"):
         router.post(predict_route, response_model=None, include_in_schema=False)(vertex)
     return router

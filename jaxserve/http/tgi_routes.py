@@ -9,10 +9,12 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from jaxserve.errors import ContextTooLong, InvalidRequest, JaxserveError
+from jaxserve.http import tgi_answers
 from jaxserve.http.answer import Answers, aborted_on_disconnect
 from jaxserve.http.body import json_route
 from jaxserve.http.service import LONG_TEXT, Service
 from jaxserve.http.sse import EventStream
+from jaxserve.http.tgi_answers import GenerateResponse
 from jaxserve.http.tgi_rendering import FailedEvents, GenerateEvents, generate_body
 from jaxserve.http.tgi_types import CompatGenerateBody, GenerateBody, GenerateTask, check_truncate, checked_prompt, generate_task
 from jaxserve.http.timing import stream_headers, timing_headers
@@ -23,17 +25,17 @@ def tgi_routes(service: Service) -> APIRouter:
     router = APIRouter(route_class=json_route(service.options.payload_limit), tags=["TGI"])
     strict = service.options.tgi_strict
 
-    @router.post("/generate", response_model=None)
+    @router.post("/generate", **tgi_answers.whole(GenerateResponse))
     async def generate(request: Request, body: GenerateBody) -> Response:
         """Go on with a text."""
         return await whole(request, body, full_text=False)
 
-    @router.post("/generate_stream", response_model=None)
+    @router.post("/generate_stream", **tgi_answers.streamed())
     async def generate_stream(body: GenerateBody) -> Response:
         """Go on with a text, token by token."""
         return await streamed(body, full_text=False)
 
-    @router.post("/", response_model=None)
+    @router.post("/", **tgi_answers.whole_or_streamed(list[GenerateResponse]))
     async def compat_generate(request: Request, body: CompatGenerateBody) -> Response:
         """/generate or, with `stream`, /generate_stream; the whole answer is a list of one."""
         if body.stream:

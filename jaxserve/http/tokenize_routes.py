@@ -11,6 +11,7 @@ from jaxserve.http.body import json_route
 from jaxserve.http.openai_types import ChatBody
 from jaxserve.http.service import Service
 from jaxserve.http.sse import compact, quoted
+from jaxserve.http.tgi_answers import ChatTokenizeResponse, SimpleToken, whole
 from jaxserve.http.tgi_types import GenerateBody, check_truncate
 from jaxserve.tokenizer import Tokenizer
 
@@ -21,7 +22,7 @@ def tokenize_routes(service: Service) -> APIRouter:
     """Routes that tell the tokens of a text, with the bytes that each covers."""
     router = APIRouter(route_class=json_route(service.options.payload_limit), tags=["TGI"])
 
-    @router.post("/tokenize", response_model=None)
+    @router.post("/tokenize", **whole(list[SimpleToken]))
     async def tokenize(body: GenerateBody) -> Response:
         """The tokens of a text."""
         if not body.inputs:
@@ -31,7 +32,7 @@ def tokenize_routes(service: Service) -> APIRouter:
         told = await service.in_thread(_spans, service.tokenizer, body.inputs, True, truncate, size=len(body.inputs))
         return Response(told, media_type="application/json")
 
-    @router.post("/chat_tokenize", response_model=None)
+    @router.post("/chat_tokenize", **whole(ChatTokenizeResponse))
     async def chat_tokenize(body: ChatBody) -> Response:
         """The text that a chat template makes of a conversation, and its tokens."""
         text, _ = await service.render(body.conversation(service.info.defaults, service.options.max_top_n_tokens))

@@ -53,6 +53,7 @@ def token_bound(backend: tokenizers.Tokenizer, vocabulary: ByteLevelVocabulary |
     if state["model"]["type"] != "BPE" or not (byte_level or state["model"].get("byte_fallback")):
         return None
     tokens = [vocabulary.token_bytes(token_id) for token_id in range(len(vocabulary.table))]
+    tokens += [token["content"].encode() for token in state["added_tokens"]]  # found in the text as they are written
     longest = np.zeros(256)
     lengths = np.array([len(token) for token in tokens])
     np.maximum.at(longest, np.frombuffer(b"".join(tokens), np.uint8), np.repeat(lengths, lengths))
