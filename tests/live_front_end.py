@@ -26,11 +26,12 @@ class LiveFrontEnd:
     Args:
         tokenizer: folder.
         server: options.
-        engine: arguments of EngineDouble.
+        engine: arguments of EngineDouble, or an engine.
     """
 
-    def __init__(self, tokenizer: Path, server: dict[str, Any] | None = None, engine: dict[str, Any] | None = None):
-        self.engine = EngineDouble(str(tokenizer), **{"vocab_size": 320, **(engine or {})})
+    def __init__(self, tokenizer: Path, server: dict[str, Any] | None = None, engine: Any = None):
+        is_engine = engine is not None and not isinstance(engine, dict)
+        self.engine = engine if is_engine else EngineDouble(str(tokenizer), **{"vocab_size": 320, **(engine or {})})
         self._folder = tempfile.TemporaryDirectory()
         path = Path(self._folder.name) / "engine.sock"
         self._socket = listen("127.0.0.1", 0, 1)[0]

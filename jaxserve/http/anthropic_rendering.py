@@ -10,7 +10,7 @@ from jaxserve.errors import JaxserveError
 from jaxserve.http.errors import anthropic_error, failure_kind
 from jaxserve.http.service import Service
 from jaxserve.http.sse import compact
-from jaxserve.http.turn import Message, Turn
+from jaxserve.http.turn import Turn
 from jaxserve.request import FinishReason
 
 Event = dict[str, Any]
@@ -29,24 +29,9 @@ def message_head(service: Service, message_id: str) -> dict[str, Any]:
     }
 
 
-def message_body(head: Mapping[str, Any], turn: Turn, message: Message) -> dict[str, Any]:
+def message_end(head: Mapping[str, Any], turn: Turn, blocks: "MessageBlocks") -> dict[str, Any]:
     """The answer to POST /v1/messages."""
-    content: list[dict[str, Any]] = []
-    if message.reasoning:
-        content.append({"type": "thinking", "thinking": message.reasoning, "signature": ""})
-    if message.content:
-        content.append({"type": "text", "text": message.content})
-    content += [tool_use_block(call.id, call.name, call.arguments) for call in message.tool_calls]
-    return {**head, "content": content, **stop_fields(turn), "usage": message_usage(turn)}
-
-
-def tool_use_block(call_id: str, name: str, arguments: str) -> dict[str, Any]:
-    """A tool call; arguments that are no JSON object are told as they are, under a name of their own."""
-    try:
-        told = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-        told = None
-    return {"type": "tool_use", "id": call_id, "name": name, "input": told if isinstance(told, dict) else {"invalid_json": arguments}}
+    return {**head, "content": blocks.told(), **stop_fields(turn), "usage": message_usage(turn)}
 
 
 def stop_fields(turn: Turn) -> dict[str, Any]:
@@ -72,6 +57,66 @@ def message_usage(turn: Turn) -> dict[str, int]:
     }
 
 
+class MessageBlocks:
+    """The content of a message, put together as it comes: blocks, and the events that tell of them."""
+
+    def __init__(self) -> None:
+        self._blocks: list[dict[str, Any]] = []
+        self._pieces: list[list[str]] = []  # of each block's text
+        self._open = False
+
+    def push(self, delta: MessageDelta) -> list[Event]:
+        """Take the next part; returns its events."""
+        events: list[Event] = []
+        if delta.reasoning:
+            self._begin({"type": "thinking", "thinking": "", "signature": ""}, events)
+            self._add({"type": "thinking_delta", "thinking": delta.reasoning}, delta.reasoning, events)
+        if delta.content:
+            self._begin({"type": "text", "text": ""}, events)
+            self._add({"type": "text_delta", "text": delta.content}, delta.content, events)
+        for call in delta.tool_calls:
+            if call.name is not None:
+                self.end(events)
+                self._begin({"type": "tool_use", "id": call.id, "name": call.name, "input": {}}, events)
+            if call.arguments:
+                self._add({"type": "input_json_delta", "partial_json": call.arguments}, call.arguments, events)
+        return events
+
+    def end(self, events: list[Event]) -> None:
+        """Close the open block, if there is one."""
+        if self._open:
+            self._open = False
+            events.append({"type": "content_block_stop", "index": len(self._blocks) - 1})
+
+    def told(self) -> list[dict[str, Any]]:
+        """All blocks, whole."""
+        return [_filled(block, "".join(pieces)) for block, pieces in zip(self._blocks, self._pieces, strict=True)]
+
+    def _begin(self, block: dict[str, Any], events: list[Event]) -> None:
+        if self._open and self._blocks[-1]["type"] == block["type"]:
+            return
+        self.end(events)
+        self._open = True
+        self._blocks.append(block)
+        self._pieces.append([])
+        events.append({"type": "content_block_start", "index": len(self._blocks) - 1, "content_block": block})
+
+    def _add(self, delta: dict[str, Any], text: str, events: list[Event]) -> None:
+        self._pieces[-1].append(text)
+        events.append({"type": "content_block_delta", "index": len(self._blocks) - 1, "delta": delta})
+
+
+def _filled(block: dict[str, Any], text: str) -> dict[str, Any]:
+    """A block with its text; arguments that are no JSON object are told as they are, under a name of their own."""
+    if block["type"] != "tool_use":
+        return {**block, block["type"]: text}
+    try:
+        told = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        told = None
+    return {**block, "input": told if isinstance(told, dict) else {"invalid_json": text}}
+
+
 class MessageEvents:
     """The events of a streamed message: its blocks one after the other.
 
@@ -87,8 +132,7 @@ class MessageEvents:
         self._head = head
         self._begun = False
         self._over = False
-        self._block: str | None = None  # kind of the open block
-        self._num_blocks = 0
+        self._blocks = MessageBlocks()
 
     async def read(self) -> bytes:
         while not self._over:
@@ -99,10 +143,10 @@ class MessageEvents:
                 usage = {**message_usage(self._turn), "output_tokens": 0}
                 events += [{"type": "message_start", "message": {**self._head, "usage": usage}}, {"type": "ping"}]
             for _, delta in tokens:
-                self._add(delta, events)
+                events += self._blocks.push(delta)
             if not tokens:
                 self._over = True
-                self._close(events)
+                self._blocks.end(events)
                 events.append({"type": "message_delta", "delta": stop_fields(self._turn), "usage": message_usage(self._turn)})
                 events.append({"type": "message_stop"})
             if events:
@@ -115,36 +159,6 @@ class MessageEvents:
 
     def abort(self) -> None:
         self._turn.answers.abort()
-
-    def _add(self, delta: MessageDelta, events: list[Event]) -> None:
-        if delta.reasoning:
-            self._open("thinking", {"type": "thinking", "thinking": "", "signature": ""}, events)
-            events.append(self._delta({"type": "thinking_delta", "thinking": delta.reasoning}))
-        if delta.content:
-            self._open("text", {"type": "text", "text": ""}, events)
-            events.append(self._delta({"type": "text_delta", "text": delta.content}))
-        for call in delta.tool_calls:
-            if call.name is not None:
-                self._close(events)
-                self._open("tool_use", {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}, events)
-            if call.arguments:
-                events.append(self._delta({"type": "input_json_delta", "partial_json": call.arguments}))
-
-    def _open(self, kind: str, block: dict[str, Any], events: list[Event]) -> None:
-        if self._block == kind:
-            return
-        self._close(events)
-        self._block = kind
-        self._num_blocks += 1
-        events.append({"type": "content_block_start", "index": self._num_blocks - 1, "content_block": block})
-
-    def _delta(self, delta: dict[str, Any]) -> Event:
-        return {"type": "content_block_delta", "index": self._num_blocks - 1, "delta": delta}
-
-    def _close(self, events: list[Event]) -> None:
-        if self._block is not None:
-            events.append({"type": "content_block_stop", "index": self._num_blocks - 1})
-            self._block = None
 
 
 def _rendered(events: list[Event]) -> bytes:

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from jaxserve.http.answer import aborted_on_disconnect
-from jaxserve.http.anthropic_rendering import MessageEvents, message_body, message_head, new_message_id
+from jaxserve.http.anthropic_rendering import MessageBlocks, MessageEvents, message_end, message_head, new_message_id
 from jaxserve.http.anthropic_types import CountBody, MessagesBody
 from jaxserve.http.body import json_route
 from jaxserve.http.documented import ANTHROPIC_ERRORS
@@ -34,10 +34,12 @@ def anthropic_routes(service: Service) -> APIRouter:
         headers = {"request-id": message_id, "x-request-id": message_id}
         if body.stream:
             return EventStream(MessageEvents(service, turn, head), headers)
+        blocks = MessageBlocks()
         async with aborted_on_disconnect(request.receive, turn.answers):
-            (message,) = await turn.collect()
-        told = message_body(head, turn, message)
-        return JSONResponse(told, headers={**headers, **timing_headers(service, turn.answers, len(turn.prompt))})
+            while tokens := await turn.read():
+                for _, delta in tokens:
+                    blocks.push(delta)
+        return JSONResponse(message_end(head, turn, blocks), headers={**headers, **timing_headers(service, turn.answers, len(turn.prompt))})
 
     @router.post("/count_tokens", response_model=None)
     async def count_tokens(body: CountBody) -> Response:

@@ -14,6 +14,7 @@ from starlette.staticfiles import StaticFiles
 from jaxserve.http import VERSION
 from jaxserve.http.anthropic_routes import anthropic_routes
 from jaxserve.http.auth import OPEN_PATHS, TGI_OPEN_ROUTES, ApiKey
+from jaxserve.http.documented import TGI_ERRORS
 from jaxserve.http.errors import add_error_handlers
 from jaxserve.http.openai_routes import openai_routes
 from jaxserve.http.platform_routes import platform_routes
@@ -60,10 +61,10 @@ def build_app(
     app.include_router(openai_routes(service))
     app.include_router(responses_routes(service))
     app.include_router(anthropic_routes(service))
-    app.include_router(tgi_routes(service))
-    app.include_router(tokenize_routes(service))
-    app.include_router(vllm_routes(service))
-    app.include_router(platform_routes(service, os.environ))
+    app.include_router(tgi_routes(service), responses=TGI_ERRORS)
+    app.include_router(tokenize_routes(service), responses=TGI_ERRORS)
+    app.include_router(vllm_routes(service), responses=TGI_ERRORS)
+    app.include_router(platform_routes(service, os.environ), responses=TGI_ERRORS)
     app.include_router(status_routes(service, os.environ))
 
     @app.get("/api-doc/openapi.json", include_in_schema=False)

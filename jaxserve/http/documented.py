@@ -58,6 +58,7 @@ OPENAI_ERRORS: dict[int | str, dict[str, Any]] = {
 ANTHROPIC_ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": meaning, "model": AnthropicErrorBody} for status, meaning in _MEANINGS.items()
 }
+_TGI_MEANINGS = {**_MEANINGS, 422: "A field is wrong.", 424: "The generation failed."}
 TGI_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": meaning, "model": TGIErrorBody} for status, meaning in (_MEANINGS | {422: "A field is wrong."}).items()
+    status: {"description": meaning, "model": TGIErrorBody} for status, meaning in _TGI_MEANINGS.items()
 }

@@ -6,7 +6,6 @@ from pydantic import Field
 from jaxserve.errors import InvalidRequest
 from jaxserve.http import VERSION
 from jaxserve.http.body import Body, json_route
-from jaxserve.http.documented import TGI_ERRORS
 from jaxserve.http.service import Service
 
 
@@ -31,7 +30,7 @@ class Version(Body):
 
 def vllm_routes(service: Service) -> APIRouter:
     """Routes by vLLM's names."""
-    router = APIRouter(route_class=json_route(service.options.payload_limit), tags=["vLLM"], responses=TGI_ERRORS)
+    router = APIRouter(route_class=json_route(service.options.payload_limit), tags=["vLLM"])
 
     @router.post("/detokenize")
     async def detokenize(body: DetokenizeBody) -> Detokenized:

@@ -104,8 +104,8 @@ def test_async(server_url: str):
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
 def test_tools_that_must_be_called(client: openai.OpenAI, choice: Any):
     messages: Any = [{"role": "user", "content": "What is the weather in Paris, in celsius?"}]
-    asked: Any = {"model": MODEL, "messages": messages, "tools": [WEATHER, CLOCK], "tool_choice": choice, "temperature": 0, "max_tokens": 150,
-                  "parallel_tool_calls": False}  # fmt: skip
+    asked: Any = {"model": MODEL, "messages": messages, "tools": [WEATHER, CLOCK], "tool_choice": choice, "temperature": 0}
+    asked |= {"max_tokens": 150, "parallel_tool_calls": False}
     answer = client.chat.completions.create(**asked).choices[0]
     assert answer.finish_reason == "tool_calls" and not answer.message.content
     (call,) = answer.message.tool_calls or ()
@@ -129,7 +129,7 @@ def test_structured_outputs(client: openai.OpenAI):
     parsed = client.chat.completions.parse(model=MODEL, messages=CAPITAL, response_format=City, temperature=1, seed=1, max_tokens=200)
     assert parsed.choices[0].message.parsed is not None and parsed.choices[0].message.parsed.name in ("Paris", "London")
     loose = client.chat.completions.create(
-        model=MODEL, messages=[{"role": "user", "content": "Describe Paris in JSON, in one short field."}], response_format={"type": "json_object"},
+        model=MODEL, messages=[{"role": "user", "content": "Describe Paris in JSON, shortly."}], response_format={"type": "json_object"},
         temperature=0, max_tokens=300,
     ).choices[0]  # fmt: skip
     assert loose.finish_reason == "length" or isinstance(json.loads(loose.message.content or ""), dict)
