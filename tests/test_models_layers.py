@@ -40,6 +40,6 @@ def test_norm_is_computed_in_float32() -> None:
     norm = RMSNorm("norm", 512, 1e-5)
     nnx.update(norm, {"weight": jnp.full(512, 2.0, jnp.bfloat16)})
     x = np.linspace(-3, 3, 512, dtype=np.float32)[None, :]
-    out = norm(jnp.asarray(x, jnp.bfloat16))
-    assert out.dtype == jnp.bfloat16
+    out, total = norm(jnp.asarray(x, jnp.bfloat16), jnp.zeros((1, 512), jnp.bfloat16))
+    assert out.dtype == total.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(np.float32), 2 * x / np.sqrt(np.square(x).mean() + 1e-5), rtol=0.01)

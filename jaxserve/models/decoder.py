@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layers import Embedding, Linear, RMSNorm
+from jaxserve.models.layers import Embedding, Linear, RMSNorm, norm_weight
 from jaxserve.models.parameters import Axis
-from jaxserve.models.rope import rotate
-from jaxserve.pallas_kernels import AttentionMetadata, LayerKV, paged_attention, write_kv
+from jaxserve.pallas_kernels import AttentionMetadata, LayerKV, paged_attention, rotate_and_write_kv
 
 Rotation = tuple[jax.Array, jax.Array]
 
@@ -29,23 +28,17 @@ class Attention(nnx.Module):
         names = tuple(f"self_attn.{name}_proj" for name in "qkv")
         self.qkv = Linear(names, (heads, kv_heads, kv_heads), hidden, traits.qkv_bias)
         self.output = Linear(("self_attn.o_proj",), (hidden,), heads, traits.output_bias)
-        self.query_norm = RMSNorm("self_attn.q_norm", head_dim, config.norm_eps) if traits.qk_norm else None
-        self.key_norm = RMSNorm("self_attn.k_norm", head_dim, config.norm_eps) if traits.qk_norm else None
-        self.heads, self.kv_heads = heads, kv_heads
+        self.norms = nnx.List([norm_weight(f"self_attn.{name}_norm", head_dim) for name in "qk"]) if traits.qk_norm else None
+        self.norm_eps = config.norm_eps
 
     def __call__(self, x: jax.Array, rotation: Rotation, kv: LayerKV, metadata: AttentionMetadata) -> tuple[jax.Array, LayerKV]:
         """x [T, hidden] -> [T, hidden], and the layer's cache with this step's keys and values in it."""
-        shards = jax.lax.axis_size("tensor")
-        query_size, kv_size = self.heads.local_size(shards), self.kv_heads.local_size(shards)
-        q, k, v = jnp.split(self.qkv(x), (query_size, query_size + kv_size), axis=1)
-        q, k, v = (y.reshape(y.shape[0], -1, self.head_dim) for y in (q, k, v))  # [T, heads, D]
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        q, k = rotate(q, rotation), rotate(k, rotation)
-        kv = write_kv(kv, k, v, metadata)
+        bias = None if self.qkv.bias is None else self.qkv.bias[...]
+        norms = None if self.norms is None else tuple(weight[...] for weight in self.norms)
+        q, kv = rotate_and_write_kv(self.qkv.product(x), rotation, kv, metadata, bias=bias, norms=norms, eps=self.norm_eps)
         options = dict(window=self.window, soft_cap=None, implementation=self.implementation)
         out = paged_attention(q, kv, metadata, scale=self.head_dim**-0.5, **options)
-        return self.output(out.reshape(out.shape[0], query_size)), kv
+        return self.output(out.reshape(out.shape[0], -1)), kv
 
 
 class GatedMLP(nnx.Module):
@@ -71,21 +64,34 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = RMSNorm("post_attention_layernorm", config.hidden_size, config.norm_eps)
         self.mlp = GatedMLP(config)
 
-    def __call__(self, x: jax.Array, rotation: Rotation, kv: LayerKV, metadata: AttentionMetadata) -> tuple[jax.Array, LayerKV]:
-        """x [T, hidden] -> [T, hidden], and the layer's cache with this step's keys and values in it."""
+    def __call__(
+        self, x: jax.Array, residual: jax.Array, rotation: Rotation, kv: LayerKV, metadata: AttentionMetadata
+    ) -> tuple[jax.Array, jax.Array, LayerKV]:
+        """Each norm first adds what the branch before it computed, x, to the residual stream.
+
+        Returns:
+            x of the feed-forward network, still to be added; the residual stream; the cache with this step's keys and values in it.
+        """
         with jax.named_scope("attention"):
-            attended, kv = self.attention(self.attention_norm(x), rotation, kv, metadata)
-            x = x + attended
+            x, residual = self.attention_norm(x, residual)
+            x, kv = self.attention(x, rotation, kv, metadata)
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.mlp_norm(x)), kv
+            x, residual = self.mlp_norm(x, residual)
+            return self.mlp(x), residual, kv
 
 
 @partial(jax.jit, static_argnums=0)
 def _call_layer(
-    graphdef: nnx.GraphDef[DecoderLayer], state: nnx.State, x: jax.Array, rotation: Rotation, kv: LayerKV, metadata: AttentionMetadata
-) -> tuple[jax.Array, LayerKV]:
+    graphdef: nnx.GraphDef[DecoderLayer],
+    state: nnx.State,
+    x: jax.Array,
+    residual: jax.Array,
+    rotation: Rotation,
+    kv: LayerKV,
+    metadata: AttentionMetadata,
+) -> tuple[jax.Array, jax.Array, LayerKV]:
     """Layers of one kind have equal graph definitions, so that each kind is traced once; the compiler still sees them unrolled."""
-    return nnx.merge(graphdef, state)(x, rotation, kv, metadata)
+    return nnx.merge(graphdef, state)(x, residual, rotation, kv, metadata)
 
 
 class Decoder(nnx.Module):
@@ -127,18 +133,21 @@ class Decoder(nnx.Module):
             gives, [T, hidden], from which `logits` makes those of any other token.
         """
         x = self.embedding(token_ids)
+        residual = jnp.zeros_like(x)
         rotation = self.config.rope(positions)
         caches = []
         for layer, cache, group in zip(self.layers, kv, self.config.group_of_layer, strict=True):
             graphdef, state = nnx.split(layer)
-            x, cache = _call_layer(graphdef, state, x, rotation, cache, metadata[group])
+            x, residual, cache = _call_layer(graphdef, state, x, residual, rotation, cache, metadata[group])
             caches.append(cache)
+        x = x + residual
         return self.logits(x.at[last].get(mode="promise_in_bounds")), tuple(caches), x
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Logits, float32 [T, vocab_size], of what the last layer gives, [T, hidden]."""
         with jax.named_scope("logits"):
-            return (self.head or self.embedding).logits(self.norm(x))
+            normed, _ = self.norm(x, jnp.zeros_like(x))
+            return (self.head or self.embedding).logits(normed)
 
 
 def layer_prefix(path: Sequence[object]) -> str:

@@ -8,21 +8,24 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.models.parameters import Axis, Parameter, Source
-from jaxserve.pallas_kernels import matmul
+from jaxserve.pallas_kernels import add_rms_norm, matmul
+
+
+def norm_weight(name: str, size: int) -> nnx.Param:
+    """Declare the weight [size] of a norm."""
+    return nnx.Param(Parameter((Source(f"{name}.weight", (Axis("hidden", size),)),), "ones"))
 
 
 class RMSNorm(nnx.Module):
-    """Root mean square norm (Zhang and Sennrich 2019, arXiv 1910.07467) over the last axis, computed in float32."""
+    """Root mean square norm of the residual stream, taken together with the addition before it."""
 
     def __init__(self, name: str, size: int, eps: float):
         self.eps = eps
-        self.weight = nnx.Param(Parameter((Source(f"{name}.weight", (Axis("hidden", size),)),), "ones"))
+        self.weight = norm_weight(name, size)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        weight = self.weight[...]
-        return wide.astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
+    def __call__(self, x: jax.Array, residual: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The sum of x and residual [T, size], normalised, and as it is."""
+        return add_rms_norm(x, residual, self.weight[...], self.eps)
 
 
 class DenseFormat(nnx.Module):
@@ -60,10 +63,13 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(Parameter(sources)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.matrix.matmul(x)
-        if self.reduce:
-            y = jax.lax.psum(y, "tensor")
+        y = self.product(x)
         return y if self.bias is None else y + self.bias[...][None, :]
+
+    def product(self, x: jax.Array) -> jax.Array:
+        """The result before the bias is added."""
+        y = self.matrix.matmul(x)
+        return jax.lax.psum(y, "tensor") if self.reduce else y
 
 
 class Embedding(nnx.Module):

@@ -36,13 +36,6 @@ class Rope:
         return jnp.cos(angles)[:, None, :] * self.scale, jnp.sin(angles)[:, None, :] * self.scale
 
 
-def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn heads [T, H, D] by the angles of `Rope.__call__`; computed in float32, returned in x's dtype."""
-    cos, sin = rope
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
 def read_rope(config: Mapping[str, Any], head_dim: int, max_position_embeddings: int, default_theta: float) -> Rope:
     """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before) of a config.json.
 

@@ -1,0 +1,35 @@
+"""Residual addition and root mean square norm in one, whatever the device."""
+
+import jax
+
+from jaxserve.pallas_kernels.add_rms_norm.reference import add_rms_norm_reference
+from jaxserve.pallas_kernels.paged_attention.local_gpu import local_gpu
+
+# Beyond it XLA adds in the matrix product before and normalises in one kernel, which moves fewer bytes (docs/performance_gpu.md).
+_MOST_TOKENS = 64
+
+
+def add_rms_norm(x: jax.Array, residual: jax.Array, weight: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    """Add a branch's output to the residual stream and normalise the sum for the next branch.
+
+    Root mean square norm (Zhang and Sennrich 2019, arXiv 1910.07467), computed in float32 from the sum as it is stored.
+
+    Args:
+        x, residual: [T, K], of one dtype.
+        weight: [K] of that dtype.
+        eps: added to the mean square.
+
+    Returns:
+        The normalised sum, and the sum: [T, K] in x's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    if x.shape != residual.shape or weight.shape != x.shape[1:]:
+        raise ValueError(f"x {x.shape}, residual {residual.shape} and weight {weight.shape} do not go together")
+    if local_gpu() is None or x.shape[0] > _MOST_TOKENS:
+        return add_rms_norm_reference(x, residual, weight, eps)
+    # Pallas takes over a second to import: not where there is no GPU.
+    from jaxserve.pallas_kernels.add_rms_norm.triton import AddRMSNormConfig, add_rms_norm_triton
+
+    return add_rms_norm_triton(x, residual, weight, eps, config=AddRMSNormConfig.suited(x))

@@ -1,0 +1,112 @@
+"""The decoder layer's small GPU kernels without a GPU: interpreted against their references, and lowered for CUDA at serving shapes."""
+
+import functools
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from jaxserve.pallas_kernels import AttentionMetadata, add_rms_norm
+from jaxserve.pallas_kernels.add_rms_norm.reference import add_rms_norm_reference
+from jaxserve.pallas_kernels.add_rms_norm.triton import AddRMSNormConfig, add_rms_norm_triton
+from jaxserve.pallas_kernels.paged_attention.local_gpu import Gpu
+from jaxserve.pallas_kernels.rotate_and_write_kv.reference import rotate_and_write_kv_reference
+from jaxserve.pallas_kernels.rotate_and_write_kv.triton import RotateConfig, rotate_and_write_kv_triton
+
+BF16, F16, F32, FLOAT8 = (jnp.dtype(name) for name in ("bfloat16", "float16", "float32", "float8_e4m3fn"))
+PAGE_SIZE = 16
+
+
+def normal(random, shape, dtype=BF16):
+    return jnp.asarray(random.standard_normal(shape), jnp.float32).astype(dtype)
+
+
+def make_qkv(num_tokens, num_heads, num_kv_heads, head_dim, *, qk_norms=False, bias=False, kv_dtype=BF16):
+    """A step of `num_tokens` whose second token and last quarter are padding: arguments and options of `rotate_and_write_kv`."""
+    random = np.random.default_rng(0)
+    num_pages = -(-num_tokens // PAGE_SIZE) + 1
+    place = random.permutation(num_pages * PAGE_SIZE)[:num_tokens]
+    token = np.arange(num_tokens)
+    pages = np.where((token == 1) | (token >= num_tokens * 3 // 4), num_pages, place // PAGE_SIZE)
+    unused = jnp.zeros((1,), jnp.int32)
+    metadata = AttentionMetadata(unused[None], unused, unused, jnp.asarray(pages, jnp.int32), jnp.asarray(place % PAGE_SIZE, jnp.int32))
+    angles = random.uniform(0, 6.28, (num_tokens, 1, head_dim // 2)).astype(np.float32)
+    columns = (num_heads + 2 * num_kv_heads) * head_dim
+    kv = tuple(normal(random, (num_pages, num_kv_heads, PAGE_SIZE, head_dim), kv_dtype) for _ in range(2))
+    arguments = normal(random, (num_tokens, columns)), (jnp.cos(angles), jnp.sin(angles)), kv, metadata
+    norms = (normal(random, (head_dim,)), normal(random, (head_dim,))) if qk_norms else None
+    return arguments, dict(bias=normal(random, (columns,)) if bias else None, norms=norms)
+
+
+def assert_equal_but_for_rounding(got, expected):
+    """At most one unit in the last place apart: the compiler may contract a product and a sum."""
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert x.dtype == y.dtype
+        unit = float(jnp.finfo(x.dtype).eps)
+        np.testing.assert_allclose(x.astype(jnp.float32), y.astype(jnp.float32), rtol=2 * unit, atol=unit / 8)
+
+
+@pytest.mark.parametrize(("shape", "block_rows", "dtype"), [((5, 96), 2, BF16), ((3, 2048), 1, F16), ((2, 640), 4, F32)])
+def test_add_rms_norm_is_the_reference(shape, block_rows, dtype):
+    random = np.random.default_rng(1)
+    arguments = normal(random, shape, dtype), normal(random, shape, dtype), normal(random, shape[1:], dtype)
+    call = functools.partial(add_rms_norm_triton, eps=1e-5, config=AddRMSNormConfig(block_rows, 4), interpret=True)
+    assert_equal_but_for_rounding(jax.jit(call)(*arguments), jax.jit(functools.partial(add_rms_norm_reference, eps=1e-5))(*arguments))
+
+
+@pytest.mark.parametrize(("num_tokens", "kernels"), [(64, 1), (65, 0)])
+def test_xla_norms_the_many_rows_of_a_gpu(num_tokens, kernels, monkeypatch):
+    monkeypatch.setattr(sys.modules["jaxserve.pallas_kernels.add_rms_norm.api"], "local_gpu", lambda: Gpu(132, is_hopper=True))
+    x, weight = jax.ShapeDtypeStruct((num_tokens, 512), BF16), jax.ShapeDtypeStruct((512,), BF16)
+    text = lower_for_cuda(functools.partial(add_rms_norm, eps=1e-5), x, x, weight)
+    assert text.count("custom_call @__gpu$xla.gpu.triton") == kernels
+
+
+ROTATE_CASES = [
+    ((9, 4, 2, 32), dict(qk_norms=True), RotateConfig(1, 2, 1)),
+    ((4, 3, 1, 80), dict(bias=True, qk_norms=True), RotateConfig(4, 1, 1)),
+    ((6, 2, 2, 64), dict(kv_dtype=FLOAT8), RotateConfig(2, 2, 1)),
+]
+
+
+@pytest.mark.parametrize(("sizes", "options", "config"), ROTATE_CASES, ids=["norms", "bias-odd-size", "float8"])
+def test_rotate_and_write_kv_is_the_reference(sizes, options, config):
+    arguments, options = make_qkv(*sizes, **options)
+    call = functools.partial(rotate_and_write_kv_triton, eps=1e-6, config=config, interpret=True, **options)
+    reference = functools.partial(rotate_and_write_kv_reference, eps=1e-6, **options)
+    got, expected = jax.jit(call)(*arguments), jax.jit(reference)(*arguments)
+    assert_equal_but_for_rounding(got, expected)
+    written = (np.asarray(expected[1][0]) != np.asarray(arguments[2][0])).any(axis=(1, 3)).sum()
+    assert written == (np.asarray(arguments[3].write_pages) < arguments[2][0].shape[0]).sum()
+
+
+def lower_for_cuda(function, *arguments, **options):
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Pallas-Triton is deprecated; nothing else serves GPUs before sm_90
+        return jax.jit(function, **options).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(("num_tokens", "size"), [(1, 2048), (8192, 4096), (64, 3584), (3, 16384)])
+def test_add_rms_norm_kernel_lowers_for_cuda(num_tokens, size):
+    x, weight = jax.ShapeDtypeStruct((num_tokens, size), BF16), jax.ShapeDtypeStruct((size,), BF16)
+    call = functools.partial(add_rms_norm_triton, eps=1e-5, config=AddRMSNormConfig.suited(x))
+    assert lower_for_cuda(call, x, x, weight).count("custom_call @__gpu$xla.gpu.triton") == 1
+
+
+@pytest.mark.parametrize(("sizes", "options"), [
+    ((1, 32, 8, 64), {}),
+    ((256, 32, 8, 128), dict(qk_norms=True)),
+    ((1024, 28, 4, 128), dict(bias=True)),
+    ((64, 8, 1, 96), dict(kv_dtype=FLOAT8)),
+])  # fmt: skip
+def test_rotate_and_write_kv_lowers_for_cuda_in_place(sizes, options):
+    arguments, options = jax.eval_shape(lambda: make_qkv(*sizes, **options))
+    call = functools.partial(rotate_and_write_kv_triton, eps=1e-6, config=RotateConfig.suited(arguments[0], arguments[2]))
+    text = lower_for_cuda(lambda arguments, options: call(*arguments, **options), arguments, options)
+    assert text.count("custom_call @__gpu$xla.gpu.triton") == 1
+    assert text.count("output_operand_alias<") == 2
