@@ -149,6 +149,9 @@ class EngineDouble:
         if done == 2 and self.fail_token_id in request.prompt_token_ids:
             output.finish_reason, output.error = FinishReason.ERROR, "the step failed"
             return output
+        if params.grammar is not None and params.grammar.text == "refused":
+            output.finish_reason, output.error = FinishReason.INVALID, "the grammar is refused"
+            return output
         token = sample.answer[done % len(sample.answer)]
         if done >= max(len(sample.answer), params.min_tokens) and not (params.ignore_eos or self.forever):
             token, output.finish_reason = self.eos_token_ids[0], FinishReason.EOS

@@ -2,7 +2,8 @@
 
 import functools
 import json
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jaxserve.config import EngineOptions, ModelOptions
@@ -16,6 +17,7 @@ from jaxserve.weights import ModelSource
 from jaxserve.weights.loader import load_model
 
 MAX_TOTAL_TOKENS = 240
+TIMEOUT = 60.0  # seconds that outputs may take
 
 
 class TinyRunner:
@@ -116,3 +118,31 @@ def load_goldens(name: str) -> tuple[list[list[int]], list[list[int]]]:
     """32 prompts of 1 to 200 tokens, and what transformers continues each with when it is alone; no near ties."""
     goldens = json.loads((Path(__file__).parent / "goldens" / "load.json").read_text())[name]
     return [golden["prompt"] for golden in goldens], [golden["tokens"] for golden in goldens]
+
+
+class Outputs:
+    """A sink that can be waited for."""
+
+    def __init__(self) -> None:
+        self.puts: list[list[TokenOutput]] = []
+        self._changed = threading.Condition()
+
+    def put(self, outputs: list[TokenOutput]) -> None:
+        with self._changed:
+            self.puts.append(outputs)
+            self._changed.notify_all()
+
+    def wait(self, done: Callable[[list[TokenOutput]], bool]) -> list[TokenOutput]:
+        """All outputs so far, once they satisfy `done`."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: done(self.all), TIMEOUT)
+            return self.all
+
+    @property
+    def all(self) -> list[TokenOutput]:
+        return [output for put in self.puts for output in put]
+
+
+def ended(count: int) -> Callable[[list[TokenOutput]], bool]:
+    """Whether this many samples have ended."""
+    return lambda outputs: sum(output.finish_reason is not None for output in outputs) == count

@@ -1,12 +1,11 @@
 """AsyncEngine: permits, aborts, drain, and what becomes of requests when the engine's thread ends."""
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from engines import greedy, tiny_runner
+from engines import Outputs, ended, greedy, tiny_runner
 
 from jaxserve.engine import AsyncEngine, Engine
 from jaxserve.errors import ContextTooLong, EngineUnavailable, InvalidRequest, Overloaded
@@ -14,34 +13,6 @@ from jaxserve.request import FinishReason, Request, TokenOutput
 
 PERMITS = 3
 TIMEOUT = 60.0
-
-
-class Outputs:
-    """A sink that can be waited for."""
-
-    def __init__(self) -> None:
-        self.puts: list[list[TokenOutput]] = []
-        self._changed = threading.Condition()
-
-    def put(self, outputs: list[TokenOutput]) -> None:
-        with self._changed:
-            self.puts.append(outputs)
-            self._changed.notify_all()
-
-    def wait(self, done: Callable[[list[TokenOutput]], bool]) -> list[TokenOutput]:
-        """All outputs so far, once they satisfy `done`."""
-        with self._changed:
-            assert self._changed.wait_for(lambda: done(self.all), TIMEOUT)
-            return self.all
-
-    @property
-    def all(self) -> list[TokenOutput]:
-        return [output for put in self.puts for output in put]
-
-
-def ended(count: int) -> Callable[[list[TokenOutput]], bool]:
-    """Whether this many samples have ended."""
-    return lambda outputs: sum(output.finish_reason is not None for output in outputs) == count
 
 
 @pytest.fixture

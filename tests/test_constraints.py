@@ -9,12 +9,12 @@ from typing import Any
 
 import jsonschema
 import pytest
-from engines import TinyRunner, finish, greedy, load_goldens, run_alone, tiny_runner, tokens_of
+from engines import Outputs, TinyRunner, ended, finish, greedy, load_goldens, run_alone, tiny_runner, tokens_of
 from json_schemas import random_schema
 from tiny_models import END_OF_TURN, EOS
 
 from jaxserve.config import EngineOptions
-from jaxserve.engine import Engine
+from jaxserve.engine import AsyncEngine, Engine
 from jaxserve.engine import constraints as constraints_module
 from jaxserve.engine.build import join
 from jaxserve.errors import InvalidRequest
@@ -180,6 +180,19 @@ def test_aborts_leave_nothing_behind(engine: Engine):
     assert {request_id for request_id, _ in finish(engine)} == {"b"}
     engine.check_integrity()
     assert not engine.has_work
+
+
+def test_a_server_waits_for_grammars_without_spinning_and_gives_permits_back(engine: Engine):
+    outputs = Outputs()
+    server = AsyncEngine(engine, max_concurrent_requests=2)
+    server.submit(Request("bad", PROMPT, params(Grammar.regex("(b"), n=2)), outputs)
+    server.submit(Request("good", PROMPT, params(Grammar.regex("[a-z]{5}"))), outputs)
+    ends = {output.request_id: output.finish_reason for output in outputs.wait(ended(3)) if output.finish_reason}
+    assert ends == {"bad": FinishReason.INVALID, "good": FinishReason.EOS}
+    assert server.drain(10) and server.num_permits_held == 0
+    server.submit(Request("left", PROMPT, params(Grammar.json_object())), outputs)
+    server.close()
+    assert outputs.all[-1].finish_reason is not None
 
 
 def test_an_engine_without_grammars_says_so(runner: TinyRunner, engine: Engine):

@@ -1,12 +1,17 @@
 """The demo model, as loaded from its GGUF file, gives transformers' greedy tokens (tests/goldens/demo.json), all prompts at once."""
 
 import json
+import random
 from pathlib import Path
 
+import jsonschema
 import pytest
 from demo_prompts import PROMPTS
+from json_schemas import random_schema
 
 from jaxserve import LLM, SamplingParams
+from jaxserve.grammar import Grammar
+from jaxserve.request import FinishReason
 
 pytestmark = pytest.mark.demo
 
@@ -39,6 +44,17 @@ def test_greedy_tokens_equal_transformers(llm: LLM):
         assert [logprobs.raw for logprobs in sample.logprobs] == pytest.approx(GOLDENS[name]["logprobs"], abs=2e-3), name
     assert llm.engines[0].stats().compile_events == num_compiled
     llm.engines[0].check_integrity()
+
+
+def test_answers_obey_random_schemas(llm: LLM):
+    schemas = [random_schema(random.Random(1000 + seed)) for seed in range(16)]
+    params = [SamplingParams(max_tokens=512, seed=seed, grammar=Grammar.json_schema(schema)) for seed, schema in enumerate(schemas)]
+    prompt = llm.tokenizer.apply_chat_template([{"role": "user", "content": "Give me an example as JSON."}])[1]
+    samples = [output.outputs[0] for output in llm.generate([prompt] * len(schemas), params)]
+    for schema, sample in zip(schemas, samples, strict=True):
+        if sample.finish_reason is FinishReason.EOS:
+            jsonschema.Draft202012Validator(schema).validate(json.loads(sample.text))
+    assert sum(sample.finish_reason is FinishReason.EOS for sample in samples) >= 0.9 * len(samples)
 
 
 def test_prompt_logprobs_equal_transformers(llm: LLM):

@@ -1,5 +1,6 @@
 """LLM in this process, on two replicas of a tiny checkpoint: texts, chats, stop strings, seeds, samples, streams."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from engines import load_goldens
 
 from jaxserve import LLM, RequestOutput, SamplingParams
 from jaxserve.errors import ContextTooLong, InvalidRequest, StartupError
+from jaxserve.grammar import Grammar
 from jaxserve.request import FinishReason
 
 # Room for less than two of the longest requests; a token's K and V in float32, 4 heads of 8, 2 layers.
@@ -46,6 +48,22 @@ def test_both_replicas_work_and_are_left_clean(llm: LLM):
     for engine, count in zip(llm.engines, before, strict=True):
         assert engine.stats().output_tokens > count
         assert engine.stats().num_pages_used == 0
+        engine.check_integrity()
+
+
+def test_grammars_and_prompt_logprobs(llm: LLM):
+    digits = SamplingParams(max_tokens=20, seed=1, grammar=Grammar.regex("[0-9]{3}"), prompt_logprobs=2)
+    outputs = llm.generate(["one", "two", "three"], digits)
+    assert all(re.fullmatch("[0-9]{3}", output.outputs[0].text) for output in outputs)
+    assert [len(output.prompt_logprobs.raw) for output in outputs if output.prompt_logprobs] == [
+        len(o.prompt_token_ids) - 1 for o in outputs
+    ]
+    bad = SamplingParams(max_tokens=20, grammar=Grammar.regex("(", "guided_regex"))
+    with pytest.raises(InvalidRequest, match="`guided_regex`: the grammar cannot be compiled"):
+        llm.generate(["one", "two"], [digits, bad])
+    results = dict(llm.stream((number, "x", params) for number, params in enumerate([digits, bad, digits])))
+    assert isinstance(results[1], InvalidRequest) and isinstance(results[0], RequestOutput) and isinstance(results[2], RequestOutput)
+    for engine in llm.engines:
         engine.check_integrity()
 
 

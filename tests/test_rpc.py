@@ -216,6 +216,18 @@ def test_a_failed_step_is_an_error_of_that_request(tmp_path: Path):
     asyncio.run(run())
 
 
+def test_a_refused_grammar_is_the_clients_fault(tmp_path: Path):
+    async def run() -> None:
+        async with _served(tmp_path, EngineDouble("")) as client:
+            params = SamplingParams(n=3, grammar=Grammar.regex("refused", "guided_regex"))
+            with pytest.raises(InvalidRequest, match="the grammar is refused") as caught:
+                await client.submit(Request("r", (9, 8), params)).read()
+            assert caught.value.param == "guided_regex" and client.num_in_flight == 0
+            assert await _tokens(client, _request("g", length=2)) == {0: [10, 11, 0]}
+
+    asyncio.run(run())
+
+
 def test_engine_gone_and_back(tmp_path: Path):
     async def run() -> None:
         engine = EngineDouble("", step_seconds=0.01, forever=True)
