@@ -27,10 +27,12 @@ class LimitedProtocol(HttpToolsProtocol):
 
     Args:
         payload_limit: bytes of a body that the application takes; it answers 413 itself. Only what goes far beyond is cut off here.
+        max_connections: of this process; None: MAX_CONNECTIONS.
     """
 
-    def __init__(self, *args: Any, payload_limit: int, **kwargs: Any):
+    def __init__(self, *args: Any, payload_limit: int, max_connections: int | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self._max_connections = MAX_CONNECTIONS if max_connections is None else max_connections
         self._payload_limit = payload_limit
         self._most_bytes = MAX_HEAD_BYTES + MAX_CHUNKED_OVERHEAD * payload_limit
         # Of the connection.
@@ -43,7 +45,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > MAX_CONNECTIONS:
+        if len(self.connections) > self._max_connections:
             self._refuse(b"503 Service Unavailable\r\nretry-after: %d" % RETRY_AFTER)
         else:
             self._arm_receive_timer(HEAD_TIMEOUT)
@@ -55,9 +57,11 @@ class LimitedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._refused:
-            return
         self._num_bytes += len(data)
+        if self._refused:
+            if self._num_bytes > self._most_bytes:
+                self.transport.abort()
+            return
         if self._receive_timer is None and (self.cycle is None or self.cycle.response_complete):
             self._arm_receive_timer(HEAD_TIMEOUT)
         super().data_received(data)

@@ -36,18 +36,25 @@ class HttpServer(uvicorn.Server):
         service: what the routes work with.
         on_ready: called once, when requests can be answered.
         metrics_ports: where nothing but /metrics is answered.
+        max_connections: beyond them clients hear 503; None: protocol.MAX_CONNECTIONS.
 
     Attributes:
         failure: why the server ended by itself, if it did.
     """
 
-    def __init__(self, service: Service, on_ready: Callable[[], None] = lambda: None, metrics_ports: Sequence[int] = ()):
+    def __init__(
+        self,
+        service: Service,
+        on_ready: Callable[[], None] = lambda: None,
+        metrics_ports: Sequence[int] = (),
+        max_connections: int | None = None,
+    ):
         self.failure: StartupError | None = None
         self._service = service
         self._on_ready = on_ready
         self._tracing = _tracing(service.options)
         self._tell = [] if self._tracing is None else [self._tracing.tell]
-        protocol: Any = functools.partial(LimitedProtocol, payload_limit=service.options.payload_limit)
+        protocol: Any = functools.partial(LimitedProtocol, payload_limit=service.options.payload_limit, max_connections=max_connections)
         super().__init__(
             uvicorn.Config(
                 with_direct_send(contain_errors(metrics_alone(build_app(service, self._lifespan, self._tell), metrics_ports))),

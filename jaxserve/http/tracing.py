@@ -13,6 +13,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from jaxserve.http import VERSION
 from jaxserve.http.request_record import RequestRecord
 
+EXPORT_TIMEOUT = 2  # seconds a batch may take: a collector that is gone must not hold up the end of the server
 # Field of a record -> attribute, factor.
 _TIMES = {"total_time": "total_time", "validation_time": "validation_time", "queue_time": "queue_time", "inference_time": "inference_time"}
 
@@ -26,7 +27,7 @@ class Tracing:
     """
 
     def __init__(self, endpoint: str, service_name: str):
-        exporter = OTLPSpanExporter(endpoint=endpoint, insecure=not endpoint.startswith("https://"))
+        exporter = OTLPSpanExporter(endpoint=endpoint, insecure=not endpoint.startswith("https://"), timeout=EXPORT_TIMEOUT)
         resource = Resource.create({"service.name": service_name, "service.version": VERSION})
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxserve.http.protocol import MAX_CONNECTIONS
 from jaxserve.http.server import HttpServer
 from jaxserve.http.service import Service
 from jaxserve.launcher.child import Control, run_child
@@ -16,6 +17,8 @@ from jaxserve.launcher.run_folder import engine_socket
 from jaxserve.metrics import Metrics
 from jaxserve.rpc.client import EngineClient
 from jaxserve.rpc.router import Router
+
+OTHER_FILES = 128  # that are no connections
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -40,7 +43,9 @@ def _run(control: Control, listening: Sequence[socket.socket]) -> None:
     def tell_ready() -> None:
         control.tell_ready(model=service.model_name, device=service.info.device, dtype=service.info.dtype)
 
-    server = HttpServer(service, tell_ready, [each.getsockname()[1] for each in listening[1:]])
+    unlimited = most_files == resource.RLIM_INFINITY
+    most_connections = MAX_CONNECTIONS if unlimited else min(MAX_CONNECTIONS, max(most_files - OTHER_FILES, 1))
+    server = HttpServer(service, tell_ready, [each.getsockname()[1] for each in listening[1:]], most_connections)
     server.run(sockets=list(listening))
     if server.failure is not None:
         raise server.failure
