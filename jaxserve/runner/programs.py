@@ -64,9 +64,11 @@ class Programs:
 
         def forward(leaves: tuple[jax.Array, ...], state: DeviceState, packed: jax.Array) -> tuple[DeviceState, jax.Array, jax.Array]:
             batch, tables = unpack_batch(packed, layout, state.page_tables, state.sampling.last_tokens, self.plan)
-            last = jnp.pad(batch.last, (0, padding))
+            last, columns = batch.last, layout.split(packed).sampling
+            if padding:  # of nothing, it would crash XLA's CPU compiler on a mesh
+                last = jnp.pad(last, (0, padding))
+                columns = jnp.concatenate([columns, np.tile(neutral_columns(), (padding, 1))])
             logits, kv, x = self.model.apply(leaves, batch.token_ids, batch.positions, state.kv, batch.metadata, last)
-            columns = jnp.concatenate([layout.split(packed).sampling, np.tile(neutral_columns(), (padding, 1))])
             hidden = jax.lax.dynamic_update_slice(state.hidden, x, (0, 0))
             return DeviceState(kv, tables, state.sampling, hidden), logits, columns
 
