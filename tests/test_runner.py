@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from plain_forward import logits_of
@@ -12,7 +13,7 @@ from jaxserve.config import ModelOptions
 from jaxserve.errors import DeviceError
 from jaxserve.models import Model
 from jaxserve.request import Request, SamplingParams
-from jaxserve.runner import ModelRunner, RunnerConfig, make_mesh
+from jaxserve.runner import ModelRunner, RunnerConfig, make_mesh, memory
 from jaxserve.step import StepResult
 from jaxserve.weights import ModelSource
 from jaxserve.weights.loader import load_model
@@ -238,3 +239,10 @@ def test_a_mesh_larger_than_the_devices_is_one_line():
     with pytest.raises(DeviceError, match=r"^the mesh needs 16 devices, there are 8 \(cpu\)$"):
         make_mesh(8, 1)
     assert [device.id for device in make_mesh(2, 3).devices.flat] == [6, 7]
+
+
+def test_the_cache_takes_what_the_rest_of_the_state_leaves(model: Model, monkeypatch: pytest.MonkeyPatch):
+    left = 12 * 2**20
+    monkeypatch.setattr(memory, "_bytes_left", lambda device, num_sharing: left)
+    runner = ModelRunner(model, make_mesh(1), RunnerConfig(64, 64, PAGE_SIZE))
+    assert left / 2 < sum(x.nbytes for x in jax.tree.leaves(runner._state)) <= left

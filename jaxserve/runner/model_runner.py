@@ -19,9 +19,10 @@ from jaxserve.runner.compile import Compiled, CompileEvents, compile_programs, u
 from jaxserve.runner.config import RunnerConfig
 from jaxserve.runner.kv_cache import KVCachePlan, plan_kv_cache
 from jaxserve.runner.memory import kv_cache_bytes
-from jaxserve.runner.programs import PAGE_COPIES, PAGE_ENTRIES, Program, Programs
+from jaxserve.runner.programs import PAGE_COPIES, PAGE_ENTRIES, Program, Programs, mask_words
 from jaxserve.runner.prompt_scores import pack_scored, unpack_scored
 from jaxserve.runner.sampler import unpack_sampled
+from jaxserve.runner.sampling_rows import neutral_columns
 from jaxserve.runner.sampling_state import needs_slot_load, slot_loads
 from jaxserve.runner.state import abstract_state, allocate_state
 from jaxserve.step import StepResult
@@ -208,6 +209,21 @@ class ModelRunner:
             self._start_forward(step)
             self.sample(step)
             self.collect(step)
+        for _ in range(1 if on_cpu else 2):
+            self._sample_for_nobody()
+            scored = np.zeros((2, self._num_scored_a_call), np.int32)
+            self._compiled["score", None](self._model.leaves, self._state.hidden, self._upload(scored)).block_until_ready()
+
+    def _sample_for_nobody(self) -> None:
+        """Run every form of the sampler on rows that do not sample."""
+        vocab_size, sampled = self._model.config.vocab_size, None
+        for form in self._sampler_forms():
+            arrays = [np.zeros((form.num_rows, vocab_size), np.float32), np.tile(neutral_columns(), (form.num_rows, 1))]
+            arrays += [np.full((form.num_rows, mask_words(vocab_size)), 0xFFFFFFFF, np.uint32)] if form.masked else []
+            logits, columns, *masks = map(self._upload, arrays)
+            sampling, sampled = self._compiled["sample", form](logits, self._state.sampling, columns, *masks)
+            self._state = replace(self._state, sampling=sampling)
+        jax.block_until_ready(sampled)
 
     def _sampler_forms(self) -> list[SamplerForm]:
         return [
@@ -291,5 +307,7 @@ class ModelRunner:
         compiled = compile_programs({"forward": self._programs(trial).forward(layout, largest.num_rows)}, num_threads=1)["forward"]
         analysis = compiled.memory_analysis()
         assert analysis is not None, "XLA tells no memory analysis"
-        budget = kv_cache_bytes(self._mesh, None, analysis.temp_size_in_bytes)
+        state = self._programs(trial).state
+        beside = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.sampling, state.hidden)))  # allocated after the cache
+        budget = kv_cache_bytes(self._mesh, None, analysis.temp_size_in_bytes + beside)
         return plan_kv_cache(model, config, tensor_size, dtype, budget)
