@@ -177,11 +177,3 @@ def test_errors_have_anthropics_classes(hermes: anthropic.Anthropic, tmp_path: P
         assert guarded.client.post("/v1/completions", json={"prompt": "x"}, headers={"x-api-key": "secret"}).status_code == 401
     finally:
         guarded.stop()
-
-
-def test_vllms_small_routes(front_ends: Callable[[str], LiveFrontEnd]):
-    client = front_ends("hermes").client
-    assert client.post("/detokenize", json={"tokens": [67, 68, 0]}).json() == {"prompt": "ab<|end|>"}
-    assert client.post("/detokenize", json={"tokens": []}).json() == {"prompt": ""}
-    assert client.post("/detokenize", json={"tokens": [320]}).status_code == 422
-    assert set(client.get("/version").json()) == {"version"}

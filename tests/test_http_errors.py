@@ -127,7 +127,10 @@ OPENAI_BAD: list[tuple[str, dict[str, Any], str | None, str]] = [
     (COMPLETIONS, {"prompt": "a", "best_of": 3, "stream": True}, "best_of", "streamed"),
     ("/v1/embeddings", {"input": "a"}, "model", "no embeddings"),
     (COMPLETIONS, {"prompt": "a", "suffix": "b"}, "suffix", "not supported"),
-    (COMPLETIONS, {"prompt": "a", "echo": True, "logprobs": 1}, "logprobs", "echo"),
+    (COMPLETIONS, {"prompt": "a", "echo": True, "max_tokens": 0, "stream": True}, "max_tokens", "streamed"),
+    (COMPLETIONS, {"prompt": "a", "max_tokens": 0}, "max_tokens", ">= 1"),
+    (COMPLETIONS, {"prompt": "a", "prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "streamed"),
+    (CHAT, {"prompt_logprobs": -1, "stream": False}, "prompt_logprobs", ">= 0"),
 ]  # fmt: skip
 
 

@@ -155,6 +155,38 @@ def test_completion_logprobs(front_end: LiveFrontEnd):
     assert [event["choices"][0]["logprobs"]["text_offset"] for event in events] == [[0], [2], [4]]
 
 
+def test_logprobs_of_the_prompt(front_end: LiveFrontEnd):
+    """As lm-eval scores texts: echoed, with the log probabilities of the prompt's tokens before the answer's."""
+    body: dict[str, Any] = {"prompt": ["hello", [67, 68]], "max_tokens": 1, "logprobs": 1, "echo": True, "n": 2}
+    choices = _post(front_end, "/v1/completions", **body)["choices"]
+    assert [choice["text"] for choice in choices] == ["hellohe", "hellohe", "aba", "aba"]
+    assert (
+        choices[0]["logprobs"]
+        == choices[1]["logprobs"]
+        == {
+            "tokens": ["he", "ll", "o", "he"],
+            "token_logprobs": [None, -0.25, -0.25, -0.25],
+            "top_logprobs": [None, {"ll": -0.25}, {"o": -0.25}, {"he": -0.25}],
+            "text_offset": [0, 2, 4, 5],
+        }
+    )
+    streamed: dict[int, dict[str, list[Any]]] = {}
+    for choice in (event["choices"][0] for event in _events(front_end, "/v1/completions", **body)):
+        for name, values in choice["logprobs"].items():
+            streamed.setdefault(choice["index"], {}).setdefault(name, []).extend(values)
+    assert [streamed[index] for index in range(4)] == [choice["logprobs"] for choice in choices]
+    only = _post(front_end, "/v1/completions", **{**body, "max_tokens": 0, "n": 1, "return_token_ids": True})
+    assert [choice["text"] for choice in only["choices"]] == ["hello", "ab"] and only["usage"]["completion_tokens"] == 0
+    assert only["choices"][0]["logprobs"]["tokens"] == ["he", "ll", "o"] and only["choices"][0]["token_ids"] == []
+
+
+def test_vllms_prompt_logprobs(front_end: LiveFrontEnd):
+    (choice,) = _post(front_end, "/v1/completions", prompt=[67, 68], prompt_logprobs=1)["choices"]
+    assert choice["prompt_logprobs"] == [None, {"68": {"logprob": -0.25, "rank": 1, "decoded_token": "b"}}]
+    chat = _post(front_end, "/v1/chat/completions", messages=_chat("hi"), prompt_logprobs=0, max_tokens=1)
+    assert len(chat["prompt_logprobs"]) == chat["usage"]["prompt_tokens"] and chat["prompt_logprobs"][0] is None
+
+
 def test_vllm_fields_reach_the_engine(front_end: LiveFrontEnd):
     answer = _post(front_end, "/v1/completions", prompt="abcdef", max_tokens=20, ignore_eos=True)
     assert answer["choices"][0]["text"] == ("abcdef" * 4)[:20]

@@ -13,13 +13,13 @@ from jaxserve.batch.task import Record, Task, read_body
 from jaxserve.errors import InvalidRequest
 from jaxserve.http.conversation import AnswerFormat, ChatFormat
 from jaxserve.http.errors import openai_error
+from jaxserve.http.logprobs import LOWEST_LOGPROB, logprob_columns, prompt_logprob_columns, whole_logprobs
 from jaxserve.http.openai_types import ChatBody, CompletionBody
 from jaxserve.llm import LLM, RequestOutput, SampleOutput
 from jaxserve.request import MAX_TOP_LOGPROBS, FinishReason
 from jaxserve.tokenizer import Tokenizer
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-LOWEST_LOGPROB = -9999.0  # JSON has no -inf
 REASONS = {FinishReason.EOS: "stop", FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 
@@ -53,14 +53,21 @@ def parse_openai_line(line: Line, document: Mapping[str, Any], llm: LLM, samplin
     answer_format = None
     if url == CHAT:
         chat_format = ChatFormat(llm.tokenizer)
-        conversation = read_body(ChatBody, fields).conversation(llm.info.defaults, MAX_TOP_LOGPROBS)
+        asked: ChatBody | CompletionBody = read_body(ChatBody, fields)
+        conversation = asked.conversation(llm.info.defaults, MAX_TOP_LOGPROBS)
         text, token_ids = chat_format.render(conversation)
         answer_format, params = chat_format.answer_format(conversation, text)
         prompts, echo = [token_ids], False
     else:
-        completion = read_body(CompletionBody, fields)
-        prompts, echo = [_token_ids(prompt, completion, llm.tokenizer) for prompt in completion.prompt], bool(completion.echo)
-        params = completion.params(llm.info.defaults, MAX_TOP_LOGPROBS)
+        asked = read_body(CompletionBody, fields)
+        prompts, echo = [_token_ids(prompt, asked, llm.tokenizer) for prompt in asked.prompt], bool(asked.echo)
+        params = asked.params(llm.info.defaults, MAX_TOP_LOGPROBS)
+        if asked.picks or asked.only_prompt:
+            name = "best_of" if asked.picks else "max_tokens"
+            raise InvalidRequest(f"this `{name}` is not possible in a batch", name)
+    if asked.prompt_logprobs is not None:
+        raise InvalidRequest("`prompt_logprobs` is not possible in a batch", "prompt_logprobs")
+    prompts = [asked.truncated(token_ids, llm.info.max_input_tokens) for token_ids in prompts]
 
     def answer(outputs: list[RequestOutput]) -> Record:
         return _record(line, document, 200, _body(url, line, outputs, llm, echo, answer_format))
@@ -95,7 +102,7 @@ def _body(url: str, line: Line, outputs: Sequence[RequestOutput], llm: LLM, echo
         "choices": [
             _chat_choice(index, sample, llm.tokenizer, answer_format)
             if answer_format is not None
-            else _completion_choice(index, sample, llm.tokenizer, llm.tokenizer.decode(output.prompt_token_ids) if echo else "")
+            else _completion_choice(index, output, sample, llm.tokenizer, echo)
             for index, (output, sample) in enumerate(samples)
         ],
         "usage": {
@@ -134,19 +141,12 @@ def _chat_choice(index: int, sample: SampleOutput, tokenizer: Tokenizer, answer_
     }
 
 
-def _completion_choice(index: int, sample: SampleOutput, tokenizer: Tokenizer, echo: str) -> Record:
+def _completion_choice(index: int, output: RequestOutput, sample: SampleOutput, tokenizer: Tokenizer, echoes: bool) -> Record:
+    echo = tokenizer.decode(output.prompt_token_ids) if echoes else ""
     logprobs = None
     if sample.logprobs:
-        texts = [tokenizer.token_text(token_id) for token_id in sample.token_ids]
-        logprobs = {
-            "tokens": texts,
-            "token_logprobs": [max(entry.raw, LOWEST_LOGPROB) for entry in sample.logprobs],
-            "top_logprobs": [
-                {tokenizer.token_text(t): max(value, LOWEST_LOGPROB) for t, value in zip(entry.top_token_ids, entry.top_raw, strict=True)}
-                for entry in sample.logprobs
-            ],
-            "text_offset": [len(echo) + sum(map(len, texts[:place])) for place in range(len(texts))],
-        }
+        of_prompt = prompt_logprob_columns(output.prompt_token_ids, output.prompt_logprobs if echoes else None, tokenizer)
+        logprobs = whole_logprobs(of_prompt, logprob_columns(sample.token_ids, sample.logprobs, tokenizer, len(echo)))
     return {"index": index, "text": echo + sample.text, "logprobs": logprobs, "finish_reason": _reason(sample)}
 
 

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from jaxserve.batch.lines import Line
 from jaxserve.batch.task import Record, Task, read_body
 from jaxserve.errors import InvalidRequest
+from jaxserve.http.body import Unsupported
 from jaxserve.http.openai_messages import Message
 from jaxserve.http.openai_types import MAX_MESSAGES
 from jaxserve.http.sampling_fields import SamplingFields
@@ -36,6 +37,7 @@ class PromptLine(SamplingFields):
     prompt: Annotated[Any, BeforeValidator(_as_prompt)] = None
     messages: list[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
     logprobs: int | None = None
+    prompt_logprobs: Unsupported = None
 
 
 def parse_prompt_line(line: Line, document: Mapping[str, Any], llm: LLM, sampling: Mapping[str, Any]) -> Task:
@@ -55,6 +57,8 @@ def parse_prompt_line(line: Line, document: Mapping[str, Any], llm: LLM, samplin
     prompt = body.prompt
     if body.messages is not None:
         prompt = llm.tokenizer.apply_chat_template([message.as_template_value() for message in body.messages])[1]
+    if body.truncate_prompt_tokens is not None:
+        prompt = body.truncated(llm.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, llm.info.max_input_tokens)
     return Task(
         [prompt], params, lambda outputs: _answer(line, document, outputs[0]), lambda error: refuse_prompt_line(line, document, error)
     )

@@ -10,7 +10,8 @@ from typing import Any
 from jaxserve.errors import JaxserveError
 from jaxserve.http.answer import Answers, Sample, SampleToken
 from jaxserve.http.errors import error_event, failure_kind
-from jaxserve.http.openai_rendering import chat_logprobs, completion_logprobs, prompt_token_ids, token_ids, usage
+from jaxserve.http.logprobs import chat_logprobs, completion_logprobs, prompt_logprob_columns, whole_logprobs
+from jaxserve.http.openai_rendering import answer_of, token_ids, usage
 from jaxserve.http.sampling_fields import SamplingFields
 from jaxserve.http.service import Service
 from jaxserve.http.sse import DONE, compact, quoted
@@ -86,7 +87,7 @@ class ChatEvents:
 
     def _first_events(self, choice: int) -> list[str]:
         delta = '{"role":"assistant","content":""}'
-        ids = f',"prompt_token_ids":{compact(list(prompt_token_ids(self._answers, choice)))}' if self._tells_ids else ""
+        ids = f',"prompt_token_ids":{compact(list(answer_of(self._answers, choice).request.prompt_token_ids))}' if self._tells_ids else ""
         events = [
             f'{self._head},"choices":[{{"index":{choice},"delta":{delta},"logprobs":null,"finish_reason":null}}]{ids}{self._usage_now()}}}\n\n'
         ]
@@ -138,12 +139,21 @@ class CompletionEvents(ChatEvents):
     def _first_events(self, choice: int) -> list[str]:
         if not self._echoes[choice] and not self._tells_ids:
             return []
-        ids = f',"prompt_token_ids":{compact(list(prompt_token_ids(self._answers, choice)))},"token_ids":[]' if self._tells_ids else ""
-        closing = self._choice_closing("null", "null", ids, self._usage_now())
+        ids = (
+            f',"prompt_token_ids":{compact(list(answer_of(self._answers, choice).request.prompt_token_ids))},"token_ids":[]'
+            if self._tells_ids
+            else ""
+        )
+        answer = answer_of(self._answers, choice)
+        logprobs = "null"
+        if self._echoes[choice] and answer.request.params.logprobs is not None:
+            columns = prompt_logprob_columns(answer.request.prompt_token_ids, answer.prompt_logprobs, self._service.tokenizer, self._as_ids)
+            logprobs = compact(whole_logprobs(columns))
+        closing = self._choice_closing(logprobs, "null", ids, self._usage_now())
         return [self._head + self._choice_opening(choice) + quoted(self._echoes[choice]) + closing]
 
     def _logprobs(self, token: SampleToken) -> dict[str, Any]:
         choice = token.sample.choice
         offset = self._offsets[choice]
         self._offsets[choice] += len(token.text)
-        return completion_logprobs([token], self._service.tokenizer, offset, self._as_ids)
+        return whole_logprobs(completion_logprobs([token], self._service.tokenizer, offset, self._as_ids))

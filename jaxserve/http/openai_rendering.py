@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxserve.http import VERSION
-from jaxserve.http.answer import Answers, SampleResult, SampleToken
+from jaxserve.http.answer import Answer, Answers, SampleResult, SampleToken
+from jaxserve.http.logprobs import chat_logprobs, completion_logprobs, prompt_logprob_columns, vllm_prompt_logprobs, whole_logprobs
 from jaxserve.http.openai_types import ChatBody, CompletionBody
 from jaxserve.http.service import Service
 from jaxserve.http.turn import Message, ToolCall, Turn, plain_finish_reason
 from jaxserve.tokenizer import Tokenizer
 
-LOWEST_LOGPROB = -9999.0  # JSON has no -inf
 FINGERPRINT = f"jaxserve-{VERSION}"
 
 
@@ -40,41 +40,6 @@ def tool_call_body(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def chat_logprobs(tokens: Sequence[SampleToken], tokenizer: Tokenizer, as_ids: bool = False) -> dict[str, Any]:
-    """Log probabilities as chat completions tell them; `as_ids` is return_tokens_as_token_ids."""
-
-    def one(token_id: int, logprob: float) -> dict[str, Any]:
-        data = tokenizer.token_bytes(token_id)
-        text = _id_text(token_id) if as_ids else data.decode(errors="replace")
-        return {"token": text, "logprob": max(logprob, LOWEST_LOGPROB), "bytes": list(data)}
-
-    content = []
-    for token in tokens:
-        if (logprobs := token.logprobs) is not None:
-            top = [one(*pair) for pair in zip(logprobs.top_token_ids, logprobs.top_raw, strict=True)]
-            content.append({**one(token.token_id, logprobs.raw), "top_logprobs": top})
-    return {"content": content, "refusal": None}
-
-
-def completion_logprobs(tokens: Sequence[SampleToken], tokenizer: Tokenizer, offset: int = 0, as_ids: bool = False) -> dict[str, Any]:
-    """Log probabilities as completions tell them; `offset` is where the first token's text begins, `as_ids` as above."""
-    name = _id_text if as_ids else tokenizer.token_text
-    texts, values, tops, offsets = [], [], [], []
-    for token in tokens:
-        if (logprobs := token.logprobs) is not None:
-            texts.append(name(token.token_id))
-            values.append(max(logprobs.raw, LOWEST_LOGPROB))
-            top = zip(logprobs.top_token_ids, logprobs.top_raw, strict=True)
-            tops.append({name(token_id): max(value, LOWEST_LOGPROB) for token_id, value in top})
-            offsets.append(offset)
-            offset += len(token.text)
-    return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops if any(tops) else None, "text_offset": offsets}
-
-
-def _id_text(token_id: int) -> str:
-    return f"token_id:{token_id}"
-
-
 def token_ids(tokens: Sequence[SampleToken]) -> list[int]:
     """The ids of tokens; an end without a token has none."""
     return [token.token_id for token in tokens if token.token_id >= 0]
@@ -98,7 +63,10 @@ def chat_body(head: dict[str, Any], turn: Turn, messages: Sequence[Message], bod
         if body.return_token_ids:
             choice["token_ids"] = token_ids(message.tokens)
         choices.append(choice)
-    prompt = {"prompt_token_ids": turn.answers.answers[0].request.prompt_token_ids} if body.return_token_ids else {}
+    (answer,) = turn.answers.answers
+    prompt: dict[str, Any] = {"prompt_token_ids": answer.request.prompt_token_ids} if body.return_token_ids else {}
+    if body.prompt_logprobs is not None:
+        prompt["prompt_logprobs"] = vllm_prompt_logprobs(answer.request.prompt_token_ids, answer.prompt_logprobs, tokenizer)
     return {**head, "object": "chat.completion", "choices": choices, "usage": turn_usage(turn), **prompt}
 
 
@@ -118,25 +86,32 @@ def completion_body(
     """
     choices = []
     for index, result in enumerate(results):
-        echo = echoes[result.sample.choice]
+        echo, answer = echoes[result.sample.choice], answer_of(answers, result.sample.choice)
+        prompt = answer.request.prompt_token_ids
+        text, tokens = ("", []) if body.only_prompt else (result.text, result.tokens)
         told = None
         if body.logprobs is not None:
-            told = completion_logprobs(result.tokens, tokenizer, len(echo), bool(body.return_tokens_as_token_ids))
+            as_ids = bool(body.return_tokens_as_token_ids)
+            of_prompt = prompt_logprob_columns(prompt, answer.prompt_logprobs if body.echo else None, tokenizer, as_ids)
+            told = whole_logprobs(of_prompt, completion_logprobs(tokens, tokenizer, len(echo), as_ids))
         choice: dict[str, Any] = {
             "index": index,
-            "text": echo + result.text,
+            "text": echo + text,
             "logprobs": told,
             "finish_reason": plain_finish_reason(result.sample),
         }
         if body.return_token_ids:
-            choice |= {"token_ids": token_ids(result.tokens), "prompt_token_ids": prompt_token_ids(answers, result.sample.choice)}
+            choice |= {"token_ids": token_ids(tokens), "prompt_token_ids": prompt}
+        if body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = vllm_prompt_logprobs(prompt, answer.prompt_logprobs, tokenizer)
         choices.append(choice)
-    return {**head, "object": "text_completion", "choices": choices, "usage": usage(answers)}
+    told_usage = usage(answers, num_told=0 if body.only_prompt else None)
+    return {**head, "object": "text_completion", "choices": choices, "usage": told_usage}
 
 
-def prompt_token_ids(answers: Answers, choice: int) -> Sequence[int]:
-    """Of the prompt that a choice goes on with."""
-    return answers.answers[choice // answers.answers[0].request.params.n].request.prompt_token_ids
+def answer_of(answers: Answers, choice: int) -> Answer:
+    """The answer that a choice belongs to."""
+    return answers.answers[choice // answers.answers[0].request.params.n]
 
 
 def best(results: Sequence[SampleResult], best_of: int, n: int) -> list[SampleResult]:

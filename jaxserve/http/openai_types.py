@@ -158,13 +158,22 @@ class CompletionBody(SamplingFields):
         """Whether more samples are taken than told."""
         return self.best_of is not None and self.best_of != (self.n or 1)
 
+    @property
+    def only_prompt(self) -> bool:
+        """Whether nothing but the prompt is to be told: a token is sampled and dropped."""
+        return bool(self.echo) and self.max_tokens == 0
+
     def params(self, defaults: Mapping[str, float], most_logprobs: int) -> SamplingParams:
         """How to sample; raises InvalidRequest for fields that cannot go together."""
-        if self.echo and self.logprobs is not None:
-            raise InvalidRequest("`logprobs` of the prompt (`echo`) are not supported yet", "logprobs")
         logprobs = None if self.logprobs is None else check_logprobs("logprobs", self.logprobs, most_logprobs)
         wanted = DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+        if self.only_prompt:
+            if self.stream:
+                raise InvalidRequest("`max_tokens` of 0 cannot be streamed", "max_tokens")
+            wanted = 1
         params = self.sampling_params(defaults, wanted, logprobs)
+        if self.echo and self.prompt_logprobs is None:
+            params = replace(params, prompt_logprobs=logprobs)
         if not self.picks:
             return params
         best_of = self.best_of or 0

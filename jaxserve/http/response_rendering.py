@@ -7,7 +7,7 @@ from typing import Any
 from jaxserve.errors import JaxserveError
 from jaxserve.http.answer import SampleToken
 from jaxserve.http.errors import failure_kind, openai_error
-from jaxserve.http.openai_rendering import chat_logprobs
+from jaxserve.http.logprobs import chat_logprobs
 from jaxserve.http.response_items import Event, ResponseItems
 from jaxserve.http.responses_types import ResponsesBody
 from jaxserve.http.service import Service

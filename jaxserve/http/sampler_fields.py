@@ -78,18 +78,23 @@ class SamplerFields(Body):
     # Those that nothing here implements yet.
     allowed_token_ids: Unsupported = None
     bad_words: Unsupported = None
-    prompt_logprobs: Unsupported = None
     use_beam_search: Unsupported = None
     logits_processors: Unsupported = None
 
     def sampler_params(
-        self, defaults: Mapping[str, float], max_tokens: int | None, logprobs: int | None, grammar: Grammar | None = None, n: int = 1
+        self,
+        defaults: Mapping[str, float],
+        max_tokens: int | None,
+        logprobs: int | None,
+        grammar: Grammar | None = None,
+        n: int = 1,
+        prompt_logprobs: int | None = None,
     ) -> SamplingParams:
         """What is asked for; not yet validated.
 
         Args:
             defaults: of the model's generation_config.json, for absent fields.
-            max_tokens, logprobs, grammar, n: they differ between the APIs.
+            max_tokens, logprobs, grammar, n, prompt_logprobs: they differ between the APIs.
         """
         values: dict[str, Any] = model_defaults(defaults)
         values |= {name: value for name in _PLAIN if (value := getattr(self, name)) is not None}
@@ -97,7 +102,14 @@ class SamplerFields(Body):
             values["top_k"] = 0 if self.top_k == -1 else self.top_k
         stop, stop_token_ids = tuple(self.stop), tuple(self.stop_token_ids or ())
         return SamplingParams(
-            **values, n=n, stop=stop, stop_token_ids=stop_token_ids, max_tokens=max_tokens, logprobs=logprobs, grammar=grammar
+            **values,
+            n=n,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            grammar=grammar,
         )
 
 

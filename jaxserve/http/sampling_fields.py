@@ -29,6 +29,7 @@ class SamplingFields(GrammarFields):
     truncate_prompt_tokens: int | None = Field(
         None, ge=-1, description="Keep this many tokens of the prompt's end; -1: as many as are allowed."
     )
+    prompt_logprobs: int | None = Field(None, description="Tell the log probabilities of the prompt, and so many tokens beside each.")
     return_token_ids: bool | None = Field(None, description="Tell the token ids of prompt and output too.")
     return_tokens_as_token_ids: bool | None = Field(None, description='Tokens in logprobs are "token_id:ID".')
 
@@ -43,7 +44,9 @@ class SamplingFields(GrammarFields):
         return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     def check_stream_options(self) -> None:
-        """Raise InvalidRequest for stream options without a stream."""
+        """Raise InvalidRequest for stream options without a stream, and for what cannot be streamed."""
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequest("`prompt_logprobs` cannot be streamed", "prompt_logprobs")
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("`stream_options` is only allowed with `stream`", "stream_options")
 
@@ -55,7 +58,7 @@ class SamplingFields(GrammarFields):
             max_tokens, logprobs: they differ between chat and completions.
         """
         n = 1 if self.n is None else self.n
-        return self.sampler_params(defaults, max_tokens, logprobs, self.grammar(), n)
+        return self.sampler_params(defaults, max_tokens, logprobs, self.grammar(), n, self.prompt_logprobs)
 
     def truncated(self, token_ids: list[int], most: int) -> list[int]:
         """The end of a prompt, as `truncate_prompt_tokens` asks for it.

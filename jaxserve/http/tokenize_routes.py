@@ -1,13 +1,16 @@
-"""TGI's routes that tokenize: /tokenize and /chat_tokenize."""
+"""Routes that tokenize: /tokenize, TGI's and vLLM's, and TGI's /chat_tokenize."""
 
 from collections import deque
 from collections.abc import Iterator
 from itertools import islice
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+from pydantic import Discriminator, Tag
 
 from jaxserve.errors import InvalidRequest
-from jaxserve.http.body import json_route
+from jaxserve.http.body import Body, json_route
 from jaxserve.http.openai_types import ChatBody
 from jaxserve.http.service import Service
 from jaxserve.http.sse import compact, quoted
@@ -18,19 +21,60 @@ from jaxserve.tokenizer import Tokenizer
 _TOKENS_AT_ONCE = 1024
 
 
+class VllmPromptBody(Body):
+    """POST /tokenize as vLLM has it, of a text."""
+
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class VllmMessagesBody(ChatBody):
+    """POST /tokenize as vLLM has it, of a conversation."""
+
+    return_token_strs: bool | None = None
+
+
+def _kind(body: Any) -> str:
+    names = body if isinstance(body, dict) else ()
+    return "TGI" if "inputs" in names or not ("prompt" in names or "messages" in names) else "PROMPT" if "prompt" in names else "MESSAGES"
+
+
+TokenizeBody = Annotated[
+    Annotated[GenerateBody, Tag("TGI")] | Annotated[VllmPromptBody, Tag("PROMPT")] | Annotated[VllmMessagesBody, Tag("MESSAGES")],
+    Discriminator(_kind),
+]
+
+
 def tokenize_routes(service: Service) -> APIRouter:
     """Routes that tell the tokens of a text, with the bytes that each covers."""
     router = APIRouter(route_class=json_route(service.options.payload_limit), tags=["TGI"])
 
     @router.post("/tokenize", **whole(list[SimpleToken]))
-    async def tokenize(body: GenerateBody) -> Response:
-        """The tokens of a text."""
+    async def tokenize(body: TokenizeBody) -> Response:
+        """The tokens of a text: with `inputs` as TGI tells them, with `prompt` or `messages` as vLLM does."""
+        if not isinstance(body, GenerateBody):
+            return await vllm_tokenize(body)
         if not body.inputs:
             raise InvalidRequest("`inputs` cannot be empty", "inputs")
         truncate = body.given.truncate
         check_truncate(truncate, service.info)
         told = await service.in_thread(_spans, service.tokenizer, body.inputs, True, truncate, size=len(body.inputs))
         return Response(told, media_type="application/json")
+
+    async def vllm_tokenize(body: VllmPromptBody | VllmMessagesBody) -> Response:
+        service.check_model(body.model)
+        if isinstance(body, VllmPromptBody):
+            token_ids = await service.encode(body.prompt, body.add_special_tokens is not False, limited=False)
+        else:
+            conversation = body.conversation(service.info.defaults, service.options.max_top_n_tokens)
+            text, token_ids = await service.render(conversation, limited=False)
+            if body.add_special_tokens:
+                token_ids = await service.encode(text, limited=False)
+        texts = [service.tokenizer.token_text(token_id) for token_id in token_ids] if body.return_token_strs else None
+        told = {"count": len(token_ids), "max_model_len": service.info.max_total_tokens, "tokens": token_ids, "token_strs": texts}
+        return JSONResponse(told)
 
     @router.post("/chat_tokenize", **whole(ChatTokenizeResponse))
     async def chat_tokenize(body: ChatBody) -> Response:

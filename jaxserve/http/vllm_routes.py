@@ -1,4 +1,6 @@
-"""Routes that vLLM's users know: /detokenize and /version."""
+"""Routes that vLLM's users know: /detokenize, /tokenizer_info and /version; its /tokenize is in tokenize_routes.py."""
+
+from typing import Any
 
 from fastapi import APIRouter
 from pydantic import Field
@@ -40,6 +42,13 @@ def vllm_routes(service: Service) -> APIRouter:
             raise InvalidRequest(f"`tokens` must be >= 0 and < {service.info.vocab_size}", "tokens")
         text = await service.in_thread(service.tokenizer.decode, body.tokens, False, size=len(body.tokens))
         return Detokenized(prompt=text)
+
+    @router.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        """What a client must know to prepare prompts itself."""
+        tokenizer = service.tokenizer
+        ends = {name: None if token_id is None else tokenizer.token_text(token_id) for name, token_id in tokenizer.end_tokens().items()}
+        return {**ends, "vocab_size": service.info.vocab_size, "chat_template": tokenizer.chat_template()}
 
     @router.get("/version")
     async def version() -> Version:

@@ -95,6 +95,10 @@ class Tokenizer:
             template = (template.get("tool_use") if with_tools else None) or template.get("default") or next(iter(template.values()), "")
         return template or ""
 
+    def end_tokens(self) -> dict[str, int | None]:
+        """The ids of the tokens that begin and end a text, by transformers' names."""
+        return {"bos_token": self.bos_token_id, "eos_token": self.eos_token_id}
+
     def special_token_id(self, text: str) -> int | None:
         """The id of a special token; None where the text is none."""
         token_id = self._backend.token_to_id(text) if self._backend is not None else self._inner.get_vocab().get(text)
