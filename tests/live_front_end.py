@@ -31,7 +31,7 @@ class LiveFrontEnd:
 
     def __init__(self, tokenizer: Path, server: dict[str, Any] | None = None, engine: Any = None):
         is_engine = engine is not None and not isinstance(engine, dict)
-        self.engine = engine if is_engine else EngineDouble(str(tokenizer), **{"vocab_size": 320, **(engine or {})})
+        self.engine: Any = engine if is_engine else EngineDouble(str(tokenizer), **{"vocab_size": 320, **(engine or {})})
         self._folder = tempfile.TemporaryDirectory()
         path = Path(self._folder.name) / "engine.sock"
         self._socket = listen("127.0.0.1", 0, 1)[0]
