@@ -5,6 +5,7 @@ import json
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxserve.config import EngineOptions, ModelOptions
 from jaxserve.engine.build import join
@@ -82,7 +83,7 @@ class TinyRunner:
 
 
 @functools.cache
-def tiny_runner(folder: Path, **options: int) -> TinyRunner:
+def tiny_runner(folder: Path, **options: Any) -> TinyRunner:
     """The runner of a checkpoint and mesh, compiled once a session."""
     return TinyRunner(folder, **options)
 

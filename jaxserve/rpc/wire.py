@@ -236,5 +236,5 @@ def stats_message(stats: EngineStats) -> pb.EngineStats:
 
 def stats_from(message: pb.EngineStats) -> EngineStats:
     """The counters of a message."""
-    values = {field.name: getattr(message, field.name) for field in fields(EngineStats)}
+    values: dict[str, Any] = {field.name: getattr(message, field.name) for field in fields(EngineStats)}
     return EngineStats(**values | {name: tuple(value) for name, value in values.items() if name.endswith("_counts")})
