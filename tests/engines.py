@@ -79,7 +79,9 @@ class TinyRunner:
         options_ = EngineOptions(**options)  # pyright: ignore[reportArgumentType]
         if not self._masked:
             return join(self.runner, self.config, options_, info)
-        return join(self.runner, self.config, options_, info, GrammarCompiler(read_tokens(self.tokenizer, info.vocab_size, eos_token_ids)))
+        return join(
+            self.runner, self.config, options_, info, GrammarCompiler(read_tokens(self.tokenizer.pipeline, info.vocab_size, eos_token_ids))
+        )
 
 
 @functools.cache

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     # host half
     "scheduler": PLAIN | {"step"},
     "tokenizer": {"errors", "request", "gguf_header"},
-    "structured": {"errors", "grammar", "tokenizer"},
+    "structured": {"errors", "grammar"},
     "metrics": {"errors", "request"},
     "rpc": {"errors", "request", "grammar", "engine"},
     "chat_output": {"grammar"},

@@ -1,17 +1,20 @@
 """Grammars to matchers to masks, without a model: what is allowed, what is refused, and that no grammar hurts the process."""
 
+import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from small_tokenizers import byte_level, fast, gemma_like, sentencepiece, word_pieces
+from tiny_models import write_tokenizer
 
 from jaxserve.errors import InvalidRequest, StartupError
 from jaxserve.grammar import Grammar
 from jaxserve.structured import GrammarCompiler, MaskFiller, Matcher, examiner, read_tokens
 from jaxserve.structured import compiler as compiler_module
-from jaxserve.tokenizer import Tokenizer
+from jaxserve.tokenizer import Tokenizer, load_pipeline, load_tokenizer
 
 TOKENIZER = Tokenizer(fast(byte_level()))
 VOCAB_SIZE = TOKENIZER.vocab_size + 45  # models pad their vocabulary
@@ -21,7 +24,7 @@ EOS, END_OF_TURN = 2, 4
 @pytest.fixture(scope="module")
 def compiler() -> Any:
     examiner.CPU_SECONDS, before = 1, examiner.CPU_SECONDS
-    made = GrammarCompiler(read_tokens(TOKENIZER, VOCAB_SIZE, [EOS, END_OF_TURN]))
+    made = GrammarCompiler(read_tokens(TOKENIZER.pipeline, VOCAB_SIZE, [EOS, END_OF_TURN]))
     yield made
     made.close()
     examiner.CPU_SECONDS = before
@@ -101,14 +104,14 @@ def test_every_kind_means_what_it_says(
 @pytest.mark.parametrize("backend", [byte_level(), sentencepiece(), gemma_like()], ids=["byte-level", "sentencepiece", "gemma"])
 def test_tokens_are_the_bytes_that_the_detokenizer_shows(backend: Any):
     tokenizer = Tokenizer(fast(backend))
-    tokens = read_tokens(tokenizer, tokenizer.vocab_size, [EOS])
+    tokens = read_tokens(tokenizer.pipeline, tokenizer.vocab_size, [EOS])
     ids = [t for t in range(tokenizer.vocab_size) if tokenizer.token_bytes(t) != b"\xff"]  # in no UTF-8
     assert [tokens.decode_bytes([t]) for t in ids] == [tokenizer.token_bytes(t) for t in ids]
 
 
 def test_a_tokenizer_without_bytes_is_refused():
     with pytest.raises(StartupError, match="tokens of bytes"):
-        read_tokens(Tokenizer(fast(word_pieces())), 300, [EOS])
+        read_tokens(word_pieces(), 300, [EOS])
 
 
 @pytest.mark.parametrize(
@@ -181,7 +184,7 @@ def test_a_matcher_that_explodes_later_tells_it(compiler: GrammarCompiler, fille
 
 
 def test_a_grammar_is_compiled_once_and_forgotten_when_there_are_many(monkeypatch: pytest.MonkeyPatch):
-    compiler = GrammarCompiler(read_tokens(TOKENIZER, VOCAB_SIZE, [EOS]))
+    compiler = GrammarCompiler(read_tokens(TOKENIZER.pipeline, VOCAB_SIZE, [EOS]))
     first = compiler.compile(Grammar.regex("a", "one"))
     assert compiler.compile(Grammar.regex("a", "other")) is first
     monkeypatch.setattr(compiler_module, "MAX_CACHED", 2)
@@ -202,3 +205,19 @@ def test_a_special_token_of_the_model_can_be_a_trigger(compiler: GrammarCompiler
     assert think in allowed(filler, matcher)
     matcher.consume([think])
     assert {TOKENIZER.token_bytes(t) for t in allowed(filler, matcher)} == {b"{"}
+
+
+def test_a_folders_pipeline_is_the_tokenizers(tmp_path: Path):
+    """Loaded without transformers where the files suffice, with it where a token is in its settings alone."""
+    write_tokenizer(tmp_path)
+    plain = load_pipeline(tmp_path)
+    assert plain is not None and plain.get_vocab() == (load_tokenizer(tmp_path).pipeline or plain).get_vocab()
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    added = {"content": "<|new|>", "special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+    settings["added_tokens_decoder"] = {str(plain.get_vocab_size()): added}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    more = load_pipeline(tmp_path)
+    assert more is not None and more.token_to_id("<|new|>") == plain.get_vocab_size()
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(StartupError, match="cannot load the tokenizer"):
+        load_pipeline(tmp_path)

@@ -17,7 +17,7 @@ from jaxserve.request import EngineInfo
 from jaxserve.runner import ModelRunner, RunnerConfig, make_mesh
 from jaxserve.scheduler import KVGroupPages, Scheduler, SchedulerConfig
 from jaxserve.structured import GrammarCompiler, read_tokens
-from jaxserve.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.tokenizer import Tokenizer, load_pipeline
 from jaxserve.weights import ModelSource, resolve_model
 from jaxserve.weights.demo import cache_folder
 from jaxserve.weights.loader import load_model, read_config, resolve_dtype
@@ -115,8 +115,8 @@ def _grammar_compiler(source: ModelSource, model: Model, options: EngineOptions,
     if options.disable_grammar_support:
         return "the server was started with --disable-grammar-support"
     try:
-        tokenizer = tokenizer or load_tokenizer(source.path)
-        return GrammarCompiler(read_tokens(tokenizer, model.config.vocab_size, model.config.eos_token_ids))
+        pipeline = load_pipeline(source.path) if tokenizer is None else tokenizer.pipeline
+        return GrammarCompiler(read_tokens(pipeline, model.config.vocab_size, model.config.eos_token_ids))
     except StartupError as error:
         return str(error)
 

@@ -147,7 +147,8 @@ class Constraints:
         if not banned:
             return []
         for token in banned:
-            mask[token >> 5] &= ~np.uint32(1 << (token & 31))
+            if token >> 5 < len(mask):  # the end of a model without an end-of-sequence token is beyond its vocabulary
+                mask[token >> 5] &= ~np.uint32(1 << (token & 31))
         if mask.any():
             return []
         self.forget(sample.request.request_id, sample.index)

@@ -72,6 +72,14 @@ def load_gguf_tokenizer(path: Path) -> Any:
     )
 
 
+def load_gguf_pipeline(path: Path) -> Tokenizer:
+    """The `tokenizers` pipeline of a file. Raises as load_gguf_tokenizer."""
+    try:
+        return build_gguf_tokenizer(read_gguf_header(path).metadata)
+    except (KeyError, IndexError) as error:
+        raise StartupError(f"{path} has no usable tokenizer: {error.args[0]}") from error
+
+
 def build_gguf_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
     """The `tokenizers` pipeline that a file's metadata describes.
 

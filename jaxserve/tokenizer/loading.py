@@ -5,8 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+
 from jaxserve.errors import ModelNotFound, StartupError
-from jaxserve.tokenizer.gguf import load_gguf_tokenizer
+from jaxserve.tokenizer.gguf import load_gguf_pipeline, load_gguf_tokenizer
 from jaxserve.tokenizer.tokenizer import Tokenizer
 
 
@@ -31,6 +33,31 @@ def load_tokenizer(path: Path, tokenizer_config_path: str | None = None) -> Toke
     if tokenizer_config_path is not None:
         inner.chat_template = _read_chat_template(Path(tokenizer_config_path))
     return Tokenizer(inner)
+
+
+def load_pipeline(path: Path) -> tokenizers.Tokenizer | None:
+    """Load what does a tokenizer's work, without transformers where its files suffice: importing that takes seconds of the GIL.
+
+    Args:
+        path: as for load_tokenizer.
+
+    Returns:
+        None where the tokenizer is of another kind.
+
+    Raises:
+        StartupError: as load_tokenizer.
+    """
+    if path.is_file():
+        return load_gguf_pipeline(path)
+    try:
+        pipeline = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        settings = json.loads((path / "tokenizer_config.json").read_text())
+        added = {entry["content"] for entry in settings.get("added_tokens_decoder", {}).values()}
+        if added <= pipeline.get_vocab(with_added_tokens=True).keys():
+            return pipeline
+    except Exception:  # whatever is missing or odd there, transformers may know what to do, or says what is wrong
+        pass
+    return load_tokenizer(path).pipeline
 
 
 def _load_folder(path: Path) -> Any:

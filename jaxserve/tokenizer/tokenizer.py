@@ -12,6 +12,7 @@ from jaxserve.tokenizer.token_bound import token_bound
 from jaxserve.tokenizer.vocabulary import read_vocabulary
 
 if TYPE_CHECKING:  # importing it takes seconds
+    import tokenizers
     from transformers import PreTrainedTokenizerBase
 
 MAX_RENDERED_CHARACTERS = 64 * 2**20
@@ -104,9 +105,10 @@ class Tokenizer:
         token_id = self._backend.token_to_id(text) if self._backend is not None else self._inner.get_vocab().get(text)
         return token_id if token_id in self._special_ids else None
 
-    def as_json(self) -> str | None:
-        """The pipeline of the library `tokenizers` as its JSON; None where the tokenizer is of another kind."""
-        return self._backend.to_str() if self._backend is not None else None
+    @property
+    def pipeline(self) -> "tokenizers.Tokenizer | None":
+        """What does the work, of the library `tokenizers`; None where the tokenizer is of another kind."""
+        return self._backend
 
     def least_tokens(self, text: str) -> int:
         """A number of tokens that the text has at least, told without tokenizing it; 0 where nothing is sure."""
