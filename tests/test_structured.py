@@ -109,6 +109,15 @@ def test_tokens_are_the_bytes_that_the_detokenizer_shows(backend: Any):
     assert [tokens.decode_bytes([t]) for t in ids] == [tokenizer.token_bytes(t) for t in ids]
 
 
+def test_ends_that_the_tokenizer_lacks_are_left_out():
+    pipeline = byte_level()
+    size = pipeline.get_vocab_size()
+    assert list(read_tokens(pipeline, size + 9, [EOS, size + 3]).eos_tokens) == [EOS]
+    (stand_in,) = read_tokens(pipeline, size + 9, []).eos_tokens
+    assert TOKENIZER.is_special(stand_in)
+    assert read_tokens(pipeline, 100, [EOS]).vocab_size == size
+
+
 def test_a_tokenizer_without_bytes_is_refused():
     with pytest.raises(StartupError, match="tokens of bytes"):
         read_tokens(word_pieces(), 300, [EOS])

@@ -147,7 +147,7 @@ class Constraints:
         if not banned:
             return []
         for token in banned:
-            if token >> 5 < len(mask):  # the end of a model without an end-of-sequence token is beyond its vocabulary
+            if token >> 5 < len(mask):  # a tokenizer may have more tokens than its model
                 mask[token >> 5] &= ~np.uint32(1 << (token & 31))
         if mask.any():
             return []

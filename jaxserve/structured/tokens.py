@@ -26,10 +26,11 @@ def read_tokens(pipeline: tokenizers.Tokenizer | None, vocab_size: int, eos_toke
 
     if pipeline is None:
         raise StartupError("the model's tokenizer is not one of the library `tokenizers`")
-    size = max(vocab_size, pipeline.get_vocab_size(with_added_tokens=True), *(end + 1 for end in eos_token_ids))
-    # The end of a model without an end-of-sequence token is a token that nobody has.
-    ends = list(eos_token_ids) or [size]
+    size = pipeline.get_vocab_size(with_added_tokens=True)
+    # For a model without an end-of-sequence token some token must stand for the end, best one that no text has; it is never sampled.
+    special = sorted(token_id for token_id, token in pipeline.get_added_tokens_decoder().items() if token.special)
+    ends = [token_id for token_id in eos_token_ids if token_id < size] or special[:1] or [0]
     try:
-        return LLTokenizer(pipeline.to_str(), n_vocab=max(size, *(end + 1 for end in ends)), eos_token=ends)
+        return LLTokenizer(pipeline.to_str(), n_vocab=max(vocab_size, size), eos_token=ends)
     except ValueError as error:
         raise StartupError(f"the model's tokenizer cannot be read as tokens of bytes: {error}") from error
