@@ -74,5 +74,6 @@ def test_a_cpu_keeps_half_of_what_is_available(monkeypatch: pytest.MonkeyPatch):
     assert kv_cache_bytes(make_mesh(1), 10**9, 0) == 500
     assert kv_cache_bytes(make_mesh(2), 10**9, 0) == 250
     assert kv_cache_bytes(make_mesh(1), 100, 0) == 100
+    assert kv_cache_bytes(make_mesh(2), 10**9, 100) == 200
     with pytest.raises(DeviceError, match="no memory"):
-        kv_cache_bytes(make_mesh(1), None, 500)
+        kv_cache_bytes(make_mesh(1), None, 1000)

@@ -1,6 +1,7 @@
 """ModelRunner on a tiny checkpoint: tokens are those of a plain forward pass, however the work is cut into steps."""
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from jaxserve.config import ModelOptions
 from jaxserve.errors import DeviceError
 from jaxserve.models import Model
 from jaxserve.request import Request, SamplingParams
-from jaxserve.runner import ModelRunner, RunnerConfig, make_mesh, memory
+from jaxserve.runner import ModelRunner, Preparation, RunnerConfig, make_mesh, memory
+from jaxserve.runner.state import abstract_state
 from jaxserve.step import StepResult
 from jaxserve.weights import ModelSource
 from jaxserve.weights.loader import load_model
@@ -243,6 +245,8 @@ def test_a_mesh_larger_than_the_devices_is_one_line():
 
 def test_the_cache_takes_what_the_rest_of_the_state_leaves(model: Model, monkeypatch: pytest.MonkeyPatch):
     left = 12 * 2**20
-    monkeypatch.setattr(memory, "_bytes_left", lambda device, num_sharing: left)
-    runner = ModelRunner(model, make_mesh(1), RunnerConfig(64, 64, PAGE_SIZE))
-    assert left / 2 < sum(x.nbytes for x in jax.tree.leaves(runner._state)) <= left
+    monkeypatch.setattr(memory, "_bytes_left", lambda device, num_sharing, weights_to_come: left)
+    with closing(Preparation(model.architecture, model.leaves[0].dtype, make_mesh(1), RunnerConfig(64, 64, PAGE_SIZE))) as prepared:
+        hidden = jax.ShapeDtypeStruct((64, model.config.hidden_size), model.leaves[0].dtype)
+        state = abstract_state(prepared.plan(), 64, model.config.vocab_size, hidden, make_mesh(1))
+    assert left / 2 < sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) <= left

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,15 +14,15 @@ from jaxserve.engine.constraints import Constraints
 from jaxserve.engine.decode_gap import DecodeGap
 from jaxserve.engine.engine import Engine
 from jaxserve.errors import StartupError
-from jaxserve.models import Model, check_attention
+from jaxserve.models import Model, ModelConfig, check_attention
 from jaxserve.request import EngineInfo
-from jaxserve.runner import ModelRunner, RunnerConfig, make_mesh
+from jaxserve.runner import ModelRunner, Preparation, RunnerConfig, make_mesh
 from jaxserve.scheduler import KVGroupPages, Scheduler, SchedulerConfig
 from jaxserve.structured import GrammarCompiler, read_tokens
 from jaxserve.tokenizer import Tokenizer, load_pipeline
 from jaxserve.weights import ModelSource, resolve_model
 from jaxserve.weights.demo import cache_folder
-from jaxserve.weights.loader import load_model, read_config, resolve_dtype
+from jaxserve.weights.loader import open_model, read_config, resolve_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -47,16 +49,24 @@ def build_engine(
     limit_gpu_memory(engine_options)
     mesh = make_mesh(engine_options.tensor_size, replica)
     platform = mesh.devices.flat[0].platform
+    logger.info("devices: %d x %s", mesh.size, mesh.devices.flat[0].device_kind)
     attention = engine_options.attention
     if attention != "auto":  # before the weights, which take long
         shape = read_config(source)
         dtype = resolve_dtype(model_options.dtype, shape, platform)
         check_attention(shape, attention, dtype, engine_options.page_size, engine_options.tensor_size)
-    model = load_model(source, model_options, mesh, attention=attention)
+    opened = open_model(source, model_options, mesh, attention=attention)
     config = RunnerConfig.from_options(engine_options, platform, str(compilation_cache(engine_options)))
-    with ThreadPoolExecutor(1, "grammars") as thread:
-        compiler = thread.submit(_grammar_compiler, source, model, engine_options, tokenizer)
-        runner = ModelRunner(model, mesh, config)
+    nbytes = opened.nbytes(engine_options.tensor_size)
+    with (
+        closing(Preparation(opened.architecture, opened.dtype, mesh, config, weights_to_come=nbytes)) as preparation,
+        ThreadPoolExecutor(1, "grammars") as thread,
+    ):
+        compiler = thread.submit(_grammar_compiler, source, opened.architecture.config, engine_options, tokenizer)
+        begin = time.monotonic()
+        model = opened.load(mesh)
+        logger.info("%.1f GiB of weights after %.1f s", model.nbytes / 2**30, time.monotonic() - begin)
+        runner = ModelRunner(model, mesh, config, preparation)
         runner.warmup()
     info = _info(source, engine_options, model, runner, mesh.devices.flat[0].device_kind)
     return join(runner, config, engine_options, info, compiler.result())
@@ -110,13 +120,15 @@ def build_async_engine(model_options: ModelOptions, engine_options: EngineOption
     return AsyncEngine(build_engine(model_options, engine_options, replica), engine_options.max_concurrent_requests)
 
 
-def _grammar_compiler(source: ModelSource, model: Model, options: EngineOptions, tokenizer: Tokenizer | None) -> GrammarCompiler | str:
+def _grammar_compiler(
+    source: ModelSource, model: ModelConfig, options: EngineOptions, tokenizer: Tokenizer | None
+) -> GrammarCompiler | str:
     """A compiler for the model's vocabulary, or why there can be none."""
     if options.disable_grammar_support:
         return "the server was started with --disable-grammar-support"
     try:
         pipeline = load_pipeline(source.path) if tokenizer is None else tokenizer.pipeline
-        return GrammarCompiler(read_tokens(pipeline, model.config.vocab_size, model.config.eos_token_ids))
+        return GrammarCompiler(read_tokens(pipeline, model.vocab_size, model.eos_token_ids))
     except StartupError as error:
         return str(error)
 

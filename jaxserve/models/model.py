@@ -22,11 +22,13 @@ class Architecture:
     """A decoder without its arrays.
 
     Attributes:
+        attention: which kernels compute it, as `Decoder` takes it.
         parameters: declarations in the order of the flat arrays, their sources named as in the checkpoint.
         graphdef, treedef: rebuild the decoder from them.
     """
 
     config: ModelConfig
+    attention: str
     parameters: tuple[Parameter, ...]
     graphdef: nnx.GraphDef[Decoder]
     treedef: Any
@@ -38,7 +40,7 @@ class Architecture:
         declarations, treedef = jax.tree.flatten(state)
         prefixes = [layer_prefix(path) for path, _ in nnx.to_flat_state(state)]
         parameters = (_prefixed(parameter, prefix) for parameter, prefix in zip(declarations, prefixes, strict=True))
-        return cls(config, tuple(parameters), graphdef, treedef)
+        return cls(config, attention, tuple(parameters), graphdef, treedef)
 
     @property
     def specs(self) -> tuple[PartitionSpec, ...]:

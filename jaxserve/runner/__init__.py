@@ -3,3 +3,4 @@
 from jaxserve.runner.config import RunnerConfig as RunnerConfig
 from jaxserve.runner.mesh import make_mesh as make_mesh
 from jaxserve.runner.model_runner import ModelRunner as ModelRunner
+from jaxserve.runner.preparation import Preparation as Preparation

@@ -1,13 +1,7 @@
-"""Compiling ahead of time, and counting what is compiled later than that."""
-
-from collections.abc import Hashable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+"""XLA's persistent cache, and counting what is compiled after the start."""
 
 import jax
 from jax import monitoring
-from jax.stages import Compiled
-
-from jaxserve.runner.programs import Program
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -17,17 +11,6 @@ def use_compilation_cache(folder: str) -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def compile_programs[Key: Hashable](programs: Mapping[Key, Program], num_threads: int) -> dict[Key, Compiled]:
-    """Trace one by one, which holds the GIL, and compile in threads, which does not.
-
-    Returns:
-        under the same keys the compiled programs, to be called with arrays of the declared shapes.
-    """
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="compile") as pool:
-        futures = {key: pool.submit(program.function.lower(*program.arguments).compile) for key, program in programs.items()}
-        return {key: future.result() for key, future in futures.items()}
 
 
 class CompileEvents:

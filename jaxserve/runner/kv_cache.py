@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.errors import DeviceError
 from jaxserve.models import KVGroup, ModelConfig
@@ -49,7 +49,7 @@ class KVCachePlan:
         page = 2 * self.page_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
         return sum(page * self.num_pages[group] for group in self.group_of_layer)
 
-    def abstract(self, mesh: Mesh) -> tuple[LayerKV, ...]:
+    def abstract(self, mesh: Mesh | AbstractMesh) -> tuple[LayerKV, ...]:
         """Shapes and shardings of the arrays, one LayerKV a layer."""
         sharding = NamedSharding(mesh, KV_SPEC)
 

@@ -11,26 +11,30 @@ from jaxserve.errors import DeviceError
 GPU_MARGIN = 512 * 2**20
 
 
-def kv_cache_bytes(mesh: Mesh, wanted: int | None, temporaries: int) -> int:
-    """Memory for the KV cache on each device of a mesh whose weights are loaded.
+# A few bytes more or less in use must not change the size of the cache, and with it every program.
+_STEP = 4 * 2**20
+
+
+def kv_cache_bytes(mesh: Mesh, wanted: int | None, weights_to_come: int) -> int:
+    """Memory for the KV cache, and the temporaries beside it, on each device of a mesh.
 
     Args:
         mesh: the devices.
-        wanted: the user's budget; None: all that is left.
-        temporaries: bytes that the largest program needs while it runs.
+        wanted: the user's budget; None: all that is left, rounded down.
+        weights_to_come: bytes that will be loaded on each device.
 
     Raises:
         DeviceError: nothing is left.
     """
-    left = min(_bytes_left(device, mesh.size) - temporaries for device in mesh.local_devices)
+    left = min(_bytes_left(device, mesh.size, weights_to_come) for device in mesh.local_devices)
     if left <= 0:
-        raise DeviceError("no memory is left for the KV cache after the weights and the largest program's temporaries")
-    return left if wanted is None else min(wanted, left)
+        raise DeviceError("no memory is left for the KV cache beside the weights")
+    return left // _STEP * _STEP if wanted is None else min(wanted, left)
 
 
-def _bytes_left(device: Any, num_sharing: int) -> int:
+def _bytes_left(device: Any, num_sharing: int, weights_to_come: int) -> int:
     stats = device.memory_stats()
     if stats is not None and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"] - GPU_MARGIN
+        return stats["bytes_limit"] - stats["bytes_in_use"] - GPU_MARGIN - weights_to_come
     # The host's memory is not jaxserve's alone: half of what is available.
-    return psutil.virtual_memory().available // 2 // num_sharing
+    return (psutil.virtual_memory().available // num_sharing - weights_to_come) // 2

@@ -1,46 +1,32 @@
 """ModelRunner: the device half of the engine. Takes batches, gives back steps to collect."""
 
-import itertools
 import logging
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Compiled
 
 from jaxserve.models import Model
 from jaxserve.runner.batch import Batch, BatchLayout, BatchPacker
 from jaxserve.runner.buckets import Bucket, Buckets
-from jaxserve.runner.compile import Compiled, CompileEvents, compile_programs, use_compilation_cache
+from jaxserve.runner.compile import CompileEvents
 from jaxserve.runner.config import RunnerConfig
-from jaxserve.runner.kv_cache import KVCachePlan, plan_kv_cache
-from jaxserve.runner.memory import kv_cache_bytes
-from jaxserve.runner.programs import PAGE_COPIES, PAGE_ENTRIES, Program, Programs, mask_words
+from jaxserve.runner.preparation import Preparation
+from jaxserve.runner.programs import PAGE_COPIES, PAGE_ENTRIES, ProgramKey, SamplerForm, logprob_forms, mask_words, num_scored_a_call
 from jaxserve.runner.prompt_scores import pack_scored, unpack_scored
 from jaxserve.runner.sampler import unpack_sampled
 from jaxserve.runner.sampling_rows import neutral_columns
 from jaxserve.runner.sampling_state import needs_slot_load, slot_loads
-from jaxserve.runner.state import abstract_state, allocate_state
+from jaxserve.runner.state import allocate_state
 from jaxserve.step import StepResult
 
 logger = logging.getLogger(__name__)
 
 MAX_STEPS_IN_FLIGHT = 2
-
-
-class SamplerForm(NamedTuple):
-    """Which sampler: rows of the logits, whether rows have token masks, whether any wants log probabilities."""
-
-    num_rows: int
-    masked: bool
-    logprobs: bool
-
-
-ProgramKey = tuple[str, Bucket | SamplerForm | None]
 
 
 @dataclass(slots=True, eq=False)
@@ -77,32 +63,28 @@ class ModelRunner:
         model: loaded on the mesh.
         mesh: axes ("data", "tensor"); data is 1.
         config: sizes.
+        preparation: of the same model, mesh and config, where one has begun before the weights were loaded.
 
     Raises:
         DeviceError: the KV cache does not fit.
     """
 
-    def __init__(self, model: Model, mesh: Mesh, config: RunnerConfig):
+    def __init__(self, model: Model, mesh: Mesh, config: RunnerConfig, preparation: Preparation | None = None):
         # For life
         self._config = config
         self._model = model
         self._mesh = mesh
         self._buckets = Buckets.for_platform(mesh.devices.flat[0].platform, config.max_batch_size, config.max_batch_tokens)
-        if config.compilation_cache_dir is not None:
-            use_compilation_cache(config.compilation_cache_dir)
-        # Each form is a compilation for each row count: on the CPU a conditional is cheaper than that.
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        self._logprob_forms = (True,) if on_cpu else (False, True)
-        # On a GPU the head's weights are read once for so many tokens of a prompt.
-        self._num_scored_a_call = 64 if on_cpu else 256
+        platform = mesh.devices.flat[0].platform
+        self._logprob_forms, self._num_scored_a_call = logprob_forms(platform), num_scored_a_call(platform)
         self._hidden = jax.ShapeDtypeStruct((config.max_batch_tokens, model.config.hidden_size), model.leaves[0].dtype)
-        self._plan = self._plan_kv_cache()
+        self._preparation = preparation or Preparation(model.architecture, model.leaves[0].dtype, mesh, config)
+        self._plan = self._preparation.plan()
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._compiled: dict[ProgramKey, Compiled] = {}
         self._compile_events = CompileEvents()
         # From step to step
         self._packer = BatchPacker(config.max_batch_size, len(self._plan.num_pages), config.page_size)
-        self._state = allocate_state(self._plan, config.max_batch_size, model.config.vocab_size, self._hidden, mesh)
         self._in_flight = 0
         self._padded_tokens = 0
         self._useful_tokens = 0
@@ -125,18 +107,16 @@ class ModelRunner:
     def warmup(self) -> None:
         """Compile every program that a legal request can hit and run each once, for nobody; from then on nothing is compiled."""
         begin = time.monotonic()
-        programs = self._programs(self._plan)
-        todo: dict[ProgramKey, Program] = {}
-        for bucket in self._buckets:
-            todo["forward", bucket] = programs.forward(self._layout(bucket), self._buckets.logit_rows(bucket))
-        for form in self._sampler_forms():
-            todo["sample", form] = programs.sample(form.num_rows, masked=form.masked, logprobs=form.logprobs)
-        todo |= {("copy_pages", None): programs.copy_pages(), ("load_slot", None): programs.load_slot()}
-        todo |= {("add_page_entries", None): programs.add_page_entries(), ("score", None): programs.score(self._num_scored_a_call)}
-        self._compiled = compile_programs(todo, num_threads=os.cpu_count() or 1)
+        self._compiled = self._preparation.finish()
+        compiled = time.monotonic()
+        # Not before: XLA tries out variants of products as it compiles, and wants memory for their operands.
+        num_slots, vocab_size = self._config.max_batch_size, self._model.config.vocab_size
+        self._state = allocate_state(self._plan, num_slots, vocab_size, self._hidden, self._mesh)
         self._run_for_nobody()
         self._compile_events.start()
-        logger.info("%d programs ready after %.1f s", len(todo), time.monotonic() - begin)
+        logger.info(
+            "%d programs: waited %.1f s for them, ran them in %.1f s", len(self._compiled), compiled - begin, time.monotonic() - compiled
+        )
 
     def dispatch(self, batch: Batch) -> Step:
         """Start a step and its sampling; returns at once.
@@ -174,7 +154,7 @@ class ModelRunner:
             padded = np.full((form.num_rows, masks.shape[1]), 0xFFFFFFFF, np.uint32)
             padded[: len(masks)] = masks
             arguments.append(self._upload(padded))
-        sampling, sampled = self._compiled["sample", form](*arguments)
+        sampling, sampled = self._compiled[ProgramKey("sample", form)](*arguments)
         self._state = replace(self._state, sampling=sampling)
         sampled.copy_to_host_async()
         step.logits, step.sampled = None, sampled
@@ -212,24 +192,18 @@ class ModelRunner:
         for _ in range(1 if on_cpu else 2):
             self._sample_for_nobody()
             scored = np.zeros((2, self._num_scored_a_call), np.int32)
-            self._compiled["score", None](self._model.leaves, self._state.hidden, self._upload(scored)).block_until_ready()
+            self._compiled[ProgramKey("score")](self._model.leaves, self._state.hidden, self._upload(scored)).block_until_ready()
 
     def _sample_for_nobody(self) -> None:
         """Run every form of the sampler on rows that do not sample."""
         vocab_size, sampled = self._model.config.vocab_size, None
-        for form in self._sampler_forms():
+        for form in (key.shape for key in self._compiled if isinstance(key.shape, SamplerForm)):
             arrays = [np.zeros((form.num_rows, vocab_size), np.float32), np.tile(neutral_columns(), (form.num_rows, 1))]
             arrays += [np.full((form.num_rows, mask_words(vocab_size)), 0xFFFFFFFF, np.uint32)] if form.masked else []
             logits, columns, *masks = map(self._upload, arrays)
-            sampling, sampled = self._compiled["sample", form](logits, self._state.sampling, columns, *masks)
+            sampling, sampled = self._compiled[ProgramKey("sample", form)](logits, self._state.sampling, columns, *masks)
             self._state = replace(self._state, sampling=sampling)
         jax.block_until_ready(sampled)
-
-    def _sampler_forms(self) -> list[SamplerForm]:
-        return [
-            SamplerForm(*form)
-            for form in itertools.product(self._buckets.logits, sorted({False, self._config.masked}), self._logprob_forms)
-        ]
 
     def _prepare(self, batch: Batch) -> Step:
         """Bring the device state to where the step can run, and upload the step."""
@@ -245,12 +219,12 @@ class ModelRunner:
         return Step(layout, len(batch.rows), wants_logprobs, self._upload(packed))
 
     def _start_forward(self, step: Step) -> None:
-        run = self._compiled["forward", step.layout.bucket]
+        run = self._compiled[ProgramKey("forward", step.layout.bucket)]
         self._state, *step.logits = run(self._model.leaves, self._state, step.packed)
 
     def _start_scores(self, step: Step, batch: Batch) -> None:
         """Score the prompts' tokens that the step reached; before the next forward, which overwrites what they need."""
-        run, size = self._compiled["score", None], self._num_scored_a_call
+        run, size = self._compiled[ProgramKey("score")], self._num_scored_a_call
         uploads = pack_scored(batch, size)
         step.scored = [run(self._model.leaves, self._state.hidden, self._upload(upload)) for upload in uploads]
         step.num_scored = batch.num_scored
@@ -282,32 +256,10 @@ class ModelRunner:
             self._change_state("add_page_entries", upload)
 
     def _change_state(self, program: str, upload: np.ndarray) -> None:
-        self._state = self._compiled[program, None](self._state, self._upload(upload))
+        self._state = self._compiled[ProgramKey(program)](self._state, self._upload(upload))
 
     def _upload(self, array: np.ndarray) -> jax.Array:
         return jax.device_put(array, self._replicated)
 
     def _layout(self, bucket: Bucket) -> BatchLayout:
         return BatchLayout.of(bucket, len(self._plan.num_pages), self._config.page_size)
-
-    def _programs(self, plan: KVCachePlan) -> Programs:
-        state = abstract_state(plan, self._config.max_batch_size, self._model.config.vocab_size, self._hidden, self._mesh)
-        return Programs(self._model, self._mesh, plan, state)
-
-    def _plan_kv_cache(self) -> KVCachePlan:
-        config, model = self._config, self._model.config
-        dtype, tensor_size = self._model.leaves[0].dtype, self._mesh.shape["tensor"]
-        if config.kv_bytes is not None:
-            return plan_kv_cache(model, config, tensor_size, dtype, kv_cache_bytes(self._mesh, config.kv_bytes, 0))
-        # Temporaries do not grow with the number of pages: the largest program is compiled with the pages of one request to see them.
-        left = kv_cache_bytes(self._mesh, None, 0)
-        trial = plan_kv_cache(model, replace(config, max_batch_size=1), tensor_size, dtype, left)
-        largest = max(self._buckets, key=lambda bucket: (bucket.num_tokens, bucket.num_rows))
-        layout = BatchLayout.of(largest, len(trial.num_pages), config.page_size)
-        compiled = compile_programs({"forward": self._programs(trial).forward(layout, largest.num_rows)}, num_threads=1)["forward"]
-        analysis = compiled.memory_analysis()
-        assert analysis is not None, "XLA tells no memory analysis"
-        state = self._programs(trial).state
-        beside = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.sampling, state.hidden)))  # allocated after the cache
-        budget = kv_cache_bytes(self._mesh, None, analysis.temp_size_in_bytes + beside)
-        return plan_kv_cache(model, config, tensor_size, dtype, budget)

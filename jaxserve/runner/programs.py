@@ -1,27 +1,29 @@
-"""The programs of a runner: functions of the device state, traced once a shape, sharded over the mesh.
+"""The programs of a runner: functions of the device state, one a shape, sharded over the mesh.
 
 A step is two: `forward` a bucket, and `sample` a row count. So the sampler is not compiled for each bucket, its form (token masks, log
 probabilities) is the host's choice, and the masks of constrained rows are filled while the forward runs. The second launch costs a step
 nothing: it waits in the queue. The other programs change the state between steps: copied pages, page-table entries, the sampler's slots.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxserve.models import Model
+from jaxserve.models import Architecture
 from jaxserve.runner.batch import BatchLayout, add_page_entries, unpack_batch
-from jaxserve.runner.kv_cache import KVCachePlan
+from jaxserve.runner.blueprint import Blueprint
+from jaxserve.runner.buckets import Bucket
 from jaxserve.runner.prompt_scores import score_tokens
 from jaxserve.runner.sampler import sample
 from jaxserve.runner.sampling_rows import NUM_SAMPLING_COLUMNS, neutral_columns
 from jaxserve.runner.sampling_state import SLOT_LOAD_SIZE, SamplingState, load_slot
-from jaxserve.runner.state import STATE_SPEC, DeviceState
+from jaxserve.runner.state import STATE_SPEC, DeviceState, abstract_state
 
 PAGE_COPIES = 16  # a call
 PAGE_ENTRIES = 1024  # a call
@@ -30,28 +32,86 @@ _MOST_TRITON_TOKENS = 32
 _EVERYWHERE = PartitionSpec()
 
 
+class SamplerForm(NamedTuple):
+    """Which sampler: rows of the logits, whether rows have token masks, whether any wants log probabilities."""
+
+    num_rows: int
+    masked: bool
+    logprobs: bool
+
+
+class ProgramKey(NamedTuple):
+    """Which program of a runner.
+
+    Attributes:
+        kind: a method of Programs.
+        shape: what it takes.
+    """
+
+    kind: str
+    shape: Bucket | SamplerForm | None = None
+
+    @property
+    def name(self) -> str:
+        """For files, logs and other processes: "forward-512x256", "sample-8-masked"."""
+        match self.shape:
+            case Bucket(num_tokens, num_rows, decode_only):
+                return f"{self.kind}-{num_tokens}x{num_rows}{'-decode' if decode_only else ''}"
+            case SamplerForm(num_rows, masked, logprobs):
+                return f"{self.kind}-{num_rows}{'-masked' if masked else ''}{'-logprobs' if logprobs else ''}"
+        return self.kind
+
+
 class Program(NamedTuple):
-    """Something to compile: a jitted function, and the shapes and shardings of its arguments."""
+    """Something to lower and compile.
+
+    Attributes:
+        function: jitted.
+        arguments: their shapes, and their shardings over a mesh without devices.
+        donated: the argument whose memory the results take; () for none.
+        options: XLA's, by name.
+    """
 
     function: Any
     arguments: tuple[Any, ...]
+    donated: int | tuple[()]
+    options: dict[str, Any]
 
 
-@dataclass(frozen=True)
 class Programs:
-    """Makes the programs of a model on a mesh.
+    """Makes the programs of a blueprint, by their keys. Needs none of its devices; traces nothing by itself."""
 
-    Attributes:
-        model: its leaves are arguments, never constants.
-        mesh: with axes "data" and "tensor".
-        plan: sizes of the KV cache.
-        state: shapes of the device state.
-    """
+    def __init__(self, blueprint: Blueprint):
+        self.blueprint = blueprint
+        self.plan = blueprint.plan
+        self.buckets = blueprint.buckets
+        self.mesh = blueprint.mesh
+        self.architecture = Architecture.of(blueprint.model, blueprint.attention)
+        self.leaves = self._leaves()
+        hidden = self._array((blueprint.max_batch_tokens, blueprint.model.hidden_size), jnp.dtype(blueprint.dtype))
+        self.state = abstract_state(self.plan, blueprint.num_slots, blueprint.model.vocab_size, hidden, self.mesh)
 
-    model: Model
-    mesh: Mesh
-    plan: KVCachePlan
-    state: DeviceState
+    def __iter__(self) -> Iterator[ProgramKey]:
+        """The key of every program that a legal request can hit. Those of few tokens, whose products are autotuned longest, come first."""
+        yield from (ProgramKey("forward", bucket) for bucket in sorted(self.buckets))
+        masked, logprobs = sorted({False, self.blueprint.masked}), logprob_forms(self.blueprint.device_platform)
+        for form in itertools.product(reversed(self.buckets.logits), masked, logprobs):
+            yield ProgramKey("sample", SamplerForm(*form))
+        yield from map(ProgramKey, ("score", "copy_pages", "load_slot", "add_page_entries"))
+
+    def largest(self) -> ProgramKey:
+        """The one whose temporaries are largest."""
+        return ProgramKey("forward", max(self.buckets, key=lambda bucket: (bucket.num_tokens, bucket.num_rows)))
+
+    def __getitem__(self, key: ProgramKey) -> Program:
+        """A program by its key."""
+        match key.shape:
+            case Bucket():
+                layout = BatchLayout.of(key.shape, len(self.plan.num_pages), self.plan.page_size)
+                return self.forward(layout, self.buckets.logit_rows(key.shape))
+            case SamplerForm(num_rows, masked, logprobs):
+                return self.sample(num_rows, masked=masked, logprobs=logprobs)
+        return getattr(self, key.kind)()
 
     def forward(self, layout: BatchLayout, logit_rows: int) -> Program:
         """(leaves, state, packed) -> (state, logits, the sampler's columns of packed).
@@ -68,14 +128,13 @@ class Programs:
             if padding:  # of nothing, it would crash XLA's CPU compiler on a mesh
                 last = jnp.pad(last, (0, padding))
                 columns = jnp.concatenate([columns, np.tile(neutral_columns(), (padding, 1))])
-            logits, kv, x = self.model.apply(leaves, batch.token_ids, batch.positions, state.kv, batch.metadata, last)
+            logits, kv, x = self.architecture.apply(leaves, batch.token_ids, batch.positions, state.kv, batch.metadata, last)
             hidden = jax.lax.dynamic_update_slice(state.hidden, x, (0, 0))
             return DeviceState(kv, tables, state.sampling, hidden), logits, columns
 
-        specs = self.model.specs, STATE_SPEC, _EVERYWHERE
-        arguments = self.model.leaves, self.state, self._ints(layout.size)
-        options = _product_options(layout.bucket.num_tokens)
-        return Program(self._jit(forward, specs, (STATE_SPEC, _EVERYWHERE, _EVERYWHERE), donated=1, options=options), arguments)
+        specs = self.architecture.specs, STATE_SPEC, _EVERYWHERE
+        arguments, options = (self.leaves, self.state, self._ints(layout.size)), _product_options(layout.bucket.num_tokens)
+        return self._program(forward, arguments, specs, (STATE_SPEC, _EVERYWHERE, _EVERYWHERE), donated=1, options=options)
 
     def sample(self, num_rows: int, *, masked: bool, logprobs: bool) -> Program:
         """(logits, sampling state, columns[, masks]) -> (sampling state, what unpack_sampled() reads)."""
@@ -86,21 +145,23 @@ class Programs:
             sampled, state = sample(logits, state, columns, masks, logprobs=logprobs)
             return state, sampled
 
-        logits = self._array((num_rows, self.model.config.vocab_size), jnp.float32)
-        masks = [self._array((num_rows, mask_words(self.model.config.vocab_size)), jnp.uint32)] if masked else []
+        vocab_size = self.blueprint.model.vocab_size
+        logits = self._array((num_rows, vocab_size), jnp.float32)
+        masks = [self._array((num_rows, mask_words(vocab_size)), jnp.uint32)] if masked else []
         arguments = logits, self.state.sampling, self._ints(num_rows, NUM_SAMPLING_COLUMNS), *masks
-        return Program(self._jit(sample_all, (_EVERYWHERE,) * len(arguments), (_EVERYWHERE, _EVERYWHERE), donated=1), arguments)
+        return self._program(sample_all, arguments, (_EVERYWHERE,) * len(arguments), (_EVERYWHERE, _EVERYWHERE), donated=1)
 
-    def score(self, num_tokens: int) -> Program:
-        """(leaves, hidden, int32 [2, num_tokens]: tokens of the last step, and which token follows each) -> what unpack_scored() reads."""
+    def score(self) -> Program:
+        """(leaves, hidden, int32 [2, num_scored_a_call]: tokens of the last step, and which follows each) -> what unpack_scored() reads."""
 
         def score(leaves: tuple[jax.Array, ...], hidden: jax.Array, upload: jax.Array) -> jax.Array:
-            logits = self.model.architecture.logits(leaves, hidden.at[upload[0]].get(mode="promise_in_bounds"))
+            logits = self.architecture.logits(leaves, hidden.at[upload[0]].get(mode="promise_in_bounds"))
             return score_tokens(logits, upload[1])
 
-        specs = self.model.specs, _EVERYWHERE, _EVERYWHERE
-        arguments = self.model.leaves, self.state.hidden, self._ints(2, num_tokens)
-        return Program(self._jit(score, specs, _EVERYWHERE, donated=(), options=_product_options(num_tokens)), arguments)
+        num_tokens = num_scored_a_call(self.blueprint.device_platform)
+        specs = self.architecture.specs, _EVERYWHERE, _EVERYWHERE
+        arguments = self.leaves, self.state.hidden, self._ints(2, num_tokens)
+        return self._program(score, arguments, specs, _EVERYWHERE, donated=(), options=_product_options(num_tokens))
 
     def copy_pages(self) -> Program:
         """(state, int32 [groups, 2, PAGE_COPIES]) -> state with pages [g, 0] copied to [g, 1]; a target out of range is dropped."""
@@ -132,14 +193,26 @@ class Programs:
         return self._state_program(load, self._ints(SLOT_LOAD_SIZE))
 
     def _state_program(self, function: Callable[..., DeviceState], upload: jax.ShapeDtypeStruct) -> Program:
-        return Program(self._jit(function, (STATE_SPEC, _EVERYWHERE), STATE_SPEC, donated=0), (self.state, upload))
+        return self._program(function, (self.state, upload), (STATE_SPEC, _EVERYWHERE), STATE_SPEC, donated=0)
 
-    def _jit(
-        self, function: Callable[..., Any], in_specs: Any, out_specs: Any, donated: int | tuple[()], options: dict[str, Any] | None = None
-    ) -> Any:
+    def _program(
+        self,
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        in_specs: Any,
+        out_specs: Any,
+        donated: int | tuple[()],
+        options: dict[str, Any] | None = None,
+    ) -> Program:
         # check_vma would ask every loop of every kernel to declare what varies over the mesh.
         sharded = jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        return jax.jit(sharded, donate_argnums=donated, compiler_options=options)
+        return Program(jax.jit(sharded, donate_argnums=donated), arguments, donated, options or {})
+
+    def _leaves(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        dtype, shards = jnp.dtype(self.blueprint.dtype), self.blueprint.tensor_size
+        shardings = (NamedSharding(self.mesh, spec) for spec in self.architecture.specs)
+        shapes = (parameter.shape(shards) for parameter in self.architecture.parameters)
+        return tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, sharding in zip(shapes, shardings, strict=True))
 
     def _ints(self, *shape: int) -> jax.ShapeDtypeStruct:
         return self._array(shape, jnp.int32)
@@ -152,6 +225,16 @@ def _product_options(num_tokens: int) -> dict[str, Any]:
     """XLA's options for products with so many tokens."""
     # With more tokens XLA's autotuner picks cuBLAS anyway, after it has compiled dozens of Triton kernels for each product.
     return {} if num_tokens <= _MOST_TRITON_TOKENS else {"xla_gpu_enable_triton_gemm": False}
+
+
+def logprob_forms(platform: str) -> tuple[bool, ...]:
+    """Whether samplers can tell log probabilities. Each form is a compilation for each row count: on the CPU a conditional is cheaper."""
+    return (True,) if platform == "cpu" else (False, True)
+
+
+def num_scored_a_call(platform: str) -> int:
+    """Tokens of prompts that the scoring program takes. On a GPU the head's weights are read once for so many."""
+    return 64 if platform == "cpu" else 256
 
 
 def mask_words(vocab_size: int) -> int:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax import export
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.pallas_kernels import LayerKV
 from jaxserve.runner.kv_cache import KV_SPEC, KVCachePlan
@@ -29,11 +30,19 @@ class DeviceState:
     hidden: jax.Array
 
 
+# Programs are kept in files with the trees of their arguments and results.
+for _state in (DeviceState, SamplingState):
+    export.register_pytree_node_serialization(
+        _state, serialized_name=f"jaxserve.{_state.__name__}", serialize_auxdata=lambda _: b"", deserialize_auxdata=lambda _: ()
+    )
+
 STATE_SPEC = DeviceState(KV_SPEC, PartitionSpec(), PartitionSpec(), PartitionSpec())  # pyright: ignore[reportArgumentType]
 """How a DeviceState lies on the mesh (a prefix of its tree): KV heads are split, all else is on every device."""
 
 
-def abstract_state(plan: KVCachePlan, num_slots: int, vocab_size: int, hidden: jax.ShapeDtypeStruct, mesh: Mesh) -> DeviceState:
+def abstract_state(
+    plan: KVCachePlan, num_slots: int, vocab_size: int, hidden: jax.ShapeDtypeStruct, mesh: Mesh | AbstractMesh
+) -> DeviceState:
     """Shapes and shardings, to compile with; those of `hidden` are given."""
     replicated = NamedSharding(mesh, PartitionSpec())
 

@@ -1,6 +1,8 @@
 """Random weights of a model's shape (`--load-format dummy`): for benchmarks, and made on the devices."""
 
+import functools
 import zlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +20,12 @@ def random_array(parameter: Parameter, mesh: Mesh, dtype: jnp.dtype) -> jax.Arra
     shape, sharding = parameter.shape(mesh.shape["tensor"]), NamedSharding(mesh, parameter.spec)
     if parameter.initializer == "ones":
         return jnp.ones(shape, dtype, device=sharding)
-    make = jax.jit(_uniform, static_argnums=(1, 2), out_shardings=sharding)
-    return make(np.uint32(zlib.crc32(parameter.sources[0].name.encode())), shape, dtype)
+    return _maker(sharding)(np.uint32(zlib.crc32(parameter.sources[0].name.encode())), shape, dtype)
+
+
+@functools.cache
+def _maker(sharding: NamedSharding) -> Callable[..., jax.Array]:
+    return jax.jit(_uniform, static_argnums=(1, 2), out_shardings=sharding)
 
 
 def _uniform(seed: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:

@@ -1,8 +1,9 @@
 """Putting a model's weights on a mesh: each tensor straight to its shards, never the whole model twice in host memory."""
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,44 @@ from jaxserve.weights.safetensors_folder import SafetensorsCheckpoint
 from jaxserve.weights.source import ModelSource
 
 
-def load_model(source: ModelSource, options: ModelOptions, mesh: Mesh, dtype: jnp.dtype | None = None, attention: str = "auto") -> Model:
-    """Read a model, or make up its weights (`--load-format dummy`), on the devices of a mesh with an axis "tensor".
+@dataclass(frozen=True)
+class OpenModel:
+    """A model whose weights are not loaded yet.
+
+    Attributes:
+        architecture: what is to be loaded.
+        dtype: of weights and activations.
+        checkpoint: its files; None: weights are made up.
+    """
+
+    architecture: Architecture
+    dtype: jnp.dtype
+    checkpoint: Checkpoint | None
+
+    def nbytes(self, shards: int) -> int:
+        """Size of the weights on each of so many devices."""
+        sizes = (math.prod(parameter.local_shape(shards)) for parameter in self.architecture.parameters)
+        return sum(sizes) * self.dtype.itemsize
+
+    def load(self, mesh: Mesh) -> Model:
+        """Put the weights on the devices of a mesh with an axis "tensor".
+
+        Raises:
+            WeightsError: a file cannot be read; one line.
+        """
+        parameters, checkpoint = self.architecture.parameters, self.checkpoint
+        if checkpoint is None:
+            return Model(self.architecture, tuple(random_array(parameter, mesh, self.dtype) for parameter in parameters))
+        order = {name: i for i, name in enumerate(checkpoint.shapes)}
+        by_file = sorted(enumerate(parameters), key=lambda item: order[item[1].sources[0].name])
+        leaves = {i: _load(parameter, checkpoint, mesh, self.dtype) for i, parameter in by_file}
+        return Model(self.architecture, tuple(leaves[i] for i in range(len(leaves))))
+
+
+def open_model(
+    source: ModelSource, options: ModelOptions, mesh: Mesh, dtype: jnp.dtype | None = None, attention: str = "auto"
+) -> OpenModel:
+    """Read what a model is; check that the mesh can share it and that its tensors are there (`--load-format dummy` needs none).
 
     Args:
         dtype: of weights and activations; None: what `options.dtype` says (`resolve_dtype`).
@@ -37,16 +74,22 @@ def load_model(source: ModelSource, options: ModelOptions, mesh: Mesh, dtype: jn
     if options.load_format == "dummy":
         architecture = Architecture.of(config, attention)
         _check_mesh(architecture, mesh.shape["tensor"])
-        return Model(architecture, tuple(random_array(parameter, mesh, dtype) for parameter in architecture.parameters))
+        return OpenModel(architecture, dtype, None)
     checkpoint: Checkpoint = GGUFCheckpoint(source.path) if source.is_gguf else SafetensorsCheckpoint(source.weights or source.path)
     tied = config.tie_embeddings and embeddings_are_tied(checkpoint)
     architecture = Architecture.of(replace(config, tie_embeddings=tied), attention)
     _check_mesh(architecture, mesh.shape["tensor"])
     check_tensors(architecture.parameters, checkpoint, ignored={HEAD} if tied else set())
-    order = {name: i for i, name in enumerate(checkpoint.shapes)}
-    by_file = sorted(enumerate(architecture.parameters), key=lambda item: order[item[1].sources[0].name])
-    leaves = {i: _load(parameter, checkpoint, mesh, dtype) for i, parameter in by_file}
-    return Model(architecture, tuple(leaves[i] for i in range(len(leaves))))
+    return OpenModel(architecture, dtype, checkpoint)
+
+
+def load_model(source: ModelSource, options: ModelOptions, mesh: Mesh, dtype: jnp.dtype | None = None) -> Model:
+    """`open_model` and load it.
+
+    Raises:
+        StartupError: one line.
+    """
+    return open_model(source, options, mesh, dtype).load(mesh)
 
 
 def read_config(source: ModelSource) -> ModelConfig:

@@ -1,8 +1,12 @@
-"""The GPU of this process, as far as the choice of an attention kernel goes."""
+"""The GPU that a program is for, as far as the choice of kernels goes."""
 
+import re
 from dataclasses import dataclass
 
 import jax
+
+# NVIDIA's parts of compute capability 9.0, as their names have it.
+_HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,14 @@ class Gpu:
 
 
 def local_gpu() -> Gpu | None:
-    """The GPU that this process computes on; None: it computes elsewhere."""
+    """The GPU that what is being traced will run on; None: no GPU.
+
+    Under a mesh it is the mesh's device, which need not be of this process: programs are also lowered where there is no GPU.
+    Elsewhere it is the device that this process computes on.
+    """
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        return Gpu(described.num_cores, bool(_HOPPER.search(described.device_kind))) if described.platform == "gpu" else None
     if jax.default_backend() != "gpu":
         return None
     device = jax.local_devices()[0]

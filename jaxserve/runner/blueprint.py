@@ -1,0 +1,135 @@
+"""Blueprint: all that decides a runner's programs, in a form that travels to other processes and is hashed into the names of files."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import platform
+import typing
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib
+from jax import export
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh
+
+from jaxserve.models import Architecture, ModelConfig
+from jaxserve.runner.buckets import Buckets
+from jaxserve.runner.config import RunnerConfig
+from jaxserve.runner.kv_cache import KVCachePlan
+
+# What of JAX's configuration changes a trace.
+TRACE_OPTIONS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion", "jax_numpy_rank_promotion")
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A value: equal blueprints, equal programs.
+
+    Attributes:
+        model: its shape.
+        attention: which kernels compute it.
+        dtype: of weights and activations.
+        tensor_size: devices a replica.
+        device_kind, num_cores, device_platform: of each device, as JAX calls them; num_cores is None where it tells none.
+        platform: what is compiled for: "cpu", "cuda".
+        plan: sizes of the KV cache.
+        num_slots: samples that run at once.
+        max_batch_tokens: most tokens a step computes.
+        masked: with the programs that constrained requests need.
+        trace_options: (name, value) of TRACE_OPTIONS.
+    """
+
+    model: ModelConfig
+    attention: str
+    dtype: str
+    tensor_size: int
+    device_kind: str
+    num_cores: int | None
+    device_platform: str
+    platform: str
+    plan: KVCachePlan
+    num_slots: int
+    max_batch_tokens: int
+    masked: bool
+    trace_options: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, architecture: Architecture, dtype: Any, mesh: Mesh, plan: KVCachePlan, config: RunnerConfig) -> "Blueprint":
+        """The blueprint of a runner on these devices."""
+        device = mesh.abstract_mesh.abstract_device
+        return cls(
+            model=architecture.config,
+            attention=architecture.attention,
+            dtype=str(dtype),
+            tensor_size=mesh.shape["tensor"],
+            device_kind=device.device_kind,
+            num_cores=device.num_cores,
+            device_platform=device.platform,
+            platform=export.default_export_platform(),
+            plan=plan,
+            num_slots=config.max_batch_size,
+            max_batch_tokens=config.max_batch_tokens,
+            masked=config.masked,
+            trace_options=tuple((name, _plain(getattr(jax.config, name))) for name in TRACE_OPTIONS),
+        )
+
+    @property
+    def mesh(self) -> AbstractMesh:
+        """The mesh without its devices; kernels are chosen by the device that it describes."""
+        device = AbstractDevice(self.device_kind, self.num_cores, self.device_platform)
+        return AbstractMesh((1, self.tensor_size), ("data", "tensor"), abstract_device=device)
+
+    @property
+    def buckets(self) -> Buckets:
+        """The shapes of steps."""
+        return Buckets.for_platform(self.device_platform, self.num_slots, self.max_batch_tokens)
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(dataclasses.asdict(self), default=str)  # a dtype becomes its name
+
+    @staticmethod
+    def from_json(text: str) -> "Blueprint":
+        """Read what to_json() wrote."""
+        return _read(Blueprint, json.loads(text))
+
+    def digest(self, name: str) -> str:
+        """A name for what this version of jaxserve, on this version of JAX, makes of the blueprint: 64 hexadecimal digits."""
+        return hashlib.sha256("\n".join((_versions(), self.to_json(), name)).encode()).hexdigest()
+
+
+def digest_sources(package: Path) -> str:
+    """A digest of jaxserve's code that has a part in lowering: what the runner may import, see tests/test_imports.py."""
+    sources = hashlib.sha256()
+    for part in ("runner", "models", "pallas_kernels", "weights", "."):
+        for path in sorted((package / part).glob("*.py" if part == "." else "**/*.py")):
+            sources.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return sources.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
+
+
+def _read(kind: Any, value: Any) -> Any:
+    """A value of a type annotation from what JSON made of it."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        hints = typing.get_type_hints(kind)
+        return kind(**{field.name: _read(hints[field.name], value[field.name]) for field in dataclasses.fields(kind)})
+    if kind is jax.numpy.dtype:
+        return jax.numpy.dtype(value)
+    if typing.get_origin(kind) is tuple:
+        kinds = typing.get_args(kind)
+        return tuple(map(_read, kinds[:1] * len(value) if kinds[-1] is ... else kinds, value))
+    return value
+
+
+@functools.cache
+def _versions() -> str:
+    """Of all code that has a part in lowering."""
+    sources = digest_sources(Path(__file__).parents[1])
+    return json.dumps([jax.__version__, jaxlib.__version__, platform.python_version(), sources])

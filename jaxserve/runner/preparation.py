@@ -1,0 +1,171 @@
+"""Preparation: from a model's shape to the plan of its KV cache and its compiled programs, mostly before its weights are there."""
+
+import logging
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from jax.stages import Compiled
+
+from jaxserve.models import Architecture
+from jaxserve.runner.blueprint import Blueprint
+from jaxserve.runner.compile import use_compilation_cache
+from jaxserve.runner.config import RunnerConfig
+from jaxserve.runner.kv_cache import KVCachePlan, plan_kv_cache
+from jaxserve.runner.lowering import compile_lowered, lower
+from jaxserve.runner.lowering_process import LoweringFailed, LoweringProcesses
+from jaxserve.runner.memory import kv_cache_bytes
+from jaxserve.runner.program_store import ProgramStore
+from jaxserve.runner.programs import ProgramKey, Programs
+
+logger = logging.getLogger(__name__)
+
+LOWERED_FOLDER = "lowered"  # in the compilation cache's
+PROGRAMS_PER_PROCESS = 3  # a process takes as long to start as to lower these
+
+
+class Preparation:
+    """Begins at once, in threads and processes; plan() and finish() wait for it.
+
+    Where an earlier start left lowered programs in the compilation cache, nothing is traced: they are compiled, or taken from XLA's
+    cache, while the weights are loaded. Otherwise they are lowered by other processes where there is a GPU to wait for, else in a thread.
+
+    The plan needs the temporaries of the largest program, which are known once it was compiled. On a cold start that waits for plan(), so
+    that nothing is autotuned between weights that are being loaded, where it would leave holes.
+
+    Args:
+        architecture, dtype: of the model.
+        mesh: its devices.
+        config: sizes.
+        weights_to_come: bytes on each device.
+        num_processes: that lower; None: what suits the machine, 0: none.
+
+    Raises:
+        DeviceError: the KV cache does not fit.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        dtype: Any,
+        mesh: Mesh,
+        config: RunnerConfig,
+        weights_to_come: int = 0,
+        num_processes: int | None = None,
+    ):
+        self._architecture, self._dtype, self._mesh, self._config = architecture, dtype, mesh, config
+        folder = None
+        if config.compilation_cache_dir is not None:
+            use_compilation_cache(config.compilation_cache_dir)
+            folder = Path(config.compilation_cache_dir) / LOWERED_FOLDER
+        self._store = ProgramStore(folder)
+        self._num_processes = num_processes
+        self._processes: LoweringProcesses | None = None
+        self._lowering: ThreadPoolExecutor | None = None
+        self._compiling = ThreadPoolExecutor(_cores(), thread_name_prefix="compile")
+        self._futures: dict[ProgramKey, Future[Future[Compiled]]] = {}
+        self._trial: Future[bytes] | None = None
+        self._bytes_left = kv_cache_bytes(mesh, config.kv_bytes, weights_to_come)
+        if config.kv_bytes is not None:
+            self._plan = self._begin(0)
+            return
+        # Temporaries do not grow with the number of pages: the largest program is compiled with the pages of one request to see them.
+        self._one_request = Programs(self._blueprint(replace(config, max_batch_size=1), self._bytes_left))
+        state = self._one_request.state
+        beside = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.sampling, state.hidden)))  # allocated after the cache
+        self._bytes_left -= beside
+        temporaries = self._store.read(self._temporaries_file())
+        self._plan = None if temporaries is None else self._begin(int(temporaries))
+        if self._plan is None:
+            self._start_lowering(len([*self._one_request]))
+            self._trial = self._lowering.submit(self._lower, self._one_request, self._one_request.largest())
+
+    def plan(self) -> KVCachePlan:
+        """The sizes of the KV cache. To be called when the weights are loaded."""
+        if self._plan is None:
+            program = self._one_request[self._one_request.largest()]
+            analysis = compile_lowered(self._trial.result(), program, self._mesh).memory_analysis()
+            assert analysis is not None, "XLA tells no memory analysis"
+            self._store.write(self._temporaries_file(), str(analysis.temp_size_in_bytes).encode())
+            logger.info("the largest program was compiled for its temporaries, %.2f GiB", analysis.temp_size_in_bytes / 2**30)
+            self._plan = self._begin(analysis.temp_size_in_bytes)
+        return self._plan
+
+    def finish(self) -> dict[ProgramKey, Compiled]:
+        """All programs, to be called with arrays of the declared shapes. Ends the preparation."""
+        self.plan()
+        try:
+            compiling = {key: future.result() for key, future in self._futures.items()}
+            logger.info("all programs are lowered")
+            return {key: future.result() for key, future in compiling.items()}
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End its threads and processes, whatever they do."""
+        for threads in (self._lowering, self._compiling):
+            if threads is not None:
+                threads.shutdown(wait=False, cancel_futures=True)
+        if self._processes is not None:
+            self._processes.close()
+
+    def _begin(self, temporaries: int) -> KVCachePlan:
+        """Plan, and start to make all programs ready."""
+        blueprint = self._blueprint(self._config, max(self._bytes_left - temporaries, 0))
+        programs = Programs(blueprint)
+        stored = {key: self._store.read(blueprint.digest(key.name)) for key in programs}
+        missing = sum(data is None for data in stored.values())
+        logger.info("%d programs were lowered by an earlier start, %d are to be lowered", len(stored) - missing, missing)
+        self._start_lowering(missing)
+        for key in sorted(stored, key=lambda key: stored[key] is None):  # a stable sort
+            self._futures[key] = self._lowering.submit(self._make_ready, programs, key, stored[key])
+        return blueprint.plan
+
+    def _make_ready(self, programs: Programs, key: ProgramKey, lowered: bytes | None) -> Future[Compiled]:
+        lowered = lowered or self._lower(programs, key)
+        return self._compiling.submit(compile_lowered, lowered, programs[key], self._mesh)
+
+    def _lower(self, programs: Programs, key: ProgramKey) -> bytes:
+        blueprint = programs.blueprint
+        file = blueprint.digest(key.name)
+        if self._processes is not None:
+            try:
+                self._processes.lower(blueprint, key.name, file)
+            except LoweringFailed as failure:
+                logger.warning("%s is lowered in this process: in another one: %s", key.name, failure)
+            if (lowered := self._store.read(file)) is not None:
+                return lowered
+        lowered = lower(programs[key], blueprint.platform)
+        self._store.write(file, lowered)
+        return lowered
+
+    def _start_lowering(self, num_programs: int) -> None:
+        """Start what lowers, for about this many programs: once."""
+        if self._lowering is not None:
+            return
+        count = self._num_processes
+        if count is None:
+            on_gpu = self._mesh.devices.flat[0].platform == "gpu"
+            count = min(_cores() // 2, num_programs // PROGRAMS_PER_PROCESS) if on_gpu else 0
+        if count and num_programs and self._store.folder is not None:
+            self._processes = LoweringProcesses(count, self._store.folder)
+        # Without processes one thread: it holds the GIL.
+        self._lowering = ThreadPoolExecutor(count if self._processes else 1, thread_name_prefix="lower")
+
+    def _blueprint(self, config: RunnerConfig, kv_bytes: int) -> Blueprint:
+        tensor_size = self._mesh.shape["tensor"]
+        plan = plan_kv_cache(self._architecture.config, config, tensor_size, self._dtype, kv_bytes)
+        return Blueprint.of(self._architecture, self._dtype, self._mesh, plan, self._config)
+
+    def _temporaries_file(self) -> str:
+        """XLA's choices are in its temporaries: its flags and the driver's version are in the name."""
+        compiler = self._mesh.devices.flat[0].client.platform_version, os.environ.get("XLA_FLAGS", "")
+        return self._one_request.blueprint.digest(f"temporaries {compiler}")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,185 @@
+"""Starting a runner: what an earlier start lowered is used, and nothing else is; programs keep their donations and shardings."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import export
+
+import jaxserve
+from jaxserve.config import ModelOptions
+from jaxserve.models import Architecture, Model, ModelConfig
+from jaxserve.runner import ModelRunner, Preparation, RunnerConfig, lowering_process, make_mesh, preparation
+from jaxserve.runner.batch import BatchLayout
+from jaxserve.runner.blueprint import Blueprint, digest_sources
+from jaxserve.runner.buckets import Bucket
+from jaxserve.runner.kv_cache import plan_kv_cache
+from jaxserve.runner.lowering import lower
+from jaxserve.runner.program_store import ProgramStore
+from jaxserve.runner.programs import ProgramKey, Programs
+from jaxserve.weights import ModelSource
+from jaxserve.weights.loader import load_model, open_model
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 512,
+    "intermediate_size": 256,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 128,
+    "vocab_size": 320,
+    "max_position_embeddings": 512,
+}
+H200 = dict(device_kind="NVIDIA H200", num_cores=132, device_platform="gpu", platform="cuda")
+FORWARD = ProgramKey("forward", Bucket(1, 1, True))
+
+
+@pytest.fixture(scope="module")
+def source(tiny_checkpoint: Callable[[str], Path]) -> ModelSource:
+    return ModelSource("tiny", "", tiny_checkpoint("llama"))
+
+
+@pytest.fixture
+def prepare(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Preparation, list[str]]]:
+    """(config, ...) -> a preparation that has begun, and the names of what it lowers in this process."""
+    # XLA's own cache is for the whole process: test_precompile.py has one to itself.
+    monkeypatch.setattr(preparation, "use_compilation_cache", lambda folder: None)
+    opened = open_model(source, ModelOptions(), make_mesh(1))
+
+    def prepare(config: RunnerConfig, tensor_size: int = 1, **options: int) -> tuple[Preparation, list[str]]:
+        lowered: list[str] = []
+
+        def count(program, platform):
+            lowered.append(program.function.__name__)
+            return lower(program, platform)
+
+        monkeypatch.setattr(preparation, "lower", count)
+        return Preparation(opened.architecture, opened.dtype, make_mesh(tensor_size), config, **options), lowered
+
+    return prepare
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunnerConfig:
+    """Seven programs, and a folder that the tests of this module share."""
+    return RunnerConfig(1, 32, max_total_tokens=64, compilation_cache_dir=str(tmp_path_factory.mktemp("cache")))
+
+
+def first_logits(model: Model, runner_config: RunnerConfig, prepared: Preparation) -> list[float]:
+    """Logits of token 5 at position 0, by the compiled decode program."""
+    runner = ModelRunner(model, make_mesh(1), runner_config, prepared)
+    runner.warmup()
+    runner.close()
+    layout = BatchLayout.of(FORWARD.shape, 1, runner_config.page_size)
+    packed = runner._packer.padding(layout)
+    step = runner._compiled[FORWARD](model.leaves, runner._state, jnp.asarray(packed))
+    return step[1][0, :8].tolist()
+
+
+def test_a_second_start_traces_nothing_of_the_model(prepare, config: RunnerConfig, source: ModelSource, monkeypatch):
+    model = load_model(source, ModelOptions(), make_mesh(1))
+    first, lowered = prepare(config)
+    logits = first_logits(model, config, first)
+    assert len(lowered) == 7  # the trial for the temporaries is one of them: there is room for one request
+
+    def traced(*_: object) -> None:
+        raise AssertionError("the model was traced")
+
+    monkeypatch.setattr(Architecture, "apply", traced)
+    second, lowered = prepare(config)
+    assert first_logits(model, config, second) == logits
+    assert lowered == []
+    assert first.plan() == second.plan()
+
+
+def test_another_config_or_a_damaged_file_is_lowered_again(prepare, config: RunnerConfig):
+    prepare(config)[0].finish()
+    folder = Path(config.compilation_cache_dir or "") / preparation.LOWERED_FOLDER
+    sound = {path: path.read_bytes() for path in folder.iterdir()}
+    largest, second, *_ = sorted(sound, key=lambda path: len(sound[path]), reverse=True)
+    largest.write_bytes(sound[largest][:-1])
+    second.write_bytes(sound[second][:-1] + b"\1")
+    again, lowered = prepare(config)
+    again.finish()
+    assert len(lowered) == 2
+    assert all(ProgramStore(folder).read(path.name) for path in sound) and set(folder.iterdir()) == set(sound)
+    other, lowered = prepare(replace(config, masked=True))
+    assert len(other.finish()) == 8 and lowered
+
+
+@pytest.mark.parametrize("tensor_size", [1, 2])
+def test_the_state_is_donated_and_stays_where_it_is(prepare, config: RunnerConfig, tensor_size: int):
+    prepared, _ = prepare(replace(config, kv_bytes=1 << 20, compilation_cache_dir=None), tensor_size)
+    plan, compiled = prepared.plan(), prepared.finish()
+    for key in (FORWARD, ProgramKey("copy_pages"), ProgramKey("load_slot"), ProgramKey("add_page_entries")):
+        analysis = compiled[key].memory_analysis()
+        assert analysis is not None and analysis.alias_size_in_bytes >= plan.nbytes
+        state = 1 if key is FORWARD else 0
+        before = jax.tree.leaves(compiled[key].input_shardings[0][state])
+        results = compiled[key].output_shardings
+        after = jax.tree.leaves(results[0] if key is FORWARD else results)
+        assert len(before) == len(after) and (tensor_size == 1 or [s.spec for s in before] == [s.spec for s in after])
+
+
+def test_other_processes_lower(prepare, config: RunnerConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch):
+    config = replace(config, compilation_cache_dir=str(tmp_path))
+    prepared, lowered = prepare(config, num_processes=1)
+    assert len(prepared.finish()) == 7
+    assert lowered == [] and not caplog.records
+    # One that cannot even start: what it should have done is done here.
+    monkeypatch.setattr(lowering_process.sys, "executable", "/bin/false")
+    caplog.set_level(logging.WARNING)
+    prepared, lowered = prepare(replace(config, masked=True), num_processes=1)
+    assert len(prepared.finish()) == 8
+    assert lowered and "lowered in this process: in another one: the process died" in caplog.text
+
+
+def test_any_edit_of_a_source_counts(tmp_path: Path):
+    package = tmp_path / "jaxserve"
+    shutil.copytree(Path(jaxserve.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    before = digest_sources(package)
+    assert before == digest_sources(Path(jaxserve.__file__).parent)
+    for edited in ("models/rope.py", "pallas_kernels/paged_attention/api.py", "request.py"):
+        text = (package / edited).read_text()
+        (package / edited).write_text(text + "\n")
+        assert digest_sources(package) != before
+        (package / edited).write_text(text)
+
+
+def test_a_blueprint_travels():
+    model = ModelConfig.from_hf({**LLAMA, "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "max_window_layers": 0})
+    config = RunnerConfig(8, 64)
+    plan = plan_kv_cache(model, config, 1, jnp.dtype(jnp.bfloat16), 1 << 30)
+    blueprint = Blueprint.of(Architecture.of(model, "xla"), jnp.dtype(jnp.bfloat16), make_mesh(1), plan, config)
+    assert Blueprint.from_json(blueprint.to_json()) == blueprint
+    assert blueprint.digest("a") != blueprint.digest("b") != replace(blueprint, num_slots=9).digest("b")
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend")
+def test_programs_for_a_gpu_are_lowered_where_there_is_none():
+    model, config = ModelConfig.from_hf(LLAMA), RunnerConfig(16, 64)
+    plan = plan_kv_cache(model, config, 1, jnp.dtype(jnp.bfloat16), 1 << 30)
+    here = Blueprint.of(Architecture.of(model), jnp.dtype(jnp.bfloat16), make_mesh(1), plan, config)
+    blueprint = replace(here, **H200)
+    programs = Programs(blueprint)
+    exported = export.deserialize(bytearray(lower(programs[FORWARD], blueprint.platform)))
+    assert exported.platforms == ("cuda",)
+    assert any(call in exported.mlir_module() for call in ("mosaic_gpu", "__gpu$xla.gpu.triton"))
+
+
+def test_a_store_takes_nothing_that_it_did_not_write(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    store = ProgramStore(tmp_path / "folder")
+    assert store.read("a") is None
+    store.write("a", b"data")
+    assert store.read("a") == b"data" and [path.name for path in (tmp_path / "folder").iterdir()] == ["a"]
+    (tmp_path / "folder" / "b").write_bytes(b"")
+    assert store.read("b") is None
+    (tmp_path / "file").write_text("")
+    ProgramStore(tmp_path / "file").write("a", b"data")
+    assert "not kept" in caplog.text
