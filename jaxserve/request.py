@@ -7,11 +7,13 @@ import enum
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from jaxserve.errors import ContextTooLong, InvalidRequest
 from jaxserve.grammar import Grammar
+
+if TYPE_CHECKING:  # importing it takes half of what `jaxserve --version` may take
+    import numpy as np
 
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
@@ -227,10 +229,10 @@ class PromptLogprobs:
         top_raw: float32 [P - 1, N].
     """
 
-    raw: np.ndarray
-    ranks: np.ndarray
-    top_token_ids: np.ndarray
-    top_raw: np.ndarray
+    raw: "np.ndarray"
+    ranks: "np.ndarray"
+    top_token_ids: "np.ndarray"
+    top_raw: "np.ndarray"
 
 
 @dataclass(slots=True)
