@@ -1,18 +1,34 @@
-"""LLM: the engine in this process, for scripts. No HTTP, no gRPC; the same scheduler, runner and sampler as the server's."""
+"""LLM: engines for scripts, without HTTP; the same scheduler, runner and sampler as the server's.
+
+One replica runs in this process. Several run in a process each, as a server's do, so that none waits for another one's host.
+"""
 
 import itertools
+import weakref
 from collections.abc import Generator, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from tqdm import tqdm
 
 from jaxserve.config import EngineOptions, ModelOptions
-from jaxserve.engine import Engine, build_engine
 from jaxserve.errors import GenerationFailed, InvalidRequest, StartupError
-from jaxserve.request import FinishReason, PromptLogprobs, Request, SamplingParams, TokenLogprobs, TokenOutput
+from jaxserve.launcher.replicas import Replicas
+from jaxserve.request import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    PromptLogprobs,
+    Request,
+    SamplingParams,
+    TokenLogprobs,
+    TokenOutput,
+)
 from jaxserve.tokenizer import TextStream, Tokenizer, load_tokenizer
 from jaxserve.weights import resolve_model
+
+if TYPE_CHECKING:
+    from jaxserve.engine import Engine
 
 Prompt = str | Sequence[int]
 Messages = Sequence[dict[str, Any]]
@@ -59,12 +75,62 @@ class RequestOutput:
     prompt_logprobs: PromptLogprobs | None = None
 
 
+class Asked(Protocol):
+    """What is needed of the engines, whichever process they run in."""
+
+    info: EngineInfo
+
+    def submit(self, request: Request) -> None:
+        """Take a validated request."""
+        ...
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Forget a request or one of its samples."""
+        ...
+
+    def read(self) -> list[TokenOutput]:
+        """New outputs of what was submitted. Raises GenerationFailed."""
+        ...
+
+    def stats(self) -> list[EngineStats]:
+        """Counters by replica."""
+        ...
+
+    def close(self) -> None:
+        """End."""
+        ...
+
+
+class InThisProcess:
+    """One engine, stepped by whoever reads."""
+
+    def __init__(self, engine: "Engine"):
+        self.info = engine.info
+        self.submit = engine.add_request
+        self.abort = engine.abort
+        self.close = engine.close
+        self._engine = engine
+
+    def read(self) -> list[TokenOutput]:
+        """Step once."""
+        return self._engine.step() if self._engine.has_work else []
+
+    def stats(self) -> list[EngineStats]:
+        """Counters as of now."""
+        return [self._engine.stats()]
+
+
 class LLM:
-    """A model ready to generate.
+    """A model ready to generate. A context manager: leaving it ends the engines, as does close() and the end of the process.
 
     Args:
         model_id: hub id, local folder or .gguf file; None for the demo model.
         options: any field of config.ModelOptions and config.EngineOptions, e.g. mesh="1x2", revision="main", max_batch_size=8.
+
+    Attributes:
+        tokenizer: the model's.
+        info: limits and names.
+        engines: those in this process: one, or none where the mesh has several replicas.
 
     Raises:
         StartupError: the model cannot be served; the message says why in one line.
@@ -79,13 +145,34 @@ class LLM:
         engine_options = EngineOptions(**{k: v for k, v in options.items() if k in engine_fields})
         source = resolve_model(model_options)
         self.tokenizer: Tokenizer = load_tokenizer(source.path, model_options.tokenizer_config_path)
-        self.engines: list[Engine] = [
-            build_engine(model_options, engine_options, replica, source=source, tokenizer=self.tokenizer)
-            for replica in range(engine_options.data_size)
-        ]
-        self.info = self.engines[0].info
+        self.engines: list[Engine] = []
+        self._asked: Asked
+        if engine_options.data_size > 1:
+            self._asked = Replicas(model_options, engine_options)
+            weakref.finalize(self, self._asked.close)
+        else:
+            from jaxserve.engine import build_engine  # late: it imports jax, which replicas need in their own processes only
+
+            self.engines.append(build_engine(model_options, engine_options, source=source, tokenizer=self.tokenizer))
+            self._asked = InThisProcess(self.engines[0])
+        self.info = self._asked.info
+        self._num_replicas = engine_options.data_size
         self._max_batch_size = engine_options.max_batch_size or 256
         self._request_numbers = itertools.count()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the engines. May be called again."""
+        self._asked.close()
+
+    def stats(self) -> list[EngineStats]:
+        """Counters of each replica; up to a second old where there are several."""
+        return self._asked.stats()
 
     def generate(
         self,
@@ -106,6 +193,7 @@ class LLM:
 
         Raises:
             InvalidRequest: a prompt or parameter cannot be served; nothing was generated.
+            GenerationFailed: a step failed, or a replica ended; the message says which and how.
         """
         batch = _as_prompts(prompts)
         params = self._as_params(sampling_params, len(batch))
@@ -180,32 +268,30 @@ class LLM:
         exhausted = False
         try:
             while running or not exhausted:
-                while not exhausted and len(running) < len(self.engines) * (self._max_batch_size + QUEUED_PER_ENGINE):
+                while not exhausted and len(running) < self._num_replicas * (self._max_batch_size + QUEUED_PER_ENGINE):
                     key, prompt, request = next(source, (None, "", None))
                     if request is None:
                         exhausted = True
                     elif isinstance(request, InvalidRequest):
                         yield key, request
                     else:
-                        engine = min(self.engines, key=lambda e: sum(r.engine is e for r in running.values()))
-                        engine.add_request(request)
-                        running[request.request_id] = _Running(key, engine, prompt, request, self.tokenizer)
-                for engine in self.engines:
-                    for output in engine.step() if engine.has_work else ():
-                        if (state := running.get(output.request_id)) is not None and state.take(output):
-                            del running[output.request_id]
-                            yield state.key, state.error or state.output
+                        self._asked.submit(request)
+                        running[request.request_id] = _Running(key, self._asked, prompt, request, self.tokenizer)
+                for output in self._asked.read() if running else ():
+                    if (state := running.get(output.request_id)) is not None and state.take(output):
+                        del running[output.request_id]
+                        yield state.key, state.error or state.output
         finally:
-            for request_id, state in running.items():
-                state.engine.abort(request_id)
+            for request_id in running:
+                self._asked.abort(request_id)
 
 
 class _Running:
     """A request on its way: collects tokens, detokenizes, and ends samples at their stop strings."""
 
-    def __init__(self, key: Hashable, engine: Engine, prompt: Prompt, request: Request, tokenizer: Tokenizer):
+    def __init__(self, key: Hashable, asked: Asked, prompt: Prompt, request: Request, tokenizer: Tokenizer):
         self.key = key
-        self.engine = engine
+        self._asked = asked
         self._grammar_param = request.params.grammar.param if request.params.grammar is not None else None
         self.output = RequestOutput(
             prompt if isinstance(prompt, str) else None,
@@ -230,7 +316,7 @@ class _Running:
         if output.finish_reason is FinishReason.ERROR:
             raise GenerationFailed(output.error)
         if output.finish_reason is FinishReason.INVALID:
-            self.engine.abort(output.request_id)
+            self._asked.abort(output.request_id)
             self.error = InvalidRequest(output.error, self._grammar_param)
             return True
         sample = self.output.outputs[output.index]
@@ -240,7 +326,7 @@ class _Running:
         sample.logprobs += output.logprobs[: delta.num_tokens]
         sample.finish_reason = output.finish_reason
         if delta.stop is not None and output.finish_reason is None:
-            self.engine.abort(output.request_id, output.index)
+            self._asked.abort(output.request_id, output.index)
             sample.finish_reason = FinishReason.STOP
         self.output.prompt_logprobs = self.output.prompt_logprobs or output.prompt_logprobs
         if output.index == 0:

@@ -69,6 +69,7 @@ class MeasuredEngine(Protocol):
 
     replica: int
     available: bool
+    num_losses: int
     info: EngineInfo | None
     stats: EngineStats
 
@@ -157,14 +158,16 @@ class Metrics:
         yield self._step_times()
         usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", labels=("replica",))
         up = GaugeMetricFamily("jaxserve_engine_up", "Whether the engine can be asked.", labels=("replica",))
+        losses = CounterMetricFamily("jaxserve_engine_losses", "Times that the engine could be asked no longer.", labels=("replica",))
         cache = GaugeMetricFamily("vllm:cache_config_info", "Sizes of the KV cache.", labels=("block_size", "num_gpu_blocks", "replica"))
         for engine in self._engines:
             stats = engine.stats
             usage.add_metric((str(engine.replica),), stats.num_pages_used / stats.num_pages if stats.num_pages and engine.available else 0)
             up.add_metric((str(engine.replica),), int(engine.available))
+            losses.add_metric((str(engine.replica),), engine.num_losses)
             if (info := engine.info) is not None:
                 cache.add_metric((str(info.page_size), str(info.num_pages), str(engine.replica)), 1)
-        yield from (usage, up, cache)
+        yield from (usage, up, losses, cache)
         live = [engine.stats for engine in self._engines if engine.available]
         yield GaugeMetricFamily("tgi_queue_size", "Samples that wait.", value=sum(stats.num_waiting for stats in live))
         yield GaugeMetricFamily("tgi_batch_current_size", "Samples that run.", value=sum(stats.num_running for stats in live))

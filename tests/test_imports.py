@@ -21,14 +21,15 @@ ALLOWED: dict[str, set[str]] = {
     "grammar": {"errors"},
     "request": {"errors", "grammar"},
     "step": set(),
+    "page_key": {"request"},
     "gguf_header": {"errors"},
     "environment": set(),
     # host half
-    "scheduler": PLAIN | {"step"},
+    "scheduler": PLAIN | {"step", "page_key"},
     "tokenizer": {"errors", "request", "gguf_header"},
     "structured": {"errors", "grammar"},
     "metrics": {"errors", "request"},
-    "rpc": {"errors", "request", "grammar", "engine"},
+    "rpc": {"errors", "request", "grammar", "page_key", "engine"},
     "chat_output": {"grammar"},
     "http": PLAIN | {"rpc", "tokenizer", "chat_output", "metrics"},
     "launcher": PLAIN | {"rpc", "http", "metrics", "engine"},
@@ -39,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "runner": PLAIN | {"step", "pallas_kernels", "models", "weights"},
     # where they meet
     "engine": PLAIN | {"step", "scheduler", "structured", "tokenizer", "models", "weights", "runner"},
-    "llm": PLAIN | {"engine", "tokenizer", "weights"},
+    "llm": PLAIN | {"engine", "launcher", "tokenizer", "weights"},
     # what people start
     "client": {"errors"},
     "chat": {"config", "client"},

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,11 @@ class Server:
         lines = self.client.get("/metrics").text.splitlines()
         return [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{")]
 
-    def engine(self) -> psutil.Process:
-        return next(
-            child for child in psutil.Process(self.process.pid).children() if not any("http_process" in word for word in child.cmdline())
-        )
+    def engine(self, last: bool = False) -> psutil.Process:
+        """The first that was started of those that run, or the last."""
+        children = psutil.Process(self.process.pid).children()
+        engines = [child for child in children if not any("http_process" in word for word in child.cmdline())]
+        return sorted(engines, key=lambda child: child.create_time())[-1 if last else 0]
 
     def log(self) -> str:
         self._log.seek(0)
@@ -203,6 +205,43 @@ def test_an_engine_dies_and_comes_back_but_not_for_ever(server: Callable[..., Se
     last = live.log().strip().splitlines()[-1]
     assert last == "jaxserve: error: engine 0 died 3 times in 5 minutes; the last time it ended with exit code 7"
     assert live.nothing_left() and "Traceback" not in live.log()
+
+
+def test_a_dead_replica_is_taken_out_and_comes_back(server: Callable[..., Server]):
+    """kill -9 of one replica under load: the other loses nothing, and takes over what had not begun."""
+    live = server(double={**ENDLESS, "max_batch_size": 1}, engine={"mesh": "2x1"}).until_ready()
+    streams = [live.stream(), live.stream()]  # one a replica, and no room for more
+    first, second = (next(stream) for stream in streams)
+    assert first.startswith("data: {") and second.startswith("data: {")
+    with ThreadPoolExecutor(6) as threads:
+        waiting = [threads.submit(live.client.post, "/v1/completions", json={"prompt": "abc", "max_tokens": 2}) for _ in range(6)]
+        live.until(lambda: live.metric("vllm:num_requests_waiting") == [3, 3])
+        live.engine().kill()
+
+        *_, error, done = streams[0]
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "engine_unavailable" and done == "data: [DONE]"
+        live.until(lambda: live.metric("vllm:num_requests_waiting")[1] == 6)
+        assert live.client.get("/health").status_code == 200
+        states = live.client.get("/health/ready").json()["replicas"]
+        assert states == [{"replica": 0, "ready": False}, {"replica": 1, "ready": True}]
+        assert (live.metric("jaxserve_engine_up"), live.metric("jaxserve_engine_losses_total")) == ([0, 1], [1, 0])
+        assert all("error" not in next(streams[1]) for _ in range(5))
+        streams[1].close()
+        assert [answer.result().status_code for answer in waiting] == [200] * 6
+
+    # It comes back, and takes its share; a third death of it does not end the server, because the other serves.
+    for deaths in range(1, 4):
+        live.until(lambda: live.metric("jaxserve_engine_up") == [1, 1])
+        streams = [live.stream(), live.stream()]
+        assert all(next(stream).startswith("data: {") for stream in streams)
+        if deaths < 3:
+            live.engine(last=True).kill()  # the youngest process
+        for stream in streams:
+            stream.close()
+        if deaths < 3:
+            live.until(lambda deaths=deaths: live.metric("jaxserve_engine_losses_total") == [deaths + 1, 0])
+    assert live.process.poll() is None and "Traceback" not in live.log()
+    assert live.log().count("; it is started again in ") == 3
 
 
 def test_ends(server: Callable[..., Server]):

@@ -1,4 +1,4 @@
-"""LLM in this process, on two replicas of a tiny checkpoint: texts, chats, stop strings, seeds, samples, streams."""
+"""LLM in this process, on a tiny checkpoint: texts, chats, stop strings, seeds, samples, streams."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -21,7 +21,6 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
 def llm(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> LLM:
     return LLM(
         str(tiny_checkpoint("llama")),
-        mesh="2x1",
         max_batch_size=2,
         max_batch_prefill_tokens=32,
         max_total_tokens=240,
@@ -42,7 +41,7 @@ def test_every_prompt_gets_its_answer_whatever_its_place(llm: LLM):
         assert output.outputs[0].text == llm.tokenizer.decode(output.outputs[0].token_ids)
 
 
-def test_both_replicas_work_and_are_left_clean(llm: LLM):
+def test_the_engine_is_left_clean(llm: LLM):
     before = [engine.stats().output_tokens for engine in llm.engines]
     llm.generate([f"prompt {i}" for i in range(6)], GREEDY)
     for engine, count in zip(llm.engines, before, strict=True):
@@ -67,7 +66,7 @@ def test_grammars_and_prompt_logprobs(llm: LLM):
         engine.check_integrity()
 
 
-def test_load_changes_no_token_on_two_replicas(llm: LLM):
+def test_load_changes_no_token(llm: LLM):
     prompts, alone = load_goldens("llama")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     params = [SamplingParams(temperature=0.0, max_tokens=len(alone[i]), ignore_eos=True) for i in order]

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxserve.page_key import ROOT, page_key, request_extras
 from jaxserve.request import Request, SamplingParams
 from jaxserve.scheduler.page_pool import PagePool
-from jaxserve.scheduler.prefix_cache import ROOT, PrefixCache, first_page_seen, page_key, request_extras
+from jaxserve.scheduler.prefix_cache import PrefixCache, first_page_seen
 
 PAGE_SIZE = 4
 

@@ -29,7 +29,7 @@ class Kernel:
 
 
 def profile(llm: LLM, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], folder: str) -> list[str]:
-    """Run requests on the first replica up to its steady steps, and trace some of those; the rest is aborted.
+    """Run requests up to its steady steps, and trace some of those; the rest is aborted.
 
     Args:
         folder: where the trace goes, for TensorBoard or Perfetto.

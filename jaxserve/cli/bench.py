@@ -10,6 +10,7 @@ from jaxserve.bench.options import LatencyOptions, ServeOptions, ThroughputOptio
 from jaxserve.bench.report import Report, describe_options
 from jaxserve.cli.flags import Parser, add_flags, parse, read_flags
 from jaxserve.config import EngineOptions, ModelOptions
+from jaxserve.errors import StartupError
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -44,16 +45,23 @@ def _throughput(
     from jaxserve.bench.offline import bench_throughput
     from jaxserve.llm import LLM
 
-    llm = LLM(**asdict(model), **asdict(engine))
-    return _with_options(bench_throughput(llm, options, workload), model, engine), options.output_json
+    _check_profile(options.profile, engine)
+    with LLM(**asdict(model), **asdict(engine)) as llm:
+        return _with_options(bench_throughput(llm, options, workload), model, engine), options.output_json
 
 
 def _latency(options: LatencyOptions, model: ModelOptions, engine: EngineOptions) -> tuple[Report, str | None]:
     from jaxserve.bench.offline import bench_latency
     from jaxserve.llm import LLM
 
-    llm = LLM(**asdict(model), **asdict(engine))
-    return _with_options(bench_latency(llm, options), model, engine), options.output_json
+    _check_profile(options.profile, engine)
+    with LLM(**asdict(model), **asdict(engine)) as llm:
+        return _with_options(bench_latency(llm, options), model, engine), options.output_json
+
+
+def _check_profile(folder: str | None, engine: EngineOptions) -> None:
+    if folder is not None and engine.data_size > 1:
+        raise StartupError(f"--profile looks at one replica, in this process: --mesh 1x{engine.tensor_size}. Given: --mesh {engine.mesh}")
 
 
 def _serve(options: ServeOptions, workload: WorkloadOptions) -> tuple[Report, str | None]:

@@ -1,7 +1,7 @@
 """What a server tells of itself: health, info, metrics.
 
 The port is open from the start. /health/live answers 200 as soon as it is; /health, /health/ready, /ping and GET / answer 503 until the
-model is loaded and whenever no engine can be asked.
+model is loaded and whenever no engine can be asked: one of several replicas is enough. /health/ready tells which there are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,6 @@ def status_routes(service: Service, environment: Mapping[str, str]) -> APIRouter
     @router.head("/health", include_in_schema=False)
     @router.get("/ping")
     @router.get("/health")
-    @router.get("/health/ready")
     async def ready() -> Response:
         """Whether requests can be answered now."""
         if service.ready:
@@ -53,6 +52,15 @@ def status_routes(service: Service, environment: Mapping[str, str]) -> APIRouter
 
     if route := environment.get("AIP_HEALTH_ROUTE"):
         router.get(route, include_in_schema=False)(ready)
+
+    @router.get("/health/ready")
+    async def ready_replicas() -> Response:
+        """Whether requests can be answered now, and which of the engine's replicas answer."""
+        replicas = [{"replica": client.replica, "ready": client.available} for client in service.router.clients]
+        if service.ready:
+            return JSONResponse({"replicas": replicas})
+        body = {"error": "unhealthy", "error_type": "healthcheck", "replicas": replicas}
+        return JSONResponse(body, 503, headers={"retry-after": str(RETRY_AFTER)})
 
     @router.get("/health/live")
     async def live() -> Response:

@@ -21,8 +21,6 @@ FLUSH_TIME = 0.5  # seconds that http processes have to hear the last outputs
 class RunningEngine(ServedEngine, Protocol):
     """An engine that can end (engine.AsyncEngine is one)."""
 
-    failure: str | None
-
     def drain(self, timeout: float) -> bool:
         """Wait until nothing runs."""
         ...

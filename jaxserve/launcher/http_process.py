@@ -31,7 +31,8 @@ def _run(control: Control, listening: Sequence[socket.socket]) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a connection is a file
     options = control.options
     folder = Path(options.run_folder)
-    router = Router([EngineClient(engine_socket(folder, replica), replica) for replica in range(options.engine.data_size)])
+    clients = [EngineClient(engine_socket(folder, replica), replica) for replica in range(options.engine.data_size)]
+    router = Router(clients, options.engine.prefix_caching)
     service = Service(
         router,
         Metrics(router.clients, options.server.served_model_name),

@@ -9,7 +9,6 @@ import signal
 import socket
 import sys
 import time
-from collections import deque
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ logger = logging.getLogger(__name__)
 MAX_DEATHS = 3
 DEATH_WINDOW = 300.0  # seconds
 FIRST_BACKOFF = 0.5  # seconds, doubled with every death in the window
+MAX_BACKOFF = 60.0  # seconds
 FAREWELL_TIME = 2.0  # seconds http processes have to tell their clients that it is over, where the launcher gives up
 END_TIME = 10.0  # seconds an engine has to end
 EXTRA_TIME = 5.0  # seconds beyond the graceful termination timeout before http processes are killed
@@ -152,7 +152,12 @@ class _Launcher:
         await _all_ended(self._engines, END_TIME)
 
     async def _supervise(self, child: ChildProcess) -> None:
-        deaths: deque[float] = deque(maxlen=MAX_DEATHS)
+        """Run a child again and again.
+
+        A child that cannot even start at first ends the server, for its options are at fault. One that died too often ends it only where
+        no replica is left that serves: part of a server is worth more than none, and streams of the others must not break.
+        """
+        deaths: list[float] = []
         while not self._ending:
             try:
                 fate = await child.run()
@@ -162,13 +167,16 @@ class _Launcher:
                 return
             if not child.ever_ready:
                 return self._give_up(fate if child.told_reason else f"{child.name} {fate} before it was ready")
-            deaths.append(time.monotonic())
-            recent = [at for at in deaths if at > deaths[-1] - DEATH_WINDOW]
-            if len(recent) >= MAX_DEATHS:
-                return self._give_up(f"{child.name} died {MAX_DEATHS} times in {DEATH_WINDOW / 60:.0f} minutes; the last time it {fate}")
-            backoff = FIRST_BACKOFF * 2 ** (len(recent) - 1)
+            now = time.monotonic()
+            deaths = [at for at in deaths if at > now - DEATH_WINDOW] + [now]
+            if len(deaths) >= MAX_DEATHS and not self._another_replica_serves(child):
+                return self._give_up(f"{child.name} died {len(deaths)} times in {DEATH_WINDOW / 60:.0f} minutes; the last time it {fate}")
+            backoff = min(FIRST_BACKOFF * 2 ** (len(deaths) - 1), MAX_BACKOFF)
             logger.error("%s %s; it is started again in %.1f s", child.name, fate, backoff)
             await asyncio.sleep(backoff)
+
+    def _another_replica_serves(self, child: ChildProcess) -> bool:
+        return child in self._engines and any(engine.ready.is_set() for engine in self._engines if engine is not child)
 
     def _give_up(self, reason: str) -> None:
         self._reason = self._reason or reason

@@ -3,37 +3,77 @@
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import grpc
 
-from jaxserve.errors import EngineUnavailable, GenerationFailed, InvalidRequest, JaxserveError
+from jaxserve.errors import EngineUnavailable, GenerationFailed, InvalidRequest, JaxserveError, Overloaded
 from jaxserve.request import MAX_SAMPLES, EngineInfo, EngineStats, FinishReason, Request, TokenOutput
 from jaxserve.rpc import engine_pb2 as pb
+from jaxserve.rpc.prefix_index import PrefixIndex
 from jaxserve.rpc.wire import error_from, generate_message, info_from, outputs_from, stats_from
 
 logger = logging.getLogger(__name__)
 
 METHOD = "/jaxserve.rpc.Engine/Connect"
 RECONNECT_INTERVAL = 0.2  # seconds
+HANG_UP_TIME = 0.5  # seconds
 LOOKAHEAD_BYTES = 4096  # a step of 256 samples
 # Outputs of one request that may wait for whoever reads it; beyond, the request is aborted.
 MAX_UNREAD_OUTPUTS = 8192
 
 
-class Generation:
-    """An accepted request on its way. Made by EngineClient.submit(); one reader.
+class Submission:
+    """A request on its way to an engine, and what comes back of it: of one engine at a time, of another where the first was lost early.
 
     Attributes:
         request: what was asked for.
+        begun: whether any output came; from then on no other engine can take it over.
+        lost_by: replicas that ended, or never took it, while they had it.
+        refused_by: replicas that had no room for it.
     """
 
-    def __init__(self, client: "EngineClient", number: int, request: Request):
+    def __init__(self, request: Request):
         self.request = request
+        self.begun = False
+        self.lost_by: set[int] = set()
+        self.refused_by: set[int] = set()
+        self._unfinished = set(range(request.params.n))
+        self._client: EngineClient | None = None
+        self._number = 0
+
+    def place(self, client: "EngineClient", number: int) -> None:
+        """Know which engine has it, and under which number (client only)."""
         self._client = client
         self._number = number
-        self._unfinished = set(range(request.params.n))
+
+    @property
+    def wanted(self) -> bool:
+        """Whether any sample has neither ended nor been given up."""
+        return bool(self._unfinished)
+
+    def abort(self, index: int | None = None) -> None:
+        """Give up the request, or one of its samples; no further output of it is read."""
+        ended = set(self._unfinished) if index is None else self._unfinished & {index}
+        self._unfinished -= ended
+        if ended and self._client is not None:
+            self._client.abort(self._number, index, ended)
+
+    def take(self, output: TokenOutput) -> bool:
+        """Take a new output (client only); return whether its sample goes on."""
+        raise NotImplementedError
+
+    def fail(self, error: JaxserveError) -> None:
+        """No more outputs will come, and why (client and router only)."""
+        raise NotImplementedError
+
+
+class Generation(Submission):
+    """A request with one reader on the event loop. Made by Router.submit() and EngineClient.submit()."""
+
+    def __init__(self, request: Request):
+        super().__init__(request)
         self._unread: list[TokenOutput] = []
         self._error: JaxserveError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -51,6 +91,7 @@ class Generation:
 
         Raises:
             Overloaded, InvalidRequest, EngineUnavailable: the engine did not accept the request.
+            EngineUnavailable: it was accepted, and the engine ended.
             InvalidRequest: it was accepted, and then its grammar could not be compiled or followed.
             GenerationFailed: it was accepted and cannot be finished.
         """
@@ -70,10 +111,7 @@ class Generation:
 
     def abort(self, index: int | None = None) -> None:
         """Give up the request, or one of its samples; no further output of it is read."""
-        ended = set(self._unfinished) if index is None else self._unfinished & {index}
-        self._unfinished -= ended
-        if ended:
-            self._client.abort(self._number, index, ended)
+        super().abort(index)
         if not self._unfinished:
             self._wake()
 
@@ -81,6 +119,7 @@ class Generation:
         """Keep an output for the reader (client only); return whether its sample goes on."""
         if output.index not in self._unfinished:
             return False
+        self.begun = True
         output.request_id = self.request.request_id
         if output.finish_reason is not None:
             self._unfinished.discard(output.index)
@@ -98,7 +137,7 @@ class Generation:
         return output.finish_reason is None
 
     def fail(self, error: JaxserveError) -> None:
-        """Let the reader raise this after the outputs that came before (client only)."""
+        """Let the reader raise this after the outputs that came before (client and router only)."""
         self._error = self._error or error
         self._unfinished.clear()
         self._wake()
@@ -125,6 +164,9 @@ class EngineClient:
         info: what the engine told of itself, None before it was first reached.
         stats: its latest counters.
         available: whether it can be asked now.
+        num_losses: how often it could be asked no longer.
+        prefixes: of the prompts that were sent to it since it was reached; what it may have cached.
+        rescue: given a submission that has not begun, and why this engine will not begin it, tells whether another one will.
     """
 
     def __init__(self, socket_path: Path, replica: int = 0):
@@ -132,12 +174,16 @@ class EngineClient:
         self.info: EngineInfo | None = None
         self.stats = EngineStats()
         self.available = False
+        self.num_losses = 0
+        self.prefixes = PrefixIndex()
+        self.rescue: Callable[[Submission, EngineUnavailable | Overloaded, int], bool] = lambda submission, error, replica: False
         self._socket_path = socket_path
         self._numbers = itertools.count(1)
         self._connecting: asyncio.Task[None] | None = None
         # Of the stream that is open now.
-        self._samples: dict[int, Generation] = {}
-        self._outbox: asyncio.Queue[pb.ClientMessage] = asyncio.Queue()
+        self._samples: dict[int, Submission] = {}
+        self._outbox: asyncio.Queue[pb.ClientMessage | None] = asyncio.Queue()
+        self._closing = False
 
     @property
     def num_in_flight(self) -> int:
@@ -150,9 +196,15 @@ class EngineClient:
 
     async def close(self) -> None:
         """Hang up; what is in flight fails."""
-        if self._connecting is not None:
-            self._connecting.cancel()
-            await asyncio.gather(self._connecting, return_exceptions=True)
+        if self._connecting is None:
+            return
+        self._closing = True
+        if self.available:
+            # The engine hears of an end, and ends the stream itself: breaking it off while it writes would be an error there.
+            self._outbox.put_nowait(None)
+            await asyncio.wait([self._connecting], timeout=HANG_UP_TIME)
+        self._connecting.cancel()
+        await asyncio.gather(self._connecting, return_exceptions=True)
 
     def submit(self, request: Request) -> Generation:
         """Send a validated request; whether the engine accepts it is told by Generation.read().
@@ -160,13 +212,18 @@ class EngineClient:
         Raises:
             EngineUnavailable: the engine is not there (yet).
         """
+        generation = Generation(request)
+        self.send(generation)
+        return generation
+
+    def send(self, submission: Submission) -> None:
+        """Send a request that no engine has now. Raises EngineUnavailable."""
         if not self.available:
             raise EngineUnavailable
         number = next(self._numbers)
-        generation = Generation(self, number, request)
-        self._samples.update((number * MAX_SAMPLES + index, generation) for index in range(request.params.n))
-        self._outbox.put_nowait(generate_message(number, request))
-        return generation
+        submission.place(self, number)
+        self._samples.update((number * MAX_SAMPLES + index, submission) for index in range(submission.request.params.n))
+        self._outbox.put_nowait(generate_message(number, submission.request))
 
     async def generate(self, request: Request) -> AsyncIterator[TokenOutput]:
         """Submit a request and iterate over its outputs; leaving the iteration aborts it.
@@ -185,12 +242,12 @@ class EngineClient:
 
     def fail_all(self, error: JaxserveError) -> None:
         """Let everything that is in flight fail, here and in the engine."""
-        for generation in set(self._samples.values()):
-            generation.abort()
-            generation.fail(error)
+        for submission in set(self._samples.values()):
+            submission.abort()
+            submission.fail(error)
 
     def abort(self, number: int, index: int | None, indices: set[int]) -> None:
-        """Forget samples of a request (called by its Generation)."""
+        """Forget samples of a request (called by its Submission)."""
         for each in indices:
             self._samples.pop(number * MAX_SAMPLES + each, None)
         self._outbox.put_nowait(pb.ClientMessage(abort=pb.Abort(number=number, index=index)))
@@ -211,52 +268,73 @@ class EngineClient:
             connect = channel.stream_stream(
                 METHOD, request_serializer=pb.ClientMessage.SerializeToString, response_deserializer=pb.EngineMessage.FromString
             )
-            while True:
+            while not self._closing:
                 try:
                     await self._converse(connect(wait_for_ready=True))
                 except grpc.aio.AioRpcError as error:
                     logger.warning("engine %d: stream lost: %s", self.replica, error.details())
                 finally:
-                    self.available = False
-                    # Not a failure of the request: what has told its client nothing yet may be sent again, and the client hears so.
-                    self.fail_all(EngineUnavailable("the engine process ended while the request ran"))
-                await asyncio.sleep(RECONNECT_INTERVAL)
+                    self._lose_all()
+                if not self._closing:
+                    await asyncio.sleep(RECONNECT_INTERVAL)
+
+    def _lose_all(self) -> None:
+        """The engine is gone: what has not begun goes elsewhere, the rest fails."""
+        self.num_losses += self.available
+        self.available = False
+        self.prefixes.clear()
+        lost = dict.fromkeys(self._samples.values())  # in the order in which they were sent
+        self._samples.clear()
+        # Not a failure of the request: what has told its client nothing yet may be sent again, and the client hears so.
+        num_failed = sum(not self._rescued(each, EngineUnavailable("the engine process ended while the request ran")) for each in lost)
+        if lost and not self._closing:
+            logger.warning("engine %d: of %d requests %d go to other replicas", self.replica, len(lost), len(lost) - num_failed)
+
+    def _rescued(self, submission: Submission, error: JaxserveError) -> bool:
+        if isinstance(error, EngineUnavailable | Overloaded) and not submission.begun and self.rescue(submission, error, self.replica):
+            return True
+        submission.fail(error)
+        return False
 
     async def _converse(self, call: grpc.aio.StreamStreamCall) -> None:
         writing: asyncio.Task[None] | None = None
         try:
             while isinstance(message := await call.read(), pb.EngineMessage):
                 if message.HasField("info"):
+                    if self.num_losses:
+                        logger.info("engine %d: reached again", self.replica)
                     self.info = info_from(message.info)
                     self._outbox = asyncio.Queue()
                     writing = asyncio.create_task(self._write(call, self._outbox))
                     self.available = True
                 self._receive(message)
+            await call.code()  # the server has said its last word, and may not have ended yet
         finally:
             call.cancel()
             if writing is not None:
                 writing.cancel()
                 await asyncio.gather(writing, return_exceptions=True)
 
-    async def _write(self, call: grpc.aio.StreamStreamCall, outbox: asyncio.Queue[pb.ClientMessage]) -> None:
-        while True:
-            await call.write(await outbox.get())
+    async def _write(self, call: grpc.aio.StreamStreamCall, outbox: asyncio.Queue[pb.ClientMessage | None]) -> None:
+        while (message := await outbox.get()) is not None:
+            await call.write(message)
+        await call.done_writing()
 
     def _receive(self, message: pb.EngineMessage) -> None:
         if message.HasField("stats"):
             self.stats = stats_from(message.stats)
         for rejection in message.rejections:
-            self._fail(rejection.number, error_from(rejection))
+            self._reject(rejection.number, error_from(rejection))
         if message.HasField("outputs"):
             samples = self._samples
             for sample, output in outputs_from(message.outputs):
-                if (generation := samples.get(sample)) is not None and not generation.take(output):
+                if (submission := samples.get(sample)) is not None and not submission.take(output):
                     samples.pop(sample, None)
 
-    def _fail(self, number: int, error: JaxserveError) -> None:
+    def _reject(self, number: int, error: JaxserveError) -> None:
         first = number * MAX_SAMPLES
-        if (generation := self._samples.get(first)) is None:
+        if (submission := self._samples.get(first)) is None:
             return
-        for index in range(generation.request.params.n):
+        for index in range(submission.request.params.n):
             self._samples.pop(first + index, None)
-        generation.fail(error)
+        self._rescued(submission, error)

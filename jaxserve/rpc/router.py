@@ -1,22 +1,48 @@
-"""Router: which of the engine replicas answers a request."""
+"""Router: which of the engine replicas answers a request.
+
+The replica whose cache holds the longest prefix of the prompt saves the most computing, but what everybody asks for must not end up on one
+replica alone. So: let `load` be a replica's samples in flight, `least` the smallest load, and `share` the part of the prompt that a
+replica has. It is a candidate while
+
+    load <= least + share * (SLACK + SLACK_SHARE * least)
+
+and of the candidates that with the longest prefix is taken, then the least loaded, then the one that was sent the fewest prefixes. A hot
+prefix thus spreads to a second replica as soon as the first is so much busier, and from then on both have it. That a long match wins only
+while loads are balanced is the idea of SGLang's cache-aware router, which has two fixed thresholds for it; the rule above, which lets a
+match count by its share, is our own.
+"""
 
 import asyncio
 from collections.abc import Sequence
 
-from jaxserve.errors import EngineUnavailable, JaxserveError
+from jaxserve.errors import EngineUnavailable, JaxserveError, Overloaded
+from jaxserve.page_key import extend_keys
 from jaxserve.request import EngineInfo, Request
-from jaxserve.rpc.client import EngineClient, Generation
+from jaxserve.rpc.client import EngineClient, Generation, Submission
+
+SLACK = 8  # samples
+SLACK_SHARE = 0.5
+# A prompt's pages beyond these are not looked at: hashing them would hold up the event loop (1 us each), and so long a match is enough.
+MAX_PAGES_COMPARED = 1024
+MAX_PAGES_KEPT = 2**17  # of each replica, about 25 MB
+RETRY_INTERVAL = 0.5  # seconds
 
 
 class Router:
-    """Spreads requests over replicas: to the available one with the fewest samples in flight from here.
+    """Spreads requests over replicas. A request that a replica lost before it yielded anything is sent to another one, once.
 
     Args:
         clients: one a replica.
+        by_prefix: whether the engines have a prefix cache.
     """
 
-    def __init__(self, clients: Sequence[EngineClient]):
+    def __init__(self, clients: Sequence[EngineClient], by_prefix: bool = True):
         self.clients = tuple(clients)
+        self._by_prefix = by_prefix and len(self.clients) > 1
+        # Lost by one replica, while the others have no room for them yet.
+        self._waiting: set[Submission] = set()
+        for client in self.clients:
+            client.rescue = self._rescue
 
     @property
     def available(self) -> bool:
@@ -41,15 +67,28 @@ class Router:
         Raises:
             EngineUnavailable: there is none.
         """
-        available = [client for client in self.clients if client.available]
+        generation = Generation(request)
+        self.send(generation)
+        return generation
+
+    def send(self, submission: Submission) -> None:
+        """Send what no replica has now, to one that has neither lost nor refused it. Raises EngineUnavailable where there is none."""
+        available = [c for c in self.clients if c.available and c.replica not in submission.lost_by | submission.refused_by]
         if not available:
             raise EngineUnavailable
-        return min(available, key=lambda client: client.num_in_flight).submit(request)
+        keys = self._keys(submission.request, available[0].info) if self._by_prefix else []
+        client = _choose(submission.request, keys, available)
+        client.send(submission)
+        if client.info is not None:
+            client.prefixes.add(keys, min(client.info.num_pages, MAX_PAGES_KEPT))
 
     def fail_all(self, error: JaxserveError) -> None:
         """Let everything that is in flight from here fail."""
         for client in self.clients:
             client.fail_all(error)
+        for submission in self._waiting:
+            submission.fail(error)
+        self._waiting.clear()
 
     def start(self) -> None:
         """Connect to all replicas in the background."""
@@ -59,3 +98,54 @@ class Router:
     async def close(self) -> None:
         """Hang up."""
         await asyncio.gather(*(client.close() for client in self.clients))
+
+    def _keys(self, request: Request, info: EngineInfo | None) -> list[bytes]:
+        keys: list[bytes] = []
+        if info is not None:
+            num_pages = min(len(request.prompt_token_ids) // info.page_size, MAX_PAGES_COMPARED)
+            extend_keys(keys, request, request.prompt_token_ids, info.page_size, num_pages)
+        return keys
+
+    def _rescue(self, submission: Submission, error: EngineUnavailable | Overloaded, replica: int) -> bool:
+        """Send what has not begun to another replica.
+
+        Once only where a replica was lost: a request that kills engines must not go round them all. A replica without room may be asked
+        again later by what another one lost, because that was accepted.
+        """
+        (submission.lost_by if isinstance(error, EngineUnavailable) else submission.refused_by).add(replica)
+        if len(submission.lost_by) > 1:
+            return False
+        try:
+            self.send(submission)
+        except EngineUnavailable:
+            if not submission.lost_by or not submission.refused_by:
+                return False
+            self._waiting.add(submission)
+            asyncio.get_running_loop().call_later(RETRY_INTERVAL, self._send_again, submission)
+        return True
+
+    def _send_again(self, submission: Submission) -> None:
+        if submission not in self._waiting:
+            return
+        self._waiting.discard(submission)
+        if submission.wanted:
+            submission.refused_by.clear()
+            try:
+                self.send(submission)
+            except EngineUnavailable as error:
+                submission.fail(error)
+
+
+def _choose(request: Request, keys: Sequence[bytes], clients: Sequence[EngineClient]) -> EngineClient:
+    """The replica that the rule above prefers."""
+    least = min(client.num_in_flight for client in clients)
+    # What scores its prompt computes all of it.
+    matches = {client: client.prefixes.match(keys) if request.params.prompt_logprobs is None else 0 for client in clients}
+
+    def is_candidate(client: EngineClient) -> bool:
+        page_size = client.info.page_size if client.info is not None else 0
+        share = matches[client] * page_size / len(request.prompt_token_ids)
+        return client.num_in_flight <= least + share * (SLACK + SLACK_SHARE * least)
+
+    candidates = filter(is_candidate, clients)
+    return min(candidates, key=lambda client: (-matches[client], client.num_in_flight, len(client.prefixes)))

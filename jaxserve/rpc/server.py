@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import grpc
 
-from jaxserve.errors import JaxserveError
-from jaxserve.request import EngineInfo, EngineStats, Request, TokenOutput
+from jaxserve.errors import EngineUnavailable, JaxserveError
+from jaxserve.request import EngineInfo, EngineStats, FinishReason, Request, TokenOutput
 from jaxserve.rpc import engine_pb2 as pb
 from jaxserve.rpc.wire import OutputColumns, info_message, rejection_message, request_from, stats_message
 
@@ -32,6 +32,7 @@ class ServedEngine(Protocol):
     """What is needed of an engine (engine.AsyncEngine has it); all methods may be called from any thread."""
 
     info: EngineInfo
+    failure: str | None  # why it can do nothing more
 
     def submit(self, request: Request, sink: Any) -> None:
         """Accept a request; `sink.put(outputs)` is called once a step. Raises InvalidRequest, Overloaded, EngineUnavailable."""
@@ -85,7 +86,7 @@ class EngineServer:
                 tasks.create_task(stream.read(messages))
                 tasks.create_task(stream.write(context))
                 tasks.create_task(stream.watch())
-        except* _HungUp:
+        except* (_HungUp, grpc.aio.BaseError):  # the latter where a message was being sent when the client went
             pass
         except* _Stalled:
             logger.warning("an http process does not read its stream: its requests are aborted")
@@ -126,6 +127,7 @@ class _Stream:
         self._request_ids: dict[int, str] = {}
         self._rejections: list[pb.Rejection] = []
         self._wake = asyncio.Event()
+        self._hung_up = False
         self._stats_at = 0.0
         # Shared with the engine's thread; each counter has one writer.
         self._pending: deque[list[TokenOutput]] = deque()
@@ -160,25 +162,31 @@ class _Stream:
                 self._submit(message.generate)
             else:
                 self._abort(message.abort)
-        raise _HungUp
+        self._hung_up = True
+        self._wake.set()
 
     async def write(self, context: Any) -> None:
-        """Send whatever is pending as one message, again and again."""
-        while True:
+        """Send whatever is pending as one message, again and again; raise once the client has hung up.
+
+        Only between two messages: gRPC takes it amiss if one is broken off.
+        """
+        while not self._hung_up:
             try:
                 async with asyncio.timeout_at(self._stats_at + STATS_INTERVAL):
                     await self._wake.wait()
             except TimeoutError:
                 pass
             self._wake.clear()
-            message = pb.EngineMessage(rejections=self._rejections)
-            self._rejections = []
+            message = pb.EngineMessage()
             if self._pending:
                 message.outputs.CopyFrom(self._take_outputs())
+            message.rejections.extend(self._rejections)
+            self._rejections = []
             if (now := self._loop.time()) >= self._stats_at + STATS_INTERVAL:
                 self._stats_at = now
                 message.stats.CopyFrom(stats_message(self._engine.stats()))
             await context.write(message)
+        raise _HungUp
 
     async def watch(self) -> None:
         """Raise once the client has not read for too long."""
@@ -221,6 +229,11 @@ class _Stream:
             for output in outputs:
                 if (live := self._requests.get(output.request_id)) is None or output.index not in live.unfinished:
                     continue  # aborted while the step ran
+                if output.finish_reason is FinishReason.ERROR and not live.told and self._engine.failure is not None:
+                    # The engine ends before it has begun this one: another replica can do it.
+                    self._rejections.append(rejection_message(live.number, EngineUnavailable(output.error)))
+                    self._forget(output.request_id)
+                    continue
                 columns.add(live.number, output, output.index not in live.told)
                 live.told.add(output.index)
                 if output.finish_reason is not None:
