@@ -54,7 +54,8 @@ class Runs:
 
 def compare(rows: Rows, name: str, repetitions: int, free: Callable[[], float], constrained: Callable[[], float]) -> None:
     """Two rows: a constrained step, and how much longer than a free one it is."""
-    constrained(), free()
+    constrained()  # what is paid once
+    free()
     turns = [(free(), constrained()) for _ in range(repetitions)]
     before, after = (statistics.median(column) for column in zip(*turns, strict=True))
     rows.add(f"constrained_{name}_step_ms", after, "ms", command_line("benchmarks.constrained"))
