@@ -53,7 +53,7 @@ def test_why_a_message_ends(hermes: anthropic.Anthropic):
 
 def _stream(client: anthropic.Anthropic, **asked: Any) -> tuple[list[Any], Any]:
     with client.messages.stream(**asked) as events:
-        told = list(events)
+        told: list[Any] = list(events)
         return told, events.get_final_message()
 
 
@@ -157,7 +157,7 @@ def test_bad_fields(front_ends: Callable[[str], LiveFrontEnd], fields: dict[str,
 
 def test_errors_have_anthropics_classes(hermes: anthropic.Anthropic, tmp_path: Path):
     with pytest.raises(anthropic.NotFoundError, match="does not exist"):
-        hermes.messages.create(**_asked("x") | {"model": "claude"})
+        hermes.messages.create(model="claude", max_tokens=9, messages=_said("x"))
     with pytest.raises(anthropic.BadRequestError, match="temperature"):
         hermes.messages.create(**_asked("x", extra_body={"temperature": -1}))
     write_tokenizer(tmp_path)

@@ -48,7 +48,7 @@ def test_function_calls_and_their_outputs(hermes: openai.OpenAI):
 
 def _stream(client: openai.OpenAI, **asked: Any) -> tuple[list[Any], Any]:
     with client.responses.stream(model="double", temperature=0, **asked) as events:
-        told = list(events)
+        told: list[Any] = list(events)
         return told, told[-1].response
 
 

@@ -101,7 +101,7 @@ class GrammarFields(SamplerFields):
 
     def _asked(self) -> list[tuple[str, Grammar]]:
         given = {"response_format": self.response_format and self.response_format.grammar("response_format")}
-        inner = self.structured_outputs or StructuredOutputs()
+        inner = self.structured_outputs or StructuredOutputs.model_validate({})
         for name, make in _MAKERS.items():
             for param, value in ((f"guided_{name}", getattr(self, f"guided_{name}")), (f"structured_outputs.{name}", inner.value(name))):
                 given[param] = None if value is None else make(value, param)

@@ -52,8 +52,9 @@ def test_tools(client: anthropic.Anthropic):
         (streamed,) = events.get_final_message().content
     assert streamed.type == "tool_use" and streamed.input == call.input
     result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call.id, "content": "21 degrees"}]}
-    followed = _asked("", messages=[*asked["messages"], {"role": "assistant", "content": message.content}, result], tools=[WEATHER])
-    assert client.messages.create(**followed | {"tool_choice": {"type": "none"}}).content[0].type == "text"
+    messages = [*asked["messages"], {"role": "assistant", "content": message.content}, result]
+    followed: Any = _asked("", messages=messages, tools=[WEATHER], tool_choice={"type": "none"})
+    assert client.messages.create(**followed).content[0].type == "text"
 
 
 def test_output_format(client: anthropic.Anthropic):

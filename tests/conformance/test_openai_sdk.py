@@ -108,16 +108,16 @@ def test_tools_that_must_be_called(client: openai.OpenAI, choice: Any):
     asked |= {"max_tokens": 150, "parallel_tool_calls": False}
     answer = client.chat.completions.create(**asked).choices[0]
     assert answer.finish_reason == "tool_calls" and not answer.message.content
-    (call,) = answer.message.tool_calls or ()
-    assert call.type == "function" and call.function.name in ("get_weather", "now")
+    (call,) = answer.message.tool_calls or [None]
+    assert call is not None and call.type == "function" and call.function.name in ("get_weather", "now")
     if choice != "required":
         assert call.function.name == "get_weather"
     arguments = json.loads(call.function.arguments)
     assert call.function.name == "now" or (set(arguments) == {"city", "unit"} and arguments["unit"] in ("celsius", "fahrenheit"))
     with client.chat.completions.stream(**asked) as events:
         streamed = events.get_final_completion().choices[0].message
-    (same,) = streamed.tool_calls or ()
-    assert (same.function.name, same.function.arguments) == (call.function.name, call.function.arguments)
+    (same,) = streamed.tool_calls or [None]
+    assert same is not None and (same.function.name, same.function.arguments) == (call.function.name, call.function.arguments)
     messages = [*messages, answer.message, {"role": "tool", "tool_call_id": call.id, "content": "It is 21 degrees and sunny."}]
     followed = client.chat.completions.create(
         model=MODEL, messages=messages, tools=[WEATHER], tool_choice="none", temperature=0, max_tokens=40
