@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ class Server:
         self._log.seek(0)
         return self._log.read()
 
-    def stream(self, text: str = "abcdef", max_tokens: int = 10**5) -> Iterator[str]:
+    def stream(self, text: str = "abcdef", max_tokens: int = 10**5) -> Generator[str]:
         """Lines of a stream; the first is awaited by the caller's next()."""
         with self.client.stream("POST", "/v1/completions", json={"prompt": text, "max_tokens": max_tokens, "stream": True}) as response:
             assert response.status_code == 200

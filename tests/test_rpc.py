@@ -228,6 +228,46 @@ def test_a_refused_grammar_is_the_clients_fault(tmp_path: Path):
     asyncio.run(run())
 
 
+class FailingDouble(EngineDouble):
+    """Ends as AsyncEngine does when a step raised."""
+
+    def fail(self) -> None:
+        with self._lock:
+            self.failure = "the device is gone"
+            ended, self._samples = self._samples, []
+        for each in ended:
+            each.sink.put([TokenOutput(each.request.request_id, each.index, [], [], FinishReason.ERROR, error=self.failure)])
+
+
+def test_a_failed_engine_has_not_begun_what_waits(tmp_path: Path):
+    async def run() -> None:
+        engine = FailingDouble("", forever=True, step_seconds=0.01, max_batch_size=1)
+        async with _served(tmp_path, engine) as client:
+            running, waiting = client.submit(_request("r", max_tokens=None)), client.submit(_request("w", n=2))
+            await running.read()
+            engine.fail()
+            with pytest.raises(GenerationFailed, match="the device is gone"):
+                while await running.read():
+                    pass
+            with pytest.raises(EngineUnavailable, match="the device is gone"):  # so a router may send it elsewhere
+                await waiting.read()
+            assert client.num_in_flight == 0
+
+    asyncio.run(run())
+
+
+def test_a_client_that_hangs_up_is_no_error_of_the_engine(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    async def run() -> None:
+        for number in range(4):
+            async with _served(tmp_path, EngineDouble("", forever=True, step_seconds=0.0005)) as client:
+                generations = [client.submit(_request(f"{number}-{n}", max_tokens=None)) for n in range(50)]
+                await generations[0].read()
+                await client.close()
+
+    asyncio.run(run())
+    assert "Error" not in capfd.readouterr().err
+
+
 def test_engine_gone_and_back(tmp_path: Path):
     async def run() -> None:
         engine = EngineDouble("", step_seconds=0.01, forever=True)
