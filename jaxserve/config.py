@@ -89,6 +89,8 @@ class ServerOptions:
     api_key: str | None = option(None, "Clients must send it as a bearer token.", metavar="KEY")
     cors_allow_origin: tuple[str, ...] = option((), "Allowed browser origin; may be repeated. Default: any.", metavar="ORIGIN")
     payload_limit: int = option(2_000_000, "Most bytes of a request body.", metavar="BYTES", low=1)
+    watermark_gamma: float = option(0.5, "Share of the vocabulary that a watermark favours after each token.", low=0.0, high=1.0)
+    watermark_delta: float = option(2.0, "What a watermark adds to the logits of the tokens that it favours.", low=0.0, high=100.0)
     max_best_of: int = option(2, "Most `best_of` of a request.", low=1)
     max_stop_sequences: int = option(16, "Most stop strings of a request.", low=0)
     max_top_n_tokens: int = option(20, "Most `top_n_tokens` and `top_logprobs` of a request.", low=0)

@@ -56,6 +56,8 @@ class SamplingParams:
         logprobs: None for none, else the number of most likely tokens to report beside the chosen one.
         prompt_logprobs: the same for the prompt's tokens, told once; such a prompt is computed as a whole, whatever is cached of it.
         logit_bias: token id -> value added to its logit.
+        watermark_gamma, watermark_delta: share of the vocabulary that each token makes green for the next one, and what is added to the
+            logits of those (Kirchenbauer et al. 2023, arXiv 2301.10226; `jaxserve.watermark` detects it); a delta of 0 is off.
         grammar: what the text must match; None is anything. A sample whose grammar is complete and cannot go on ends, whatever
             min_tokens and ignore_eos say.
         skip_special_tokens: special tokens yield no text.
@@ -80,6 +82,8 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    watermark_gamma: float = 0.0
+    watermark_delta: float = 0.0
     grammar: Grammar | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -128,6 +132,8 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _integer("logit_bias", token, 0, vocab_size - 1)
             _number("logit_bias", bias, -100.0, 100.0)
+        _number("watermark_gamma", self.watermark_gamma, 0.0, 1.0)
+        _number("watermark_delta", self.watermark_delta, 0.0, 100.0)
         if self.grammar is not None:
             self.grammar.validate()
 

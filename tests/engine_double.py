@@ -97,7 +97,7 @@ class EngineDouble:
     def stats(self) -> EngineStats:
         with self._lock:
             running = min(len(self._samples), self.max_batch_size)
-            return EngineStats(num_running=running, num_waiting=len(self._samples) - running, num_pages=1000, **self.counters)
+            return EngineStats(num_running=running, num_waiting=len(self._samples) - running, num_pages=1000, **self.counters)  # pyright: ignore[reportArgumentType]
 
     def drain(self, timeout: float) -> bool:
         with self._lock:

@@ -90,7 +90,7 @@ def test_a_rendered_conversation_has_a_limit(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("name", ["chat_template", "tokenize", "return_dict", "conversation", "documents"])
 def test_a_client_cannot_reach_the_renderers_own_arguments(name: str):
     with pytest.raises(InvalidRequest, match=name) as error:
-        tokenizer().apply_chat_template(HI, None, True, False, **{name: "{{ 1 }}"})
+        tokenizer().apply_chat_template(HI, None, True, False, **{name: "{{ 1 }}"})  # pyright: ignore[reportArgumentType]
     assert error.value.param == "chat_template_kwargs"
 
 

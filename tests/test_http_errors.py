@@ -231,7 +231,6 @@ TGI_BAD: list[tuple[dict[str, Any], str]] = [
     ({"grammar": {"type": "json", "value": 7}}, "grammar is not valid: the value must be a JSON schema"),
     ({"grammar": {"type": "json", "value": "{"}}, "grammar is not valid: `grammar` is not valid JSON"),
     ({"grammar": {"type": "json_schema", "value": {"name": "x"}}}, "grammar is not valid: the value of a json_schema must have a `schema`"),
-    ({"watermark": True}, "`watermark` is not supported yet"),
     ({"adapter_id": "x"}, "`adapter_id` is not supported yet"),
 ]
 

@@ -44,6 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     # what people start
     "client": {"errors"},
     "chat": {"config", "client"},
+    "watermark": set(),
     "batch": PLAIN | {"llm", "tokenizer", "http"},
     "bench": PLAIN | {"llm", "tokenizer", "weights", "client", "environment"},
     "cli": PLAIN | {"llm", "batch", "bench", "chat", "launcher", "engine", "environment"},

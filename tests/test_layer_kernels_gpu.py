@@ -94,7 +94,7 @@ def lower_for_cuda(function, *arguments, **options):
 @pytest.mark.parametrize(("num_tokens", "size"), [(1, 2048), (8192, 4096), (64, 3584), (3, 16384)])
 def test_add_rms_norm_kernel_lowers_for_cuda(num_tokens, size):
     x, weight = jax.ShapeDtypeStruct((num_tokens, size), BF16), jax.ShapeDtypeStruct((size,), BF16)
-    call = functools.partial(add_rms_norm_triton, eps=1e-5, config=AddRMSNormConfig.suited(x))
+    call = functools.partial(add_rms_norm_triton, eps=1e-5, config=AddRMSNormConfig.suited(x))  # pyright: ignore[reportArgumentType]
     assert lower_for_cuda(call, x, x, weight).count("custom_call @__gpu$xla.gpu.triton") == 1
 
 

@@ -1,6 +1,7 @@
 """Products with a weight: XLA's, and the kernel for Hopper GPUs, interpreted on small shapes and lowered for CUDA at serving shapes."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ def test_xla_multiplies(num_tokens):
     assert relative_error(matmul(jnp.asarray(x), jnp.asarray(weight), jnp.float32), x, weight) < 1e-6
 
 
-def abstract(num_tokens, size, depth, dtype=jnp.bfloat16):
+def abstract(num_tokens, size, depth, dtype=jnp.bfloat16) -> tuple[Any, Any]:
     return jax.ShapeDtypeStruct((num_tokens, depth), dtype), jax.ShapeDtypeStruct((size, depth), dtype)
 
 

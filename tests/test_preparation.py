@@ -37,7 +37,8 @@ LLAMA = {
     "max_position_embeddings": 512,
 }
 H200 = dict(device_kind="NVIDIA H200", num_cores=132, device_platform="gpu", platform="cuda")
-FORWARD = ProgramKey("forward", Bucket(1, 1, True))
+BUCKET = Bucket(1, 1, True)
+FORWARD = ProgramKey("forward", BUCKET)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def first_logits(model: Model, runner_config: RunnerConfig, prepared: Preparatio
     runner = ModelRunner(model, make_mesh(1), runner_config, prepared)
     runner.warmup()
     runner.close()
-    layout = BatchLayout.of(FORWARD.shape, 1, runner_config.page_size)
+    layout = BatchLayout.of(BUCKET, 1, runner_config.page_size)
     packed = runner._packer.padding(layout)
     step = runner._compiled[FORWARD](model.leaves, runner._state, jnp.asarray(packed))
     return step[1][0, :8].tolist()

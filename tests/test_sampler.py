@@ -16,6 +16,7 @@ from jaxserve.runner.distribution import sum_masses, truncate, whole_distributio
 from jaxserve.runner.sampler import sample, unpack_sampled
 from jaxserve.runner.sampling_rows import RowPacker, unpack_rows
 from jaxserve.runner.sampling_state import LOAD_CHUNK, SamplingState, load_slot, make_sampling_state, needs_slot_load, slot_loads
+from jaxserve.watermark import green, z_score
 
 SLOTS = 12
 VOCAB = 20_011  # above the size from which truncation looks at the nearest blocks first, and a multiple of no block
@@ -252,6 +253,24 @@ def test_logit_bias_and_bans():
     assert again.token_ids[4, 0] != 7 == last.token_ids[4, 0]
     assert all(token != 20_000 for token in first.token_ids[5:, 0])
     assert all(token == 20_000 for token in again.token_ids[5:, 0])
+
+
+def test_a_watermark_favours_what_its_detector_finds():
+    params = SamplingParams(temperature=0.0, watermark_gamma=0.25, watermark_delta=5.0, logprobs=2)
+    batch = Batch([params, SamplingParams(temperature=0.0, logprobs=2)])
+    batch.state = replace(batch.state, last_tokens=batch.state.last_tokens + 3)
+    for number in range(40):
+        logits = random_logits(2, seed=number, scale=1.0)
+        before = [output[-1] if output else 3 for output in batch.outputs]
+        tokens = batch.step(logits)
+        favoured = green([before[0]] * VOCAB, range(VOCAB), 0.25)
+        assert 0.2 < favoured.mean() < 0.3
+        biased = np.where(favoured, logits[0, :VOCAB] + 5.0, logits[0, :VOCAB])
+        assert tokens.token_ids[0, 0] == np.argmax(biased)
+        np.testing.assert_allclose(tokens.processed[0, 0], log_softmax(biased).max(), atol=1e-5)
+        np.testing.assert_allclose(tokens.raw[0, 0], log_softmax(logits[0, :VOCAB])[tokens.token_ids[0, 0]], atol=1e-5)
+        assert tokens.token_ids[1, 0] == np.argmax(logits[1, :VOCAB])
+    assert z_score([3, *batch.outputs[0]], 0.25) > 8 > 4 > abs(z_score([3, *batch.outputs[1]], 0.25))
 
 
 def test_too_many_bans_are_refused():

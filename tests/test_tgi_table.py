@@ -73,7 +73,7 @@ def test_fields() -> None:
 
 
 def test_fields_that_come_later_are_refused(front_end: LiveFrontEnd) -> None:
-    values: dict[str, Any] = {"watermark": True, "adapter_id": "x"}
+    values: dict[str, Any] = {"adapter_id": "x"}
     told = table("Fields of `/generate`, `/generate_stream`, `/`, `/tokenize`")
     assert {name for name, kind in told.items() if kind in ("later", "refused")} == set(values)
     for name, value in values.items():

@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from jaxserve.pallas_kernels.noise import noise_keys
 from jaxserve.pallas_kernels.token_choice import choose_tokens
+from jaxserve.pallas_kernels.token_options import Column
 from jaxserve.request import SamplingParams
 from jaxserve.runner.sampler import _choose
 from jaxserve.runner.sampling_rows import RowPacker, unpack_rows
@@ -33,27 +35,30 @@ PARAMS = [
     SamplingParams(seed=8, top_k=100, top_p=0.9, typical_p=0.7, min_p=0.001, logprobs=1),
     SamplingParams(temperature=0.0, repetition_penalty=1.5, frequency_penalty=0.5, presence_penalty=0.3, logprobs=1),
     SamplingParams(seed=9, logit_bias={11: 9.0, 4000: -5.0}, min_tokens=3, stop_token_ids=(11,), top_p=0.95),
+    SamplingParams(seed=13, watermark_gamma=0.3, watermark_delta=4.0, logprobs=1),
+    SamplingParams(temperature=0.0, watermark_gamma=0.5, watermark_delta=6.0),
     *[SamplingParams(seed=seed, temperature=30.0, top_p=0.5) for seed in (10, 11, 12)],  # flat: the race is run again
 ]
 
 
 def choices(masks: np.ndarray | None, logits: np.ndarray):
     """Tokens, distributions [R, 6] and states by both ways."""
-    state, packer, slots = make_sampling_state(16, VOCAB), RowPacker(16), np.arange(len(PARAMS))[::-1].copy()
+    state, packer, slots = make_sampling_state(20, VOCAB), RowPacker(20), np.arange(len(PARAMS))[::-1].copy()
+    state = replace(state, last_tokens=state.last_tokens + 77)
     for slot, params in zip(slots, PARAMS, strict=True):
         packer.enter(int(slot), params)
         if needs_slot_load(params):
             for upload in slot_loads(int(slot), params, [1, 2, 3, 9], [9, 5], EOS, VOCAB):
                 state = load(state, upload)
-    columns = jnp.asarray(packer.pack(slots, slots + 7, np.full(len(slots), 2), slots != 3, len(slots) + 1))
+    columns = jnp.asarray(packer.pack(slots, slots + 7, np.full(len(slots), 2), slots != 3, len(slots) + 1, np.where(slots % 2, slots, -1)))
     rows = unpack_rows(columns)
-    raw, masks = jnp.asarray(logits), None if masks is None else jnp.asarray(masks)
-    tokens, distribution, expected_state = jax.jit(_choose)(raw, state, rows, masks)
+    raw, allowed = jnp.asarray(logits), None if masks is None else jnp.asarray(masks)
+    tokens, distribution, expected_state = jax.jit(_choose)(raw, state, rows, allowed)
     stats = jnp.stack(
         [getattr(distribution, name) for name in ("best", "inverse_temperature", "bound", "mean", "typical_bound", "log_mass")], 1
     )
     keys = noise_keys(rows.seed_low, rows.seed_high, rows.positions)
-    found = choose_tokens(raw, columns, keys, state.token_counts, state.bias, state.last_tokens, masks, interpret=True)
+    found = choose_tokens(raw, columns, keys, state.token_counts, state.bias, state.last_tokens, allowed, interpret=True)
     return rows, tokens, stats, expected_state, found
 
 
@@ -91,7 +96,7 @@ def test_the_kernel_lowers_for_cuda(masked: bool, monkeypatch: pytest.MonkeyPatc
         triton_lowering, "lower_jaxpr_to_triton_module", lambda *args, **kwargs: modules.append(lower(*args, **kwargs)) or modules[-1]
     )
     rows, slots, vocab = 4, 8, 128256
-    shapes = [((rows, vocab), jnp.float32), ((rows, 13), jnp.int32), ((rows,), jnp.uint32), ((slots, vocab), jnp.int32)]
+    shapes = [((rows, vocab), jnp.float32), ((rows, len(Column)), jnp.int32), ((rows,), jnp.uint32), ((slots, vocab), jnp.int32)]
     logits, columns, word, counts = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
     bias, last = jax.ShapeDtypeStruct((slots, vocab), jnp.float32), jax.ShapeDtypeStruct((slots, 1), jnp.int32)
     masks = jax.ShapeDtypeStruct((rows, -(-vocab // 32)), jnp.uint32) if masked else None

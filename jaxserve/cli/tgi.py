@@ -53,8 +53,6 @@ REFUSED = (
     Foreign("kv-cache-dtype", "FP8 KV caches come later; the KV cache has the dtype of the model", ("", "auto")),
     Foreign("speculate", "speculative decoding comes later", _NONE),
     Foreign("lora-adapters", "LoRA adapters come later", _NONE),
-    Foreign("watermark-gamma", "watermarking comes later"),
-    Foreign("watermark-delta", "watermarking comes later"),
     Foreign("ngrok", "tunnels are not supported (in TGI 3 neither)", _NONE),
     Foreign("ngrok-authtoken", "tunnels are not supported (in TGI 3 neither)"),
     Foreign("ngrok-edge", "tunnels are not supported (in TGI 3 neither)"),

@@ -143,7 +143,6 @@ def generate_task(parameters: GenerateParameters, options: ServerOptions, stream
             f"must be >= 0 and <= {options.max_top_n_tokens}. Given: {parameters.top_n_tokens}",
         ),
         ("seed", not 0 <= (parameters.seed or 0) < 2**64, "must be >= 0 and < 2^64"),
-        ("watermark", parameters.watermark, "is not supported yet"),
         ("adapter_id", bool(parameters.adapter_id), "is not supported yet"),
     )
     for name, refused, reason in refusals:
@@ -155,8 +154,9 @@ def generate_task(parameters: GenerateParameters, options: ServerOptions, stream
         raise InvalidRequest("you must use sampling when `best_of` is > 1", "best_of")
     if best_of > 1 and parameters.seed is not None:
         raise InvalidRequest("`seed` must not be set when `best_of` > 1", "seed")
+    share, bias = (options.watermark_gamma, options.watermark_delta) if parameters.watermark else (0.0, 0.0)
     seeds = [random.getrandbits(64) if parameters.seed is None else parameters.seed for _ in range(best_of)]
-    first, *others = [_params(parameters, sampling, seed, grammar) for seed in seeds]
+    first, *others = [replace(_params(parameters, sampling, seed, grammar), watermark_gamma=share, watermark_delta=bias) for seed in seeds]
     if parameters.decoder_input_details:  # the candidates have one prompt
         first = replace(first, prompt_logprobs=0)
     return GenerateTask((first, *others), sampling, parameters.top_n_tokens or 0)

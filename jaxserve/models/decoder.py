@@ -36,8 +36,9 @@ class Attention(nnx.Module):
         bias = None if self.qkv.bias is None else self.qkv.bias[...]
         norms = None if self.norms is None else tuple(weight[...] for weight in self.norms)
         q, kv = rotate_and_write_kv(self.qkv.product(x), rotation, kv, metadata, bias=bias, norms=norms, eps=self.norm_eps)
-        options = dict(window=self.window, soft_cap=None, implementation=self.implementation)
-        out = paged_attention(q, kv, metadata, scale=self.head_dim**-0.5, **options)
+        out = paged_attention(
+            q, kv, metadata, scale=self.head_dim**-0.5, window=self.window, soft_cap=None, implementation=self.implementation
+        )
         return self.output(out.reshape(out.shape[0], -1)), kv
 
 

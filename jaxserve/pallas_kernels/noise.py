@@ -11,6 +11,7 @@ import jax.numpy as jnp
 _ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
 _PARITY = 0x1BD11BDA
 _ROUNDS = 20
+_GREEN_KEY = 15485863
 
 
 def threefry(key: tuple[jax.Array, jax.Array], counter: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -67,6 +68,26 @@ def noise_keys(seed_low: jax.Array, seed_high: jax.Array, positions: jax.Array) 
     return threefry((seed_low, seed_high), (positions, jnp.zeros_like(positions)))
 
 
+def uniform_noise(keys: tuple[jax.Array, jax.Array], token_ids: jax.Array) -> jax.Array:
+    """Variates uniform in (0, 1), one a row and token: of keys uint32 [R] and token ids int32 [V], float32 [R, V]."""
+    return (hash_tokens(keys, token_ids).astype(jnp.float32) + jnp.float32(0.5)) * jnp.float32(2.0**-32)
+
+
+def is_green(previous: jax.Array, token_ids: jax.Array, share: jax.Array) -> jax.Array:
+    """Whether tokens are on the green list that the token before them draws (Kirchenbauer et al. 2023, arXiv 2301.10226).
+
+    Args:
+        previous: int32 [R].
+        token_ids: int32 [V].
+        share: float32 [R], of the vocabulary that is green.
+
+    Returns:
+        bool [R, V].
+    """
+    words = previous.astype(jnp.uint32) * jnp.uint32(_GREEN_KEY)
+    return uniform_noise((words, jnp.full_like(words, _GREEN_KEY)), token_ids) < share[:, None]
+
+
 def exponential_noise(keys: tuple[jax.Array, jax.Array], token_ids: jax.Array) -> jax.Array:
     """Standard exponential variates, one a row and token.
 
@@ -80,5 +101,4 @@ def exponential_noise(keys: tuple[jax.Array, jax.Array], token_ids: jax.Array) -
     Returns:
         float32 [R, V], in (0, inf].
     """
-    uniform = (hash_tokens(keys, token_ids).astype(jnp.float32) + jnp.float32(0.5)) * jnp.float32(2.0**-32)
-    return -jnp.log1p(-uniform)
+    return -jnp.log1p(-uniform_noise(keys, token_ids))

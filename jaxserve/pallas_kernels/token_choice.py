@@ -25,8 +25,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jaxserve.pallas_kernels.noise import exponential_noise
-from jaxserve.pallas_kernels.token_options import Column, Flag, adjust_logits
+from jaxserve.pallas_kernels.noise import exponential_noise, is_green
+from jaxserve.pallas_kernels.token_options import ADJUSTS, Column, Flag, adjust_logits
 
 _INFINITY_BITS = 0x7F800000
 _BLOCK = 4096  # tokens read at once, and lanes
@@ -69,7 +69,7 @@ def choose_tokens(
 
     Args:
         logits: float32 [R, V].
-        columns: int32 [R, 13], see Column.
+        columns: int32 [R, len(Column)], see Column.
         noise_keys: see noise.py.
         token_counts: int32 [S, V] by slot: times each token was output, plus PROMPT_FLAG and BAN_FLAG.
         bias: float32 [S, V] by slot.
@@ -106,12 +106,11 @@ def choose_tokens(
 def _choose_kernel(
     logits_ref, ints_ref, floats_ref, keys_ref, bias_ref, counts_ref, last_ref, *refs, vocab_size: int, masked: bool, threaded: bool
 ):
-    del last_ref  # the same memory as last_out_ref
     masks_ref = refs[0] if masked else None
     tokens_ref, stats_ref, counts_out_ref, last_out_ref, *scratch_refs = refs[masked:]
     row = pl.program_id(0)
     flags, slot = ints_ref[row, Column.FLAGS], ints_ref[row, Column.SLOT]
-    logits = _Row(logits_ref, ints_ref, floats_ref, bias_ref, counts_ref, masks_ref, vocab_size)
+    logits = _Row(logits_ref, ints_ref, floats_ref, bias_ref, counts_ref, last_ref, masks_ref, vocab_size)
     best, token, lanes = logits.largest()
     temperature = floats_ref[row, Column.TEMPERATURE]
     draws, wants_logprobs = temperature > 0, flags & Flag.LOGPROBS != 0
@@ -144,13 +143,16 @@ def _choose_kernel(
 class _Row:
     """This program's logits, adjusted as they are read."""
 
-    def __init__(self, logits_ref, ints_ref, floats_ref, bias_ref, counts_ref, masks_ref, vocab_size: int):
+    def __init__(self, logits_ref, ints_ref, floats_ref, bias_ref, counts_ref, last_ref, masks_ref, vocab_size: int):
         self._logits_ref, self._bias_ref, self._counts_ref, self._masks_ref = logits_ref, bias_ref, counts_ref, masks_ref
         self.vocab_size = vocab_size
         self.row = row = pl.program_id(0)
         self._slot, self._flags = ints_ref[row, Column.SLOT], ints_ref[row, Column.FLAGS]
         self._repetition, self._presence = floats_ref[row, Column.REPETITION], floats_ref[row, Column.PRESENCE]
         self._frequency = floats_ref[row, Column.FREQUENCY]
+        self._green_share, self._green_bias = floats_ref[row, Column.GREEN_SHARE], floats_ref[row, Column.GREEN_BIAS]
+        previous = ints_ref[row, Column.PREVIOUS]
+        self._previous = jnp.where(previous < 0, last_ref[self._slot, 0], previous)
 
     def read(self, i):
         """Token ids [_BLOCK] of block i, and their logits; -inf behind the vocabulary."""
@@ -163,9 +165,11 @@ class _Row:
             has_bias, bans, penalized = (self._flags & flag != 0 for flag in (Flag.BIAS, Flag.BANS, Flag.PENALTIES))
             bias = plt.load(self._bias_ref.at[self._slot, place], mask=inside & has_bias, other=0.0)
             counts = plt.load(self._counts_ref.at[self._slot, place], mask=inside, other=0)
+            green = is_green(self._previous[None], token, self._green_share[None]).reshape(_BLOCK)
+            bias += jnp.where(green & (self._flags & Flag.WATERMARK != 0), self._green_bias, 0.0)
             return adjust_logits(value, bias, counts, bans, penalized, self._repetition, self._presence, self._frequency)
 
-        value = lax.cond(self._flags & (Flag.BIAS | Flag.BANS | Flag.PENALTIES) != 0, adjust, lambda value: value, value)
+        value = lax.cond(self._flags & ADJUSTS != 0, adjust, lambda value: value, value)
         if self._masks_ref is not None:
             words = plt.load(self._masks_ref.at[self.row, token // 32], mask=inside, other=jnp.uint32(0))
             allowed = (words >> (token % 32).astype(jnp.uint32)) & jnp.uint32(1)
@@ -206,16 +210,17 @@ class _Distances:
             token, value = self._logits.read(i)
             return token, jnp.where(token < self._logits.vocab_size, (self._best - value) * self._inverse_temperature, jnp.inf)
 
-        if self._count is None:
+        count = self._count
+        if count is None:
             return whole()
 
         def gathered():
             row, place = self._logits.row, pl.ds(0, _BLOCK)
-            present = jnp.arange(_BLOCK, dtype=jnp.int32) < self._count
+            present = jnp.arange(_BLOCK, dtype=jnp.int32) < count
             token = plt.load(self._scratch_refs[0].at[row, place], mask=present, other=0)
             return token, plt.load(self._scratch_refs[1].at[row, place], mask=present, other=jnp.inf)
 
-        return lax.cond(self._count == 0, whole, gathered)
+        return lax.cond(count == 0, whole, gathered)
 
     def fold(self, function, start):
         """function(carry, token ids [_BLOCK], distances [_BLOCK]) over all blocks."""
@@ -320,7 +325,8 @@ class _Options(NamedTuple):
     @classmethod
     def read(cls, row, ints_ref, floats_ref, wants_logprobs) -> "_Options":
         floats = (floats_ref[row, column] for column in (Column.TOP_P, Column.MIN_P, Column.TYPICAL_P))
-        return cls(ints_ref[row, Column.TOP_K], *floats, wants_logprobs)
+        top_p, min_p, typical_p = floats
+        return cls(ints_ref[row, Column.TOP_K], top_p, min_p, typical_p, wants_logprobs)
 
 
 class _Truncation(NamedTuple):

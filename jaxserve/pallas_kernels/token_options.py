@@ -10,28 +10,34 @@ BAN_FLAG = 1 << 29  # in a token count: forbidden while the row has fewer than m
 
 
 class Column(enum.IntEnum):
-    """Where a row's options stand in its packed columns; those from TEMPERATURE on but TOP_K are float32."""
+    """Where a row's options stand in its packed columns; those from TEMPERATURE on but TOP_K are float32.
+
+    PREVIOUS is the token before the one that is sampled; -1: the last one that the slot sampled.
+    """
 
     SLOT = 0
     FLAGS = 1
     POSITION = 2
-    SEED_LOW = 3
-    SEED_HIGH = 4
-    TEMPERATURE = 5
-    TOP_K = 6
-    TOP_P = 7
-    MIN_P = 8
-    TYPICAL_P = 9
-    REPETITION = 10
-    PRESENCE = 11
-    FREQUENCY = 12
+    PREVIOUS = 3
+    SEED_LOW = 4
+    SEED_HIGH = 5
+    TEMPERATURE = 6
+    TOP_K = 7
+    TOP_P = 8
+    MIN_P = 9
+    TYPICAL_P = 10
+    REPETITION = 11
+    PRESENCE = 12
+    FREQUENCY = 13
+    GREEN_SHARE = 14
+    GREEN_BIAS = 15
 
 
 class Flag(enum.IntFlag):
     """What a row asks for.
 
     SAMPLES: its logits are sampled. BANS: banned tokens are forbidden. LOGPROBS: it wants log probabilities. BIAS: its slot's logit bias
-    counts. PENALTIES: its slot's token counts count.
+    counts. PENALTIES: its slot's token counts count. WATERMARK: green tokens get a bias.
     """
 
     SAMPLES = 1
@@ -39,6 +45,10 @@ class Flag(enum.IntFlag):
     LOGPROBS = 4
     BIAS = 8
     PENALTIES = 16
+    WATERMARK = 32
+
+
+ADJUSTS = Flag.BANS | Flag.BIAS | Flag.PENALTIES | Flag.WATERMARK
 
 
 def adjust_logits(
@@ -54,7 +64,7 @@ def adjust_logits(
     """Bias, then bans, then penalties (repetition, then presence and frequency).
 
     Args:
-        value, bias: float32, logits and what is added to them.
+        value, bias: float32, logits and what is added to them: logit bias and watermark.
         counts: int32, times each token was output, plus PROMPT_FLAG and BAN_FLAG.
         bans, penalized: bool, whether banned tokens are forbidden, whether penalties count.
         repetition, presence, frequency: float32, the penalties.

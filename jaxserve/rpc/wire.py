@@ -30,6 +30,7 @@ _REASON_FROM_WIRE = {pb.FinishReason.Value(reason.name): reason for reason in Fi
 _PLAIN_PARAMS = (
     "n", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "max_tokens", "min_tokens", "stop_token_ids", "ignore_eos", "logprobs", "prompt_logprobs",
+    "watermark_gamma", "watermark_delta",
 )  # fmt: skip
 _OPTIONAL_PARAMS = ("max_tokens", "logprobs", "prompt_logprobs")
 
@@ -237,4 +238,5 @@ def stats_message(stats: EngineStats) -> pb.EngineStats:
 def stats_from(message: pb.EngineStats) -> EngineStats:
     """The counters of a message."""
     values: dict[str, Any] = {field.name: getattr(message, field.name) for field in fields(EngineStats)}
-    return EngineStats(**values | {name: tuple(value) for name, value in values.items() if name.endswith("_counts")})
+    values |= {name: tuple(value) for name, value in values.items() if name.endswith("_counts")}
+    return EngineStats(**values)

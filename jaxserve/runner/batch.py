@@ -221,6 +221,7 @@ class BatchPacker:
         lengths = np.array([row.num_tokens for row in rows], np.int32)
         samples = np.array([row.samples for row in rows], np.bool_)
         outputs = np.array([row.num_output_tokens for row in rows], np.int64)
+        previous = np.array([row.token_ids[-1] for row in rows], np.int32)
         entries = self._new_page_entries(rows, slots)
         room = layout.num_page_entries
 
@@ -231,7 +232,7 @@ class BatchPacker:
         fields.lengths[:count] = lengths
         fields.page_entries[:, 0] = self._num_slots
         fields.page_entries[: len(entries[:room])] = entries[:room]
-        fields.sampling[...] = self._rows.pack(slots, starts + lengths, outputs, samples, layout.bucket.num_rows)
+        fields.sampling[...] = self._rows.pack(slots, starts + lengths, outputs, samples, layout.bucket.num_rows, previous)
         return packed, entries[room:], bool((self._wants_logprobs[slots] & samples).any())
 
     def padding(self, layout: BatchLayout) -> np.ndarray:

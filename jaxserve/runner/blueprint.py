@@ -8,11 +8,11 @@ import platform
 import typing
 from dataclasses import dataclass
 from enum import Enum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 from jax import export
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh
 
@@ -132,4 +132,4 @@ def _read(kind: Any, value: Any) -> Any:
 def _versions() -> str:
     """Of all code that has a part in lowering."""
     sources = digest_sources(Path(__file__).parents[1])
-    return json.dumps([jax.__version__, jaxlib.__version__, platform.python_version(), sources])
+    return json.dumps([jax.__version__, version("jaxlib"), platform.python_version(), sources])

@@ -81,12 +81,14 @@ class Preparation:
         temporaries = self._store.read(self._temporaries_file())
         self._plan = None if temporaries is None else self._begin(int(temporaries))
         if self._plan is None:
-            self._start_lowering(len([*self._one_request]))
-            self._trial = self._lowering.submit(self._lower, self._one_request, self._one_request.largest())
+            self._trial = self._started_lowering(len([*self._one_request])).submit(
+                self._lower, self._one_request, self._one_request.largest()
+            )
 
     def plan(self) -> KVCachePlan:
         """The sizes of the KV cache. To be called when the weights are loaded."""
         if self._plan is None:
+            assert self._trial is not None, "begun in __init__ where there is no plan"
             program = self._one_request[self._one_request.largest()]
             analysis = compile_lowered(self._trial.result(), program, self._mesh).memory_analysis()
             assert analysis is not None, "XLA tells no memory analysis"
@@ -120,9 +122,9 @@ class Preparation:
         stored = {key: self._store.read(blueprint.digest(key.name)) for key in programs}
         missing = sum(data is None for data in stored.values())
         logger.info("%d programs were lowered by an earlier start, %d are to be lowered", len(stored) - missing, missing)
-        self._start_lowering(missing)
+        lowering = self._started_lowering(missing)
         for key in sorted(stored, key=lambda key: stored[key] is None):  # a stable sort
-            self._futures[key] = self._lowering.submit(self._make_ready, programs, key, stored[key])
+            self._futures[key] = lowering.submit(self._make_ready, programs, key, stored[key])
         return blueprint.plan
 
     def _make_ready(self, programs: Programs, key: ProgramKey, lowered: bytes | None) -> Future[Compiled]:
@@ -143,10 +145,10 @@ class Preparation:
         self._store.write(file, lowered)
         return lowered
 
-    def _start_lowering(self, num_programs: int) -> None:
-        """Start what lowers, for about this many programs: once."""
+    def _started_lowering(self, num_programs: int) -> ThreadPoolExecutor:
+        """What lowers, started once, for about this many programs."""
         if self._lowering is not None:
-            return
+            return self._lowering
         count = self._num_processes
         if count is None:
             on_gpu = self._mesh.devices.flat[0].platform == "gpu"
@@ -155,6 +157,7 @@ class Preparation:
             self._processes = LoweringProcesses(count, self._store.folder)
         # Without processes one thread: it holds the GIL.
         self._lowering = ThreadPoolExecutor(count if self._processes else 1, thread_name_prefix="lower")
+        return self._lowering
 
     def _blueprint(self, config: RunnerConfig, kv_bytes: int) -> Blueprint:
         tensor_size = self._mesh.shape["tensor"]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.pallas_kernels import local_gpu
-from jaxserve.pallas_kernels.noise import exponential_noise, noise_keys
+from jaxserve.pallas_kernels.noise import exponential_noise, is_green, noise_keys
 from jaxserve.pallas_kernels.token_options import adjust_logits
 from jaxserve.request import MAX_TOP_LOGPROBS
 from jaxserve.runner.distribution import Distribution, sum_masses, truncate, whole_distribution
@@ -69,7 +69,11 @@ def sample(
         token_ids, distribution, new_state = _choose(raw, state, rows, masks)
     else:
         token_ids, distribution, new_state = _choose_by_kernel(raw, state, columns, rows, masks)
-    found = _logprobs(raw, _adjust(raw, state, rows, masks), token_ids, distribution, rows) if logprobs else None
+    found = None
+    if logprobs:
+        # The state from before the step is read where it is small; a copy of the counts would cost more than to take the token off again.
+        counted = replace(state, token_counts=new_state.token_counts)
+        found = _logprobs(raw, counted, rows, masks, token_ids, distribution)
     return pack_sampled(rows.samples, token_ids, found), new_state
 
 
@@ -122,15 +126,43 @@ def _blocks(values: jax.Array) -> jax.Array:
 
 
 def _adjust(raw: jax.Array, state: SamplingState, rows: SamplingRows, masks: jax.Array | None) -> jax.Array:
-    """Bias, bans and penalties of each row's slot, and its mask: float32 [R, V]."""
+    """Bias, watermark, bans and penalties of each row's slot, and its mask: float32 [R, V]."""
 
     def adjust() -> jax.Array:
-        bias = jnp.where(rows.has_bias[:, None], state.bias[rows.slots], jnp.float32(0))
-        options = rows.bans, rows.has_penalties, rows.repetition_penalty, rows.presence_penalty, rows.frequency_penalty
-        return adjust_logits(raw, bias, state.token_counts[rows.slots], *(jnp.broadcast_to(x[:, None], raw.shape) for x in options))
+        return _adjusted(raw, state.bias[rows.slots], state.token_counts[rows.slots], _green(state, rows, raw.shape[1]), rows)
 
-    adjusted = jax.lax.cond(jnp.any(rows.has_bias | rows.bans | rows.has_penalties), adjust, lambda: raw)
+    adjusted = jax.lax.cond(jnp.any(rows.has_bias | rows.bans | rows.has_penalties | rows.has_watermark), adjust, lambda: raw)
     return adjusted if masks is None else jnp.where(unpack_masks(masks, raw.shape[1]), adjusted, -jnp.inf)
+
+
+def _adjust_at(
+    ids: jax.Array, raw: jax.Array, state: SamplingState, rows: SamplingRows, masks: jax.Array | None, token_ids: jax.Array
+) -> jax.Array:
+    """The same of the tokens `ids` [R, N] alone, in a state whose counts hold the tokens just chosen already."""
+    slots = rows.slots[:, None]
+    counts = state.token_counts[slots, ids]
+    counts -= ((ids == token_ids[:, None]) & (rows.samples & rows.has_penalties)[:, None]).astype(jnp.int32)
+    green = jnp.take_along_axis(_green(state, rows, raw.shape[1]), ids, axis=1)
+    adjusted = _adjusted(jnp.take_along_axis(raw, ids, axis=1), state.bias[slots, ids], counts, green, rows)
+    if masks is None:
+        return adjusted
+    words = jnp.take_along_axis(masks, ids // jnp.int32(32), axis=1)
+    return jnp.where((words >> (ids % jnp.int32(32)).astype(jnp.uint32)) & jnp.uint32(1) != jnp.uint32(0), adjusted, -jnp.inf)
+
+
+def _adjusted(raw: jax.Array, bias: jax.Array, counts: jax.Array, green: jax.Array, rows: SamplingRows) -> jax.Array:
+    def wide(x: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(x[:, None], raw.shape)
+
+    bias = jnp.where(wide(rows.has_bias), bias, jnp.float32(0)) + jnp.where(green, wide(rows.green_bias), jnp.float32(0))
+    options = rows.bans, rows.has_penalties, rows.repetition_penalty, rows.presence_penalty, rows.frequency_penalty
+    return adjust_logits(raw, bias, counts, *map(wide, options))
+
+
+def _green(state: SamplingState, rows: SamplingRows, vocab_size: int) -> jax.Array:
+    """bool [R, V], the tokens that a watermark favours; none where green_share is 0."""
+    previous = jnp.where(rows.previous < 0, state.last_tokens[rows.slots, 0], rows.previous)
+    return is_green(previous, jnp.arange(vocab_size, dtype=jnp.int32), rows.green_share)
 
 
 def _distribution(adjusted: jax.Array, rows: SamplingRows, draws: jax.Array, wants_logprobs: jax.Array) -> Distribution:
@@ -161,13 +193,20 @@ def _draw(adjusted: jax.Array, distribution: Distribution, rows: SamplingRows) -
     return first_argmax(jnp.where(greedy, -distances, race))
 
 
-def _logprobs(raw: jax.Array, adjusted: jax.Array, token_ids: jax.Array, distribution: Distribution, rows: SamplingRows) -> Logprobs:
+def _logprobs(
+    raw: jax.Array,
+    state: SamplingState,
+    rows: SamplingRows,
+    masks: jax.Array | None,
+    token_ids: jax.Array,
+    distribution: Distribution,
+) -> Logprobs:
     def wanted() -> Logprobs:
         best = jnp.max(raw, axis=1, keepdims=True)
         log_sum = best + jnp.log(jnp.sum(jnp.exp(raw - best), axis=1, keepdims=True))
         top_logits, top_ids = top_tokens(raw, MAX_TOP_LOGPROBS)
         ids = jnp.concatenate([token_ids[:, None], top_ids], axis=1)
-        processed = distribution.logprobs(jnp.take_along_axis(adjusted, ids, axis=1))
+        processed = distribution.logprobs(_adjust_at(ids, raw, state, rows, masks, token_ids))
         chosen = jnp.take_along_axis(raw, token_ids[:, None], axis=1)
         return Logprobs((chosen - log_sum)[:, 0], processed[:, 0], top_ids, top_logits - log_sum, processed[:, 1:])
 
@@ -175,7 +214,8 @@ def _logprobs(raw: jax.Array, adjusted: jax.Array, token_ids: jax.Array, distrib
         one, many = jnp.zeros(token_ids.shape, jnp.float32), jnp.zeros((token_ids.shape[0], MAX_TOP_LOGPROBS), jnp.float32)
         return Logprobs(one, one, jnp.zeros(many.shape, jnp.int32), many, many)
 
-    return jax.lax.cond(jnp.any(rows.wants_logprobs), wanted, unwanted)
+    # On a GPU the host has chosen this form because a row wants them.
+    return wanted() if local_gpu() is not None else jax.lax.cond(jnp.any(rows.wants_logprobs), wanted, unwanted)
 
 
 def top_tokens(logits: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:

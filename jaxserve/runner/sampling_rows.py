@@ -25,6 +25,7 @@ class SamplingRows:
         bans: bool [R], the slot's banned tokens are forbidden (fewer than min_tokens so far).
         wants_logprobs: bool [R].
         has_bias: bool [R], the slot's logit bias counts.
+        has_watermark: bool [R], green tokens get a bias.
         has_penalties: bool [R], the slot's token counts count.
         positions: int32 [R], position of the token that is sampled.
         seed_low, seed_high: uint32 [R].
@@ -32,6 +33,8 @@ class SamplingRows:
         top_k: int32 [R], 0 is off.
         top_p, min_p, typical_p: float32 [R]; 1, 0, 1 are off.
         repetition_penalty, presence_penalty, frequency_penalty: float32 [R]; 1, 0, 0 are off.
+        previous: int32 [R], the token before; -1: the last one that the slot sampled.
+        green_share, green_bias: float32 [R], a watermark's gamma and delta; 0 is off.
     """
 
     slots: jax.Array
@@ -40,6 +43,7 @@ class SamplingRows:
     wants_logprobs: jax.Array
     has_bias: jax.Array
     has_penalties: jax.Array
+    has_watermark: jax.Array
     positions: jax.Array
     seed_low: jax.Array
     seed_high: jax.Array
@@ -51,6 +55,9 @@ class SamplingRows:
     repetition_penalty: jax.Array
     presence_penalty: jax.Array
     frequency_penalty: jax.Array
+    previous: jax.Array
+    green_share: jax.Array
+    green_bias: jax.Array
 
 
 def neutral_columns() -> np.ndarray:
@@ -83,6 +90,7 @@ def unpack_rows(columns: jax.Array) -> SamplingRows:
         wants_logprobs=flag(Flag.LOGPROBS),
         has_bias=flag(Flag.BIAS),
         has_penalties=flag(Flag.PENALTIES),
+        has_watermark=flag(Flag.WATERMARK),
         positions=columns[:, Column.POSITION],
         seed_low=words(Column.SEED_LOW),
         seed_high=words(Column.SEED_HIGH),
@@ -94,6 +102,9 @@ def unpack_rows(columns: jax.Array) -> SamplingRows:
         repetition_penalty=floats(Column.REPETITION),
         presence_penalty=floats(Column.PRESENCE),
         frequency_penalty=floats(Column.FREQUENCY),
+        previous=columns[:, Column.PREVIOUS],
+        green_share=floats(Column.GREEN_SHARE),
+        green_bias=floats(Column.GREEN_BIAS),
     )
 
 
@@ -149,6 +160,9 @@ class RowPacker:
                 params.presence_penalty,
                 params.frequency_penalty,
             )
+        if params.watermark_delta:
+            flags |= Flag.WATERMARK
+            floats[[Column.GREEN_SHARE, Column.GREEN_BIAS]] = params.watermark_gamma, params.watermark_delta
         row[Column.FLAGS] = flags
         if params.temperature >= MIN_TEMPERATURE:
             seed = sample_seed(params.seed, index)
@@ -164,7 +178,13 @@ class RowPacker:
         self._min_tokens[slot] = params.min_tokens
 
     def pack(
-        self, slots: np.ndarray, positions: np.ndarray, num_output_tokens: np.ndarray, samples: np.ndarray, num_rows: int
+        self,
+        slots: np.ndarray,
+        positions: np.ndarray,
+        num_output_tokens: np.ndarray,
+        samples: np.ndarray,
+        num_rows: int,
+        previous: np.ndarray | int = -1,
     ) -> np.ndarray:
         """The columns of a step.
 
@@ -174,6 +194,7 @@ class RowPacker:
             num_output_tokens: int [n], output tokens before that one.
             samples: bool [n], whether the row's logits are sampled.
             num_rows: rows of the bucket; those after n are padding.
+            previous: int [n], the token before the sampled one; -1 where it is still on the device.
 
         Returns:
             int32 [num_rows, NUM_SAMPLING_COLUMNS].
@@ -183,7 +204,7 @@ class RowPacker:
         columns[count:] = self._neutral
         taken = columns[:count]
         np.take(self._columns, slots, axis=0, out=taken)
-        taken[:, Column.POSITION] = positions
+        taken[:, Column.POSITION], taken[:, Column.PREVIOUS] = positions, previous
         taken[:, Column.FLAGS] |= np.where(num_output_tokens < self._min_tokens[slots], Flag.BANS, 0).astype(np.int32)
         idle = ~samples
         if idle.any():

@@ -41,10 +41,10 @@ def rotate_and_write_kv(
     num_tokens, size = qkv.shape
     if size % head_dim or size <= 2 * num_kv_heads * head_dim or rotation[0].shape != (num_tokens, 1, head_dim // 2):
         raise ValueError(f"qkv {qkv.shape} and cosines {rotation[0].shape} do not go with {num_kv_heads} KV heads of {head_dim}")
-    options = dict(bias=bias, norms=norms, eps=eps)
     if local_gpu() is None:
-        return rotate_and_write_kv_reference(qkv, rotation, kv, metadata, **options)
+        return rotate_and_write_kv_reference(qkv, rotation, kv, metadata, bias=bias, norms=norms, eps=eps)
     # Pallas takes over a second to import: not where there is no GPU.
     from jaxserve.pallas_kernels.rotate_and_write_kv.triton import RotateConfig, rotate_and_write_kv_triton
 
-    return rotate_and_write_kv_triton(qkv, rotation, kv, metadata, config=RotateConfig.suited(qkv, kv), **options)
+    config = RotateConfig.suited(qkv, kv)
+    return rotate_and_write_kv_triton(qkv, rotation, kv, metadata, config=config, bias=bias, norms=norms, eps=eps)

@@ -121,13 +121,13 @@ def _rotate_kernel(
 
     @pl.when(begin < num_heads)
     def _():
-        for token, *halves in tokens:
-            store(q_ref, (token, head), turned(token, *halves, query_norm))
+        for token, first, second in tokens:
+            store(q_ref, (token, head), turned(token, first, second, query_norm))
 
     @pl.when((begin >= num_heads) & (begin < num_heads + num_kv_heads))
     def _():
-        for token, *halves in tokens:
-            write(keys_ref, num_heads, token, *turned(token, *halves, key_norm))
+        for token, first, second in tokens:
+            write(keys_ref, num_heads, token, *turned(token, first, second, key_norm))
 
     @pl.when(begin >= num_heads + num_kv_heads)
     def _():
