@@ -114,8 +114,10 @@ def test_rejections_keep_their_class(error: Exception):
 
 
 def test_info_and_stats_round_trip():
-    info = EngineInfo("m", "main", "/x", 10, 20, 19, (1, 2), 16, 5, "1x2", "float32", "cpu", {"temperature": 0.6})
-    assert wire.info_from(wire.info_message(info)) == info
+    info = EngineInfo("m", "main", "/x", 10, 20, 19, (1, 2), 16, 5, "1x2", "float32", "cpu", {"temperature": 0.6, "top_k": 20})
+    read = wire.info_from(wire.info_message(info))
+    assert read == info
+    SamplingParams(**read.defaults).validate(info.vocab_size)  # type: ignore[arg-type]
     stats = EngineStats(num_running=3, prompt_tokens=2**40, schedule_seconds=0.25, device_counts=(0, 2**40, 1))
     assert wire.stats_from(wire.stats_message(stats)) == stats
 
