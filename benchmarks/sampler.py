@@ -16,6 +16,7 @@ from jaxserve.request import SamplingParams
 from jaxserve.runner.sampler import sample
 from jaxserve.runner.sampling_rows import RowPacker
 from jaxserve.runner.sampling_state import SamplingState, make_sampling_state
+from jaxserve.scheduler.sample import sample_seed
 
 CASES = {
     "greedy": SamplingParams(temperature=0.0),
@@ -52,7 +53,7 @@ def measure(num_rows: int, vocab_size: int, calls: int) -> None:
     for name, params in CASES.items():
         packer = RowPacker(num_rows)
         for slot in slots:
-            packer.enter(int(slot), params)
+            packer.enter(int(slot), params, sample_seed(params.seed, int(slot)))
         columns = jnp.asarray(packer.pack(slots, slots + 100, slots + 50, slots >= 0, num_rows))
         times = []
         for _ in range(calls):

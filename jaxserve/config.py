@@ -64,6 +64,9 @@ class EngineOptions:
     max_concurrent_requests: int = option(1024, "Accepted requests, running and waiting; above it the answer is 429.", low=1)
     prefix_caching: bool = option(True, "Share the KV pages of equal prompt prefixes.")
     disable_grammar_support: bool = option(False, "Refuse requests with a grammar, and compile nothing for them.")
+    deterministic: bool = option(
+        False, "The same tokens and log probabilities to the bit, whatever else runs, at some cost in speed; every step is of one size."
+    )
     sync: bool = option(False, "Collect every step at once instead of one step later; same tokens, slower.")
     compilation_cache_dir: str | None = option(None, "Folder of compiled programs. Default: ~/.cache/jaxserve/xla.", metavar="DIR")
 

@@ -33,6 +33,7 @@ class TinyRunner:
         kv_tokens: room in the cache; little, so that samples that run at once preempt each other.
         max_total_tokens: of a request.
         masked: its engines enforce grammars.
+        deterministic: as in RunnerConfig.
     """
 
     def __init__(
@@ -45,13 +46,13 @@ class TinyRunner:
         kv_tokens: int = 240,
         max_total_tokens: int = MAX_TOTAL_TOKENS,
         masked: bool = False,
+        deterministic: bool = False,
     ):
         mesh = make_mesh(tensor_size, data_index)
         model = load_model(ModelSource(str(folder), "", folder), ModelOptions(), mesh)
         token_bytes = 2 * 4 * model.config.head_dim * model.config.local_kv_heads(tensor_size) * model.config.num_layers
-        self.config = RunnerConfig(
-            slots, max_batch_tokens, max_total_tokens=max_total_tokens, kv_bytes=kv_tokens * token_bytes, masked=masked
-        )
+        sizes = dict(max_total_tokens=max_total_tokens, kv_bytes=kv_tokens * token_bytes)
+        self.config = RunnerConfig(slots, max_batch_tokens, masked=masked, deterministic=deterministic, **sizes)
         self.runner = ModelRunner(model, mesh, self.config)
         self.runner.warmup()
         self._model = model

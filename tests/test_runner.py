@@ -33,7 +33,7 @@ class Sample:
     slot: int
     prompt: Sequence[int]
     params: SamplingParams = GREEDY
-    index: int = 0
+    seed: int = 0
     token_ids: list[int] = field(init=False)
     page_tables: list[list[int]] = field(init=False)
     request: Request = field(init=False)

@@ -16,6 +16,7 @@ from jaxserve.runner.distribution import sum_masses, truncate, whole_distributio
 from jaxserve.runner.sampler import sample, unpack_sampled
 from jaxserve.runner.sampling_rows import RowPacker, unpack_rows
 from jaxserve.runner.sampling_state import LOAD_CHUNK, SamplingState, load_slot, make_sampling_state, needs_slot_load, slot_loads
+from jaxserve.scheduler.sample import sample_seed
 from jaxserve.watermark import green, z_score
 
 SLOTS = 12
@@ -53,7 +54,7 @@ class Batch:
             self.enter(int(slot), p, prompt, [])
 
     def enter(self, slot: int, params: SamplingParams, prompt: list[int], output: list[int]) -> None:
-        self.packer.enter(slot, params)
+        self.packer.enter(slot, params, sample_seed(params.seed, 0))
         if needs_slot_load(params):
             for upload in slot_loads(slot, params, prompt, output, EOS, VOCAB):
                 self.state = load(self.state, upload)

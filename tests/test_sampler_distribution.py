@@ -12,8 +12,9 @@ from scipy import stats
 from jaxserve.pallas_kernels.noise import exponential_noise, noise_keys
 from jaxserve.request import SamplingParams
 from jaxserve.runner.sampler import sample
-from jaxserve.runner.sampling_rows import RowPacker, sample_seed
+from jaxserve.runner.sampling_rows import RowPacker
 from jaxserve.runner.sampling_state import SamplingState, make_sampling_state
+from jaxserve.scheduler.sample import sample_seed
 
 VOCAB = 48
 ROWS = 512
@@ -28,7 +29,7 @@ def step(logits: jax.Array, state: SamplingState, columns: jax.Array) -> tuple[j
 def draw(logits: np.ndarray, params: SamplingParams, count: int, index: int = 0) -> np.ndarray:
     """Tokens at positions 0, 1, ..., count - 1 of one sample."""
     packer = RowPacker(1)
-    packer.enter(0, params, index)
+    packer.enter(0, params, sample_seed(params.seed, index))
     state = make_sampling_state(1, VOCAB)
     slots = np.zeros(ROWS, np.int64)
     drawn = []

@@ -18,6 +18,7 @@ from jaxserve.request import SamplingParams
 from jaxserve.runner.sampler import _choose
 from jaxserve.runner.sampling_rows import RowPacker, unpack_rows
 from jaxserve.runner.sampling_state import load_slot, make_sampling_state, needs_slot_load, slot_loads
+from jaxserve.scheduler.sample import sample_seed
 
 VOCAB = 5003
 EOS = (7, 4999)
@@ -46,7 +47,7 @@ def choices(masks: np.ndarray | None, logits: np.ndarray):
     state, packer, slots = make_sampling_state(20, VOCAB), RowPacker(20), np.arange(len(PARAMS))[::-1].copy()
     state = replace(state, last_tokens=state.last_tokens + 77)
     for slot, params in zip(slots, PARAMS, strict=True):
-        packer.enter(int(slot), params)
+        packer.enter(int(slot), params, sample_seed(params.seed, 0))
         if needs_slot_load(params):
             for upload in slot_loads(int(slot), params, [1, 2, 3, 9], [9, 5], EOS, VOCAB):
                 state = load(state, upload)

@@ -39,7 +39,7 @@ class Attention(nnx.Module):
         out = paged_attention(
             q, kv, metadata, scale=self.head_dim**-0.5, window=self.window, soft_cap=None, implementation=self.implementation
         )
-        return self.output(out.reshape(out.shape[0], -1)), kv
+        return self.output(out.reshape(out.shape[0], -1), metadata.deterministic), kv
 
 
 class GatedMLP(nnx.Module):
@@ -51,9 +51,10 @@ class GatedMLP(nnx.Module):
         self.gate_up = Linear(("mlp.gate_proj", "mlp.up_proj"), (inner, inner), hidden, config.traits.mlp_bias)
         self.down = Linear(("mlp.down_proj",), (hidden,), inner, config.traits.mlp_bias)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, deterministic: bool = False) -> jax.Array:
+        """x [T, hidden] -> [T, hidden]; `deterministic` as in AttentionMetadata."""
         gate, up = jnp.split(self.gate_up(x), 2, axis=1)
-        return self.down(jax.nn.silu(gate) * up)
+        return self.down(jax.nn.silu(gate) * up, deterministic)
 
 
 class DecoderLayer(nnx.Module):
@@ -78,7 +79,7 @@ class DecoderLayer(nnx.Module):
             x, kv = self.attention(x, rotation, kv, metadata)
         with jax.named_scope("mlp"):
             x, residual = self.mlp_norm(x, residual)
-            return self.mlp(x), residual, kv
+            return self.mlp(x, metadata.deterministic), residual, kv
 
 
 @partial(jax.jit, static_argnums=0)

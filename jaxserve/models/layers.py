@@ -62,14 +62,32 @@ class Linear(nnx.Module):
         sources = tuple(Source(f"{name}.bias", (axis,)) for name, axis in zip(names, outputs, strict=True))
         self.bias = nnx.Param(Parameter(sources)) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.product(x)
+    def __call__(self, x: jax.Array, deterministic: bool = False) -> jax.Array:
+        """x [T, K] -> [T, N]; `deterministic` as in AttentionMetadata."""
+        y = self.product(x, deterministic)
         return y if self.bias is None else y + self.bias[...][None, :]
 
-    def product(self, x: jax.Array) -> jax.Array:
+    def product(self, x: jax.Array, deterministic: bool = False) -> jax.Array:
         """The result before the bias is added."""
         y = self.matrix.matmul(x)
-        return jax.lax.psum(y, "tensor") if self.reduce else y
+        if not self.reduce:
+            return y
+        return sum_in_order(y) if deterministic else jax.lax.psum(y, "tensor")
+
+
+def sum_in_order(y: jax.Array) -> jax.Array:
+    """The sum of the shards' y [T, N] on each of them, added up in float32 in the order of the shards.
+
+    A ring adds up each part of an array from another shard on, so that from three shards on a token's bits would depend on its place.
+    """
+    shards = jax.lax.axis_size("tensor")
+    padded = jnp.pad(y, ((0, -y.shape[0] % shards), (0, 0)))
+    # Each shard adds up its share of the tokens: [shards, T / shards, N], one part from each.
+    parts = jax.lax.all_to_all(padded.reshape(shards, -1, y.shape[1]), "tensor", 0, 0)
+    total = parts[0].astype(jnp.float32)
+    for part in parts[1:]:
+        total = total + part.astype(jnp.float32)
+    return jax.lax.all_gather(total.astype(y.dtype), "tensor", axis=0, tiled=True)[: y.shape[0]]
 
 
 class Embedding(nnx.Module):

@@ -21,6 +21,8 @@ class AttentionMetadata:
         plan: the step's work as the device's implementation wants it laid out, or memory that its layers hand on, by `plan_attention`;
             None: made anew for each layer.
         decode_only: static; every row has exactly one token: T == R and token i belongs to row i.
+        deterministic: static; what a token gets must be the same to the bit wherever in the step it stands, whatever stands beside it,
+            and whether it comes alone or in a chunk.
     """
 
     page_table: jax.Array
@@ -30,3 +32,4 @@ class AttentionMetadata:
     write_offsets: jax.Array
     plan: Any = None
     decode_only: bool = field(default=False, metadata={"static": True})
+    deterministic: bool = field(default=False, metadata={"static": True})

@@ -31,7 +31,7 @@ class Sample(Protocol):
     @property
     def params(self) -> SamplingParams: ...
     @property
-    def index(self) -> int: ...
+    def seed(self) -> int: ...
     @property
     def slot(self) -> int: ...
     @property
@@ -132,6 +132,7 @@ def unpack_batch(
     page_tables: tuple[jax.Array, ...],
     last_tokens: jax.Array,
     plan: KVCachePlan,
+    deterministic: bool = False,
 ) -> tuple[DeviceBatch, tuple[jax.Array, ...]]:
     """Turn a packed array into what the model takes.
 
@@ -141,6 +142,7 @@ def unpack_batch(
         page_tables: for each KV group int32 [slots, pages a request], before this step.
         last_tokens: int32 [slots, 1 + K].
         plan: of the KV cache.
+        deterministic: as in AttentionMetadata.
 
     Returns:
         the batch, and the page tables with the new entries.
@@ -171,6 +173,7 @@ def unpack_batch(
             write_pages=jnp.where(real, table[slots[row], positions // plan.page_size], num_pages),
             write_offsets=positions % plan.page_size,
             decode_only=decode_only,
+            deterministic=deterministic,
         )
         return plan_attention(metadata, page_size=plan.page_size, num_kv_heads=plan.num_kv_heads, window=window)
 
@@ -245,7 +248,7 @@ class BatchPacker:
         return packed
 
     def _enter(self, sample: Sample) -> None:
-        self._rows.enter(sample.slot, sample.params, sample.index)
+        self._rows.enter(sample.slot, sample.params, sample.seed)
         self._num_known_pages[sample.slot] = 0
         self._wants_logprobs[sample.slot] = sample.params.logprobs is not None
 

@@ -40,6 +40,7 @@ class Blueprint:
         num_slots: samples that run at once.
         max_batch_tokens: most tokens a step computes.
         masked: with the programs that constrained requests need.
+        deterministic: as in RunnerConfig.
         trace_options: (name, value) of TRACE_OPTIONS.
     """
 
@@ -55,6 +56,7 @@ class Blueprint:
     num_slots: int
     max_batch_tokens: int
     masked: bool
+    deterministic: bool
     trace_options: tuple[tuple[str, Any], ...]
 
     @classmethod
@@ -74,6 +76,7 @@ class Blueprint:
             num_slots=config.max_batch_size,
             max_batch_tokens=config.max_batch_tokens,
             masked=config.masked,
+            deterministic=config.deterministic,
             trace_options=tuple((name, _plain(getattr(jax.config, name))) for name in TRACE_OPTIONS),
         )
 
@@ -86,7 +89,7 @@ class Blueprint:
     @property
     def buckets(self) -> Buckets:
         """The shapes of steps."""
-        return Buckets.for_platform(self.device_platform, self.num_slots, self.max_batch_tokens)
+        return Buckets.for_platform(self.device_platform, self.num_slots, self.max_batch_tokens, self.deterministic)
 
     def to_json(self) -> str:
         """One line."""

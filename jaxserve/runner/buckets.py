@@ -37,13 +37,17 @@ class Buckets:
         self.logits = tuple(logits or sorted({bucket.num_rows for bucket in self}))
 
     @classmethod
-    def for_platform(cls, platform: str, max_batch_size: int, max_batch_tokens: int) -> Self:
+    def for_platform(cls, platform: str, max_batch_size: int, max_batch_tokens: int, deterministic: bool = False) -> Self:
         """Ladders of powers of two; finer on a GPU, where a program's compile time counts less than a step's padding.
 
         Small mixed shapes come with few rows (a prompt alone) and with all: the logits and the sampling of rows that are not there
         cost as much as some tens of tokens, which a large shape does not feel. On a GPU rows of logits are cheap and samplers slow to
         compile, so there are few row counts.
+
+        Deterministic steps have one shape: then nothing but its place in it can change how XLA computes a token.
         """
+        if deterministic:
+            return cls((), [(max_batch_tokens, max_batch_size)])
         if platform == "cpu":
             tokens = _ladder(32, max_batch_tokens)
             few = [(t, 4) for t in tokens if t <= 128 and max_batch_size > 4]
@@ -67,12 +71,12 @@ class Buckets:
         return next(rows for rows in self.logits if rows >= bucket.num_rows)
 
     def pick(self, num_tokens: int, num_rows: int) -> Bucket:
-        """The smallest shape that holds a batch; with as many tokens as rows each row has one.
+        """The smallest shape that holds a batch; with as many tokens as rows each row has one, and a decode-only shape serves if there is any.
 
         Raises:
             ValueError: none holds it.
         """
-        for bucket in self._decode if num_tokens == num_rows else self._mixed:
+        for bucket in (num_tokens == num_rows and self._decode) or self._mixed:
             if bucket.num_tokens >= num_tokens and bucket.num_rows >= num_rows:
                 return bucket
         raise ValueError(f"no bucket holds {num_tokens} tokens of {num_rows} rows")

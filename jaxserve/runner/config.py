@@ -19,6 +19,7 @@ class RunnerConfig:
         max_total_tokens: most tokens of a request; None: what the model and the cache hold.
         kv_bytes: memory for the KV cache on each device; None: what the device has left.
         masked: compile what constrained requests need.
+        deterministic: what a request gets is the same to the bit alone and in any batch: every step computes max_batch_tokens.
         compilation_cache_dir: folder of compiled programs that outlives the process; None: none.
     """
 
@@ -28,6 +29,7 @@ class RunnerConfig:
     max_total_tokens: int | None = None
     kv_bytes: int | None = None
     masked: bool = False
+    deterministic: bool = False
     compilation_cache_dir: str | None = None
 
     @classmethod
@@ -35,12 +37,22 @@ class RunnerConfig:
         """Fill in what depends on the platform ("cpu" or "gpu")."""
         on_cpu = platform == "cpu"
         batch_size = options.max_batch_size or (32 if on_cpu else 256)
+        batch_tokens = options.max_batch_prefill_tokens or (512 if on_cpu else 8192)
+        if options.deterministic:
+            batch_tokens = options.max_batch_prefill_tokens or _deterministic_batch_tokens(batch_size, on_cpu)
         return cls(
             max_batch_size=batch_size,
-            max_batch_tokens=max(options.max_batch_prefill_tokens or (512 if on_cpu else 8192), batch_size),
+            max_batch_tokens=max(batch_tokens, batch_size),
             page_size=options.page_size,
             max_total_tokens=options.max_total_tokens,
             masked=not options.disable_grammar_support,
+            deterministic=options.deterministic,
             kv_bytes=int(options.cpu_kv_cache_gib * GIB) // options.tensor_size if on_cpu else None,
             compilation_cache_dir=compilation_cache_dir,
         )
+
+
+def _deterministic_batch_tokens(batch_size: int, on_cpu: bool) -> int:
+    """Tokens of every step: all decodes and some of a prompt. Of tokens that a step lacks the products are computed nevertheless."""
+    tokens = batch_size + (32 if on_cpu else 256)
+    return -(-tokens // 64) * 64  # whole tiles of a GPU's products

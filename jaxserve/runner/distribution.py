@@ -87,7 +87,14 @@ def truncate(whole: Distribution, logits: jax.Array, rows: SamplingRows) -> Dist
         return _bounded(whole, distances, mass, rows)[0]
     near, beyond = nearest(distances, _BLOCK, _NUM_BLOCKS)
     truncated, reach = _bounded(whole, near, mass, rows)
-    return jax.lax.cond(jnp.all(reach < beyond), lambda: truncated, lambda: _bounded(whole, distances, mass, rows)[0])
+    found = reach < beyond
+
+    def search_all() -> Distribution:
+        # Rows that the near tokens told all about keep that: what a row gets must not depend on the others, not even in its last bit.
+        everywhere, _ = _bounded(whole, distances, mass, rows)
+        return jax.tree.map(lambda x, y: jnp.where(found, x, y), truncated, everywhere)
+
+    return jax.lax.cond(jnp.all(found), lambda: truncated, search_all)
 
 
 def _bounded(whole: Distribution, distances: jax.Array, mass: jax.Array, rows: SamplingRows) -> tuple[Distribution, jax.Array]:
@@ -126,4 +133,6 @@ def _bounded(whole: Distribution, distances: jax.Array, mass: jax.Array, rows: S
     reach = jnp.where(has_typical_p, jnp.maximum(reach, bound), reach)
     typical_mass = jnp.sum(jnp.where(atypical <= typical_bound[:, None], weights, jnp.float32(0)), axis=1)
     mass = jnp.where(has_typical_p, typical_mass, mass)
-    return replace(whole, bound=bound, mean=mean, typical_bound=typical_bound, log_mass=jnp.log(mass)), reach
+    # The logarithm of the exponential is not always the same number: a row without truncation keeps what it has.
+    log_mass = jnp.where(has_min_p | has_top_k | has_top_p | has_typical_p, jnp.log(mass), whole.log_mass)
+    return replace(whole, bound=bound, mean=mean, typical_bound=typical_bound, log_mass=log_mass), reach

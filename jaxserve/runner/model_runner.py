@@ -74,8 +74,8 @@ class ModelRunner:
         self._config = config
         self._model = model
         self._mesh = mesh
-        self._buckets = Buckets.for_platform(mesh.devices.flat[0].platform, config.max_batch_size, config.max_batch_tokens)
         platform = mesh.devices.flat[0].platform
+        self._buckets = Buckets.for_platform(platform, config.max_batch_size, config.max_batch_tokens, config.deterministic)
         self._logprob_forms, self._num_scored_a_call = logprob_forms(platform), num_scored_a_call(platform)
         self._hidden = jax.ShapeDtypeStruct((config.max_batch_tokens, model.config.hidden_size), model.leaves[0].dtype)
         self._preparation = preparation or Preparation(model.architecture, model.leaves[0].dtype, mesh, config)
@@ -83,6 +83,10 @@ class ModelRunner:
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._compiled: dict[ProgramKey, Compiled] = {}
         self._compile_events = CompileEvents()
+        # The masks of a step without constrained rows, where it takes the masked sampler nevertheless.
+        self._nothing_masked: jax.Array | None = None
+        if config.deterministic and config.masked:
+            self._nothing_masked = self._upload(np.full((self._buckets.logits[-1], mask_words(model.config.vocab_size)), 0xFFFFFFFF, np.uint32))
         # From step to step
         self._packer = BatchPacker(config.max_batch_size, len(self._plan.num_pages), config.page_size)
         self._in_flight = 0
@@ -146,14 +150,15 @@ class ModelRunner:
         """
         assert step.logits is not None, "sample() of a step that is not between forward() and sample()"
         logits, columns = step.logits
-        form = SamplerForm(
-            self._buckets.logit_rows(step.layout.bucket), masks is not None, step.wants_logprobs or False not in self._logprob_forms
-        )
+        masked = masks is not None or self._nothing_masked is not None
+        form = SamplerForm(self._buckets.logit_rows(step.layout.bucket), masked, step.wants_logprobs or False not in self._logprob_forms)
         arguments = [logits, self._state.sampling, columns]
         if masks is not None:
             padded = np.full((form.num_rows, masks.shape[1]), 0xFFFFFFFF, np.uint32)
             padded[: len(masks)] = masks
             arguments.append(self._upload(padded))
+        elif self._nothing_masked is not None:
+            arguments.append(self._nothing_masked)
         sampling, sampled = self._compiled[ProgramKey("sample", form)](*arguments)
         self._state = replace(self._state, sampling=sampling)
         sampled.copy_to_host_async()

@@ -94,8 +94,9 @@ class Programs:
     def __iter__(self) -> Iterator[ProgramKey]:
         """The key of every program that a legal request can hit. Those of few tokens, whose products are autotuned longest, come first."""
         yield from (ProgramKey("forward", bucket) for bucket in sorted(self.buckets))
-        masked, logprobs = sorted({False, self.blueprint.masked}), logprob_forms(self.blueprint.device_platform)
-        for form in itertools.product(reversed(self.buckets.logits), masked, logprobs):
+        masked = {self.blueprint.masked} if self.blueprint.deterministic else {False, self.blueprint.masked}
+        logprobs = logprob_forms(self.blueprint.device_platform)
+        for form in itertools.product(reversed(self.buckets.logits), sorted(masked), logprobs):
             yield ProgramKey("sample", SamplerForm(*form))
         yield from map(ProgramKey, ("score", "copy_pages", "load_slot", "add_page_entries"))
 
@@ -123,7 +124,8 @@ class Programs:
         padding = logit_rows - layout.bucket.num_rows
 
         def forward(leaves: tuple[jax.Array, ...], state: DeviceState, packed: jax.Array) -> tuple[DeviceState, jax.Array, jax.Array]:
-            batch, tables = unpack_batch(packed, layout, state.page_tables, state.sampling.last_tokens, self.plan)
+            tables_and_tokens = state.page_tables, state.sampling.last_tokens
+            batch, tables = unpack_batch(packed, layout, *tables_and_tokens, self.plan, self.blueprint.deterministic)
             last, columns = batch.last, layout.split(packed).sampling
             if padding:  # of nothing, it would crash XLA's CPU compiler on a mesh
                 last = jnp.pad(last, (0, padding))

@@ -1,6 +1,5 @@
 """What the sampler is told about each row of a step: packed on the host into int32 columns, unpacked inside the jit."""
 
-import secrets
 from dataclasses import dataclass
 
 import jax
@@ -108,23 +107,6 @@ def unpack_rows(columns: jax.Array) -> SamplingRows:
     )
 
 
-def sample_seed(seed: int | None, index: int) -> int:
-    """64-bit seed of one of a request's n samples.
-
-    Args:
-        seed: the request's; None draws one.
-        index: which sample; 0 takes the request's own seed, the others a hash of both (SplitMix64, Steele et al. 2014).
-    """
-    if seed is None:
-        return secrets.randbits(64)
-    if index == 0:
-        return seed % 2**64
-    mixed = (seed + index * 0x9E3779B97F4A7C15) % 2**64
-    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
-    return mixed ^ (mixed >> 31)
-
-
 class RowPacker:
     """Host side of `SamplingRows`: what never changes is written once, when a sample enters its slot; a step copies it by slot.
 
@@ -137,13 +119,13 @@ class RowPacker:
         self._min_tokens = np.zeros(num_slots, np.int32)
         self._neutral = neutral_columns()
 
-    def enter(self, slot: int, params: SamplingParams, index: int = 0) -> None:
+    def enter(self, slot: int, params: SamplingParams, seed: int) -> None:
         """A sample takes a slot.
 
         Args:
             slot: the slot.
             params: of its request, validated.
-            index: which of the request's n samples.
+            seed: the sample's, of 64 bits.
         """
         row = self._neutral.copy()
         floats = row.view(np.float32)
@@ -165,7 +147,6 @@ class RowPacker:
             floats[[Column.GREEN_SHARE, Column.GREEN_BIAS]] = params.watermark_gamma, params.watermark_delta
         row[Column.FLAGS] = flags
         if params.temperature >= MIN_TEMPERATURE:
-            seed = sample_seed(params.seed, index)
             row[[Column.SEED_LOW, Column.SEED_HIGH]] = np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32).view(np.int32)
             floats[[Column.TEMPERATURE, Column.TOP_P, Column.MIN_P, Column.TYPICAL_P]] = (
                 params.temperature,

@@ -1,11 +1,29 @@
 """One continuation of a request's prompt, as the scheduler follows it."""
 
 import enum
+import secrets
 from array import array
 
 from jaxserve.request import Request, SamplingParams
 
 NEVER = -1  # a step that no sample is scheduled in
+
+
+def sample_seed(seed: int | None, index: int) -> int:
+    """64-bit seed of one of a request's n samples.
+
+    Args:
+        seed: the request's; None draws one.
+        index: which sample; 0 takes the request's own seed, the others a hash of both (SplitMix64, Steele et al. 2014).
+    """
+    if seed is None:
+        return secrets.randbits(64)
+    if index == 0:
+        return seed % 2**64
+    mixed = (seed + index * 0x9E3779B97F4A7C15) % 2**64
+    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
+    return mixed ^ (mixed >> 31)
 
 
 class SampleState(enum.Enum):
@@ -35,6 +53,7 @@ class Sample:
         stop_token_ids: tokens that end it, the model's among them.
 
     Attributes:
+        seed: of its noise, of 64 bits; it keeps it when it is preempted.
         constrained: its tokens must obey a grammar.
         ready: may be scheduled (its grammar is compiled).
         scores_prompt: the log probabilities of its prompt are wanted, so that it takes no part of it from anywhere.
@@ -70,6 +89,7 @@ class Sample:
         "request",
         "room",
         "scores_prompt",
+        "seed",
         "settle_at",
         "slot",
         "state",
@@ -87,6 +107,7 @@ class Sample:
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.max_num_tokens = max_num_tokens
         self.stop_token_ids = stop_token_ids
+        self.seed = sample_seed(request.params.seed, index)
         self.constrained = False
         self.ready = True
         self.scores_prompt = request.params.prompt_logprobs is not None and index == 0

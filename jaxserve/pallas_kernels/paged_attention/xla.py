@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxserve.pallas_kernels.layer_kv import LayerKV
-from jaxserve.pallas_kernels.paged_attention.xla_plan import TILE_TOKENS, Items, Tiles, XlaPlan
+from jaxserve.pallas_kernels.paged_attention.xla_plan import Items, Tiles, XlaPlan
 
 MASKED = -1e30  # finite: the difference of two masked scores must not be NaN
 
@@ -31,7 +31,10 @@ def paged_attention_xla(q: jax.Array, kv: LayerKV, plan: XlaPlan, *, scale: floa
     num_kv_heads = kv[0].shape[1]
     options = _Options(scale, window, soft_cap)
     grouped = q.reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    if plan.tiles is None:
+    if plan.items is None:
+        assert plan.tiles is not None
+        out = _attend_tiles(grouped, kv, plan.tiles, options)
+    elif plan.tiles is None:
         out = _attend_items(grouped, kv, plan.items, options)
     else:
         out = _attend_tiles(grouped, kv, plan.tiles, options)
@@ -72,17 +75,17 @@ def _attend_items(q: jax.Array, kv: LayerKV, items: Items, options: _Options) ->
 
 
 def _attend_tiles(q: jax.Array, kv: LayerKV, tiles: Tiles, options: _Options) -> jax.Array:
-    """Rows of several tokens: q [T, KH, G, D] -> [T, KH, G, D], zeros for tokens of the other rows or what a neighbour's tile left."""
+    """Rows of several tokens, or all rows: q [T, KH, G, D] -> [T, KH, G, D], zeros for tokens of the other rows or what a neighbour's tile left."""
     num_tokens, num_kv_heads, group, head_dim = q.shape
     block_tokens = tiles.blocks.shape[2] * kv[0].shape[2]
-    shape = (1, num_kv_heads, group * TILE_TOKENS)
+    shape = (1, num_kv_heads, group * tiles.size)
     # A row's last tile may reach over the end.
-    padded = jnp.pad(q, ((0, TILE_TOKENS), (0, 0), (0, 0), (0, 0)))
-    ahead = jnp.arange(TILE_TOKENS, dtype=jnp.int32)[:, None] - jnp.arange(block_tokens, dtype=jnp.int32)[None, :]
+    padded = jnp.pad(q, ((0, tiles.size), (0, 0), (0, 0), (0, 0)))
+    ahead = jnp.arange(tiles.size, dtype=jnp.int32)[:, None] - jnp.arange(block_tokens, dtype=jnp.int32)[None, :]
 
     def attend_tile(i: jax.Array, out: jax.Array) -> jax.Array:
         row, start, position, first_block, end_block = _slice(tiles.places, i, 1)[0]
-        queries = _slice(padded, start, TILE_TOKENS).transpose(1, 2, 0, 3).reshape(*shape, head_dim)
+        queries = _slice(padded, start, tiles.size).transpose(1, 2, 0, 3).reshape(*shape, head_dim)
         row_blocks = _slice(tiles.blocks, row, 1)[0]
 
         def attend_block(b: jax.Array, state: Softmax) -> Softmax:
@@ -92,7 +95,7 @@ def _attend_tiles(q: jax.Array, kv: LayerKV, tiles: Tiles, options: _Options) ->
             visible = behind >= 0
             if options.window is not None:
                 visible &= behind < options.window
-            scores = _scores(queries, keys, options).reshape(num_kv_heads, group, TILE_TOKENS, block_tokens)
+            scores = _scores(queries, keys, options).reshape(num_kv_heads, group, tiles.size, block_tokens)
             scores = jnp.where(visible[None, None], scores, MASKED).reshape(*shape, block_tokens)
             new_best = jnp.maximum(best, scores.max(axis=-1))
             weights = jnp.exp(scores - new_best[..., None])
@@ -102,7 +105,7 @@ def _attend_tiles(q: jax.Array, kv: LayerKV, tiles: Tiles, options: _Options) ->
             return new_best, total * keep + weights.sum(axis=-1), acc * keep[..., None] + _mix(weights, values)
 
         state = lax.fori_loop(first_block, end_block, attend_block, _softmax_start(shape, head_dim))
-        tile_out = _normalised(state, q.dtype).reshape(num_kv_heads, group, TILE_TOKENS, head_dim).transpose(2, 0, 1, 3)
+        tile_out = _normalised(state, q.dtype).reshape(num_kv_heads, group, tiles.size, head_dim).transpose(2, 0, 1, 3)
         # What a tile writes past its row's end is written again by the tile or the item that it belongs to, or is padding.
         return lax.dynamic_update_slice_in_dim(out, tile_out, start, axis=0, allow_negative_indices=False)
 

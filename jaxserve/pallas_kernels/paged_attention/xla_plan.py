@@ -3,9 +3,13 @@
 Rows of one token (decodes) share one list of items, each a block of one row's pages; a round takes as many items as there are
 rows, so that a batch costs the sum of its lengths and not its longest. Longer rows (prefill chunks) are cut into tiles of
 queries; each tile walks the blocks that it sees.
+
+In a deterministic step all rows are cut into tiles, into smaller ones because most have one token: a tile walks its row's blocks one by one
+from blocks' borders that do not move, and blocks that one of its queries does not see change nothing of it. Items of a round would be
+added up with those of other rows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +19,7 @@ from jaxserve.pallas_kernels.metadata import AttentionMetadata
 
 BLOCK_TOKENS = 128  # keys of a block
 TILE_TOKENS = 64  # queries of a tile
+DETERMINISTIC_TILE_TOKENS = 16
 
 
 @jax.tree_util.register_dataclass
@@ -41,25 +46,27 @@ class Items:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Tiles:
-    """Queries of the longer rows. All int32.
+    """Queries of the longer rows, or of all. All int32.
 
     Attributes:
         number: [] how many there are.
         places: [tiles, 5] of each: row, flat index and position of its first token, first block, end of the blocks.
         blocks: [R, blocks, B] the page tables.
+        size: static; queries of a tile.
     """
 
     number: jax.Array
     places: jax.Array
     blocks: jax.Array
+    size: int = field(default=TILE_TOKENS, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class XlaPlan:
-    """Items, and tiles unless the step is decode_only."""
+    """Items unless the step is deterministic, and tiles unless it is decode_only."""
 
-    items: Items
+    items: Items | None
     tiles: Tiles | None
 
 
@@ -71,8 +78,11 @@ def plan_xla(metadata: AttentionMetadata, *, page_size: int, window: int | None)
     padded = jnp.pad(metadata.page_table, ((0, 0), (0, num_blocks * block_pages - num_pages)))
     blocks = padded.reshape(num_rows, num_blocks, block_pages)
     lengths = jnp.minimum(metadata.kv_lens, 1) if metadata.decode_only else jnp.diff(metadata.query_starts)
-    items = _plan_items(metadata, lengths, blocks, block_pages * page_size, window)
-    return XlaPlan(items, None if metadata.decode_only else _plan_tiles(metadata, lengths, blocks, block_pages * page_size, window))
+    sizes = block_pages * page_size, window
+    if metadata.deterministic:
+        return XlaPlan(None, _plan_tiles(metadata, lengths, blocks, *sizes, shortest=1, tile_tokens=DETERMINISTIC_TILE_TOKENS))
+    items = _plan_items(metadata, lengths, blocks, *sizes)
+    return XlaPlan(items, None if metadata.decode_only else _plan_tiles(metadata, lengths, blocks, *sizes, shortest=2, tile_tokens=TILE_TOKENS))
 
 
 def _plan_items(metadata: AttentionMetadata, lengths: jax.Array, blocks: jax.Array, block_tokens: int, window: int | None) -> Items:
@@ -93,16 +103,26 @@ def _plan_items(metadata: AttentionMetadata, lengths: jax.Array, blocks: jax.Arr
     )
 
 
-def _plan_tiles(metadata: AttentionMetadata, lengths: jax.Array, blocks: jax.Array, block_tokens: int, window: int | None) -> Tiles:
+def _plan_tiles(
+    metadata: AttentionMetadata,
+    lengths: jax.Array,
+    blocks: jax.Array,
+    block_tokens: int,
+    window: int | None,
+    *,
+    shortest: int,
+    tile_tokens: int,
+) -> Tiles:
+    """Tiles of the rows of at least `shortest` tokens."""
     num_rows, num_tokens = blocks.shape[0], metadata.write_pages.shape[0]
-    most = num_rows + num_tokens // TILE_TOKENS
-    number, rows, places = _share_out(jnp.where(lengths > 1, _ceil_div(lengths, TILE_TOKENS), 0), most)
+    most = num_rows + num_tokens // tile_tokens
+    number, rows, places = _share_out(jnp.where(lengths >= shortest, _ceil_div(lengths, tile_tokens), 0), most)
     row = jnp.minimum(rows, num_rows - 1)
-    done = places * TILE_TOKENS  # tokens of the row before the tile
+    done = places * tile_tokens  # tokens of the row before the tile
     position = (metadata.kv_lens - lengths)[row] + done
     first = jnp.zeros_like(position) if window is None else lax.div(jnp.maximum(position - window + 1, 0), block_tokens)
-    end = _ceil_div(jnp.minimum(position + TILE_TOKENS, metadata.kv_lens[row]), block_tokens)
-    return Tiles(number, jnp.stack([row, metadata.query_starts[row] + done, position, first, end], axis=1), blocks)
+    end = _ceil_div(jnp.minimum(position + tile_tokens, metadata.kv_lens[row]), block_tokens)
+    return Tiles(number, jnp.stack([row, metadata.query_starts[row] + done, position, first, end], axis=1), blocks, tile_tokens)
 
 
 def _share_out(counts: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
