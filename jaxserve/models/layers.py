@@ -81,7 +81,7 @@ def sum_in_order(y: jax.Array) -> jax.Array:
     A ring adds up each part of an array from another shard on, so that from three shards on a token's bits would depend on its place.
     """
     shards = jax.lax.axis_size("tensor")
-    padded = jnp.pad(y, ((0, -y.shape[0] % shards), (0, 0)))
+    padded = jnp.pad(y, ((0, -y.shape[0] % shards), (0, 0))) if y.shape[0] % shards else y
     # Each shard adds up its share of the tokens: [shards, T / shards, N], one part from each.
     parts = jax.lax.all_to_all(padded.reshape(shards, -1, y.shape[1]), "tensor", 0, 0)
     total = parts[0].astype(jnp.float32)

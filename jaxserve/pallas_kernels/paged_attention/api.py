@@ -67,6 +67,8 @@ def plan_attention(metadata: AttentionMetadata, *, page_size: int, num_kv_heads:
         num_kv_heads: on one device.
         window: the layers'.
     """
+    if local_gpu() is not None and metadata.deterministic:
+        return metadata
     if local_gpu() is not None:
         return replace(metadata, plan=make_arrivals(metadata.page_table.shape[0], num_kv_heads))
     return replace(metadata, plan=plan_xla(metadata, page_size=page_size, window=window))

@@ -9,6 +9,7 @@ from jaxserve.pallas_kernels.paged_attention.local_gpu import Gpu
 from jaxserve.pallas_kernels.paged_attention.mosaic_decode import MosaicDecodeConfig, decode_attention_mosaic
 from jaxserve.pallas_kernels.paged_attention.mosaic_prefill import MosaicPrefillConfig, prefill_attention_mosaic
 from jaxserve.pallas_kernels.paged_attention.triton_decode import TritonDecodeConfig, decode_attention_triton
+from jaxserve.pallas_kernels.paged_attention.triton_deterministic import DeterministicConfig, deterministic_attention_triton
 from jaxserve.pallas_kernels.paged_attention.triton_prefill import TritonPrefillConfig, prefill_attention_triton
 
 
@@ -23,11 +24,15 @@ def paged_attention_gpu(
     gpu: Gpu,
     interpret: bool = False,
 ) -> jax.Array:
-    """`paged_attention` by kernels: rows of one token by a decode kernel, longer chunks by a prefill kernel.
+    """`paged_attention` by kernels: rows of one token by a decode kernel, longer chunks by a prefill kernel; a deterministic step by one.
 
     Shapes as in `paged_attention`; q is bfloat16 or float16, K and V of q's type or float8.
     """
     options = dict(scale=scale, window=window, soft_cap=soft_cap, interpret=interpret)
+    if metadata.deterministic:
+        longest = metadata.page_table.shape[1] * kv[0].shape[2]
+        config = DeterministicConfig.suited(q, kv, longest, gpu.num_multiprocessors)
+        return deterministic_attention_triton(q, kv, metadata, config=config, **options)
     if metadata.decode_only:
         return _decode(q, kv, metadata, metadata.kv_lens, gpu, options)
     starts = metadata.query_starts[:-1]

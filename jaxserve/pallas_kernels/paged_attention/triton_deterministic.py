@@ -1,0 +1,199 @@
+"""Attention that gives a token the same bits alone, in a chunk and in any batch, for NVIDIA GPUs from sm_80 on, in Pallas-Triton.
+
+One kernel for decodes and chunks alike: a token that was decoded once is part of a chunk after a preemption. A tile is always one
+instruction high, and holds tokens of one row times the query heads of a KV head. It walks blocks that begin at fixed positions,
+within splits that begin at fixed positions (see split_plan.py), with an online softmax. A block that a token does not see changes nothing of
+it: its weights are zero, not small, and the sums so far are multiplied by one. A second kernel adds up the splits that a token sees, in
+their order, with one split as with many.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from jaxserve.pallas_kernels.layer_kv import LayerKV
+from jaxserve.pallas_kernels.metadata import AttentionMetadata
+from jaxserve.pallas_kernels.paged_attention.combine import MASKED
+from jaxserve.pallas_kernels.paged_attention.split_plan import SplitPlan, first_split, plan_splits
+from jaxserve.pallas_kernels.paged_attention.triton_decode import FLOAT8, padded_lanes, soft_capped
+
+_TILE_LANES = 16  # rows of the smallest matrix instruction
+_MOST_SPLITS = 8  # of the longest row; the memory of the partial results grows with it
+_LEAST_SPLIT_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class DeterministicConfig:
+    """How the kernel is cut: tokens a block, positions a split (a multiple of it), warps a program, Triton's stages, programs.
+
+    The first two decide bits: they may depend on the shapes of the program and on nothing else.
+    """
+
+    block_kv: int = 64
+    split_tokens: int = _LEAST_SPLIT_TOKENS
+    num_warps: int = 4
+    num_stages: int = 3
+    num_workers: int = 132 * 4
+
+    @classmethod
+    def suited(cls, q: jax.Array, kv: LayerKV, longest: int, num_multiprocessors: int) -> "DeterministicConfig":
+        """The cut of the decode kernel (triton_decode.py), not measured for this one; `longest` tokens a row."""
+        block_kv = max(16, min(128, 64 * 128 // pl.next_power_of_2(q.shape[2])))
+        split_tokens = _LEAST_SPLIT_TOKENS * max(1, pl.cdiv(longest, _LEAST_SPLIT_TOKENS * _MOST_SPLITS))
+        if kv[0].dtype in FLOAT8:
+            return cls(block_kv, split_tokens, 1, 3, 8 * num_multiprocessors)
+        return cls(block_kv, split_tokens, 4, 3, 4 * num_multiprocessors)
+
+
+def deterministic_attention_triton(
+    q: jax.Array,
+    kv: LayerKV,
+    metadata: AttentionMetadata,
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    config: DeterministicConfig,
+    interpret: bool = False,
+) -> jax.Array:
+    """Bottom-right causal attention of each token over its row's pages: q [T, H, D] -> [T, H, D]; zeros for padding tokens.
+
+    A float8 cache is read as float16, which holds every float8 value.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads, page_size = kv[0].shape[1:3]
+    group = num_heads // num_kv_heads
+    heads = pl.next_power_of_2(group)  # lanes of a token
+    lanes = max(_TILE_LANES, heads)
+    longest = metadata.page_table.shape[1] * page_size
+    seen = longest if window is None else min(longest, window + lanes // heads + config.split_tokens)
+    sizes = dict(tile_tokens=lanes // heads, split_tokens=config.split_tokens, most_splits=pl.cdiv(seen, config.split_tokens))
+    plan = plan_splits(metadata, num_tokens=num_tokens, window=window, **sizes)
+    partials = plan.tile_rows.shape[0], num_kv_heads, sizes["most_splits"], lanes
+    shape = num_tokens, num_kv_heads, group, head_dim
+    operands = q.reshape(shape), *kv, metadata.page_table, plan
+    sums, maxima, weights = pl.pallas_call(
+        functools.partial(_attend_kernel, scale=scale, window=window, soft_cap=soft_cap, config=config),
+        grid=(config.num_workers,),
+        in_specs=jax.tree.map(lambda _: pl.no_block_spec, operands),
+        out_specs=(pl.no_block_spec,) * 3,
+        out_shape=(
+            jax.ShapeDtypeStruct((*partials, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct(partials, jnp.float32),
+            jax.ShapeDtypeStruct(partials, jnp.float32),
+        ),
+        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
+        interpret=interpret,
+        name="paged_deterministic",
+    )(*operands)
+    operands = sums, maxima, weights, plan
+    out = pl.pallas_call(
+        functools.partial(_combine_kernel, window=window, split_tokens=config.split_tokens),
+        grid=(num_tokens, num_kv_heads),
+        in_specs=jax.tree.map(lambda _: pl.no_block_spec, operands),
+        out_specs=pl.no_block_spec,
+        out_shape=jax.ShapeDtypeStruct(shape, q.dtype),
+        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
+        interpret=interpret,
+        name="paged_deterministic_combine",
+    )(*operands)
+    return out.reshape(q.shape)
+
+
+def _attend_kernel(
+    q_ref, keys_ref, values_ref, table_ref, plan_refs: SplitPlan, sums_ref, maxima_ref, weights_ref,
+    *, scale: float, window: int | None, soft_cap: float | None, config: DeterministicConfig,
+):  # fmt: skip
+    _, num_kv_heads, group, head_dim = q_ref.shape
+    num_tiles, lanes = sums_ref.shape[0], sums_ref.shape[3]
+    heads = pl.next_power_of_2(group)
+    page_size, pages = keys_ref.shape[2], table_ref.shape[1]
+    block_kv, split_tokens = config.block_kv, config.split_tokens
+    padded_dim = pl.next_power_of_2(head_dim)
+    dim, column = padded_lanes(head_dim)
+    lane = jnp.arange(lanes, dtype=jnp.int32)
+    member = jnp.minimum(lane % heads, group - 1)
+    worker = pl.program_id(0)
+
+    def attend(row, head, start, position, size, split):
+        """Online softmax over what a tile sees of a split: weighted values, maxima and weights of its lanes."""
+        place = lane // heads
+        q = q_ref[column(start + jnp.minimum(place, size - 1)), head, column(member), dim]
+        unit = scale
+        if padded_dim != head_dim:
+            q = jnp.where(jnp.arange(padded_dim, dtype=jnp.int32)[None, :] < head_dim, q, jnp.zeros_like(q))
+        if keys_ref.dtype in FLOAT8:
+            q, unit = (q.astype(jnp.float32) * scale).astype(jnp.float16), 1.0
+        latest = jnp.where(place < size, position + place, -1)
+
+        def block(i, carry):
+            total, maximum, weight = carry
+            token = i * block_kv + jnp.arange(block_kv, dtype=jnp.int32)
+            page = table_ref[row, jnp.minimum(token // page_size, pages - 1)]
+            where = column(page), head, column(token % page_size), dim
+            scores = soft_capped(plt.dot(q, keys_ref[where].astype(q.dtype).T), soft_cap, unit)
+            visible = token[None, :] <= latest[:, None]
+            if window is not None:
+                visible &= token[None, :] > latest[:, None] - window
+            scores = jnp.where(visible, scores, MASKED)
+            new_maximum = jnp.maximum(maximum, scores.max(axis=1))
+            decay = jnp.exp2(maximum - new_maximum)
+            # Where nothing was visible yet the maximum is MASKED too, and exp2 gives one.
+            exponentials = jnp.where(visible, jnp.exp2(scores - new_maximum[:, None]), 0.0)
+            total = total * decay[:, None] + plt.dot(exponentials.astype(q.dtype), values_ref[where].astype(q.dtype))
+            return total, new_maximum, weight * decay + exponentials.sum(axis=1)
+
+        nothing = (
+            jnp.zeros((lanes, padded_dim), jnp.float32),
+            jnp.full((lanes,), MASKED, jnp.float32),
+            jnp.zeros((lanes,), jnp.float32),
+        )
+        begin, end = split * split_tokens, jnp.minimum((split + 1) * split_tokens, position + size)
+        if window is not None:
+            begin = jnp.maximum(begin, position - window + 1)
+        return lax.fori_loop(begin // block_kv, pl.cdiv(end, block_kv), block, nothing)
+
+    @pl.loop(0, pl.cdiv(plan_refs.num_items[0] * num_kv_heads - worker, config.num_workers))
+    def _(i):
+        number = worker + i * config.num_workers
+        item, head = plan_refs.items[number // num_kv_heads], number % num_kv_heads
+        tile, rank = item % num_tiles, item // num_tiles
+        start, position, size = plan_refs.tile_starts[tile], plan_refs.tile_positions[tile], plan_refs.tile_sizes[tile]
+        split = plan_refs.first_splits[tile] + rank
+        total, maximum, weight = attend(plan_refs.tile_rows[tile], head, start, position, size, split)
+        sums_ref[tile, head, rank, column(lane), dim] = total
+        maxima_ref[tile, head, rank, lane] = maximum
+        weights_ref[tile, head, rank, lane] = weight
+
+
+def _combine_kernel(sums_ref, maxima_ref, weights_ref, plan_refs: SplitPlan, out_ref, *, window: int | None, split_tokens: int):
+    _, _, group, head_dim = out_ref.shape
+    token, head = pl.program_id(0), pl.program_id(1)
+    dim, column = padded_lanes(head_dim)
+    member = jnp.minimum(jnp.arange(pl.next_power_of_2(group), dtype=jnp.int32), group - 1)
+    position, tile = plan_refs.token_positions[token], plan_refs.token_tiles[token]
+    lane = (token - plan_refs.tile_starts[tile]) * member.size + member
+    before = plan_refs.first_splits[tile]
+
+    def add(split, carry):
+        total, maximum, weight = carry
+        place = tile, head, split - before
+        split_maximum = maxima_ref[(*place, lane)]
+        new_maximum = jnp.maximum(maximum, split_maximum)
+        decay, share = jnp.exp2(maximum - new_maximum), jnp.exp2(split_maximum - new_maximum)
+        total = total * decay[:, None] + sums_ref[(*place, column(lane), dim)] * share[:, None]
+        return total, new_maximum, weight * decay + weights_ref[(*place, lane)] * share
+
+    nothing = (
+        jnp.zeros((member.size, pl.next_power_of_2(head_dim)), jnp.float32),
+        jnp.full((member.size,), MASKED, jnp.float32),
+        jnp.zeros((member.size,), jnp.float32),
+    )
+    first = first_split(position, split_tokens, window)
+    total, _, weight = lax.fori_loop(first, jnp.where(position < 0, first, position // split_tokens + 1), add, nothing)
+    out_ref[token, head, column(member), dim] = (total / jnp.maximum(weight, 1e-30)[:, None]).astype(out_ref.dtype)
