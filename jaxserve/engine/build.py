@@ -45,6 +45,7 @@ def build_engine(
     Raises:
         StartupError: one line says why.
     """
+    _check_deterministic(engine_options)
     source = source or resolve_model(model_options)
     limit_gpu_memory(engine_options)
     mesh = make_mesh(engine_options.tensor_size, replica)
@@ -118,6 +119,22 @@ def build_async_engine(model_options: ModelOptions, engine_options: EngineOption
         StartupError: one line says why.
     """
     return AsyncEngine(build_engine(model_options, engine_options, replica), engine_options.max_concurrent_requests)
+
+
+def _check_deterministic(options: EngineOptions) -> None:
+    """Refuse what --deterministic cannot go with.
+
+    Raises:
+        StartupError: naming the other flag.
+    """
+    if options.deterministic and options.attention == "mosaic":
+        raise StartupError(
+            "--deterministic has an attention kernel of its own, in Triton: --attention must be auto, triton or xla. Given: mosaic"
+        )
+    if options.deterministic and options.max_decode_gap_ms is not None:
+        raise StartupError(
+            "--max-decode-gap-ms means nothing with --deterministic: its steps all take as long, by --max-batch-prefill-tokens. Give one of both"
+        )
 
 
 def _grammar_compiler(
