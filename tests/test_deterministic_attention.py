@@ -107,9 +107,7 @@ def test_xla_gives_a_token_the_same_bits_anywhere(head_dim: int, window: int | N
 
 
 @pytest.mark.parametrize("num_heads, head_dim, kv_dtype, window", [(32, 128, BF16, None), (32, 256, BF16, 1024), (24, 96, FLOAT8, None)])
-def test_the_kernel_lowers_for_cuda(
-    num_heads: int, head_dim: int, kv_dtype: jnp.dtype, window: int | None, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_kernel_lowers_for_cuda(num_heads: int, head_dim: int, kv_dtype: Any, window: int | None, monkeypatch: pytest.MonkeyPatch):
     """At serving sizes; Triton's verifier finds what its compiler would refuse."""
     lower, modules = triton_lowering.lower_jaxpr_to_triton_module, []
     monkeypatch.setattr(

@@ -127,13 +127,15 @@ def _check_deterministic(options: EngineOptions) -> None:
     Raises:
         StartupError: naming the other flag.
     """
-    if options.deterministic and options.attention == "mosaic":
+    if not options.deterministic:
+        return
+    if options.attention == "mosaic":
         raise StartupError(
-            "--deterministic has an attention kernel of its own, in Triton: --attention must be auto, triton or xla. Given: mosaic"
+            "--deterministic needs its own attention kernel, of Triton: --attention must be auto, triton or xla. Given: mosaic"
         )
-    if options.deterministic and options.max_decode_gap_ms is not None:
+    if options.max_decode_gap_ms is not None:
         raise StartupError(
-            "--max-decode-gap-ms means nothing with --deterministic: its steps all take as long, by --max-batch-prefill-tokens. Give one of both"
+            "--max-decode-gap-ms does nothing under --deterministic: its steps all take as long. Set --max-batch-prefill-tokens"
         )
 
 

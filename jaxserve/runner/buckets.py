@@ -71,7 +71,7 @@ class Buckets:
         return next(rows for rows in self.logits if rows >= bucket.num_rows)
 
     def pick(self, num_tokens: int, num_rows: int) -> Bucket:
-        """The smallest shape that holds a batch; with as many tokens as rows each row has one, and a decode-only shape serves if there is any.
+        """The smallest shape that holds a batch; where each row has one token a decode-only one, if there are such shapes.
 
         Raises:
             ValueError: none holds it.

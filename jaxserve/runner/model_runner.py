@@ -86,9 +86,8 @@ class ModelRunner:
         # The masks of a step without constrained rows, where it takes the masked sampler nevertheless.
         self._nothing_masked: jax.Array | None = None
         if config.deterministic and config.masked:
-            self._nothing_masked = self._upload(
-                np.full((self._buckets.logits[-1], mask_words(model.config.vocab_size)), 0xFFFFFFFF, np.uint32)
-            )
+            words = mask_words(model.config.vocab_size)
+            self._nothing_masked = self._upload(np.full((self._buckets.logits[-1], words), 0xFFFFFFFF, np.uint32))
         # From step to step
         self._packer = BatchPacker(config.max_batch_size, len(self._plan.num_pages), config.page_size)
         self._in_flight = 0

@@ -1,10 +1,10 @@
 """Attention that gives a token the same bits alone, in a chunk and in any batch, for NVIDIA GPUs from sm_80 on, in Pallas-Triton.
 
 One kernel for decodes and chunks alike: a token that was decoded once is part of a chunk after a preemption. A tile is always one
-instruction high, and holds tokens of one row times the query heads of a KV head. It walks blocks that begin at fixed positions,
-within splits that begin at fixed positions (see split_plan.py), with an online softmax. A block that a token does not see changes nothing of
-it: its weights are zero, not small, and the sums so far are multiplied by one. A second kernel adds up the splits that a token sees, in
-their order, with one split as with many.
+instruction high, and holds tokens of one row times the query heads of a KV head. It walks blocks that begin at fixed positions, within
+splits that begin at fixed positions (see split_plan.py), with an online softmax (FlashAttention-2, https://arxiv.org/abs/2307.08691). A
+block that a token does not see changes nothing of it: its weights are zero, not small, and the sums so far are multiplied by one. A second
+kernel adds up the splits that a token sees, in their order, with one split as with many.
 """
 
 import functools

@@ -75,7 +75,7 @@ def _attend_items(q: jax.Array, kv: LayerKV, items: Items, options: _Options) ->
 
 
 def _attend_tiles(q: jax.Array, kv: LayerKV, tiles: Tiles, options: _Options) -> jax.Array:
-    """Rows of several tokens, or all rows: q [T, KH, G, D] -> [T, KH, G, D], zeros for tokens of the other rows or what a neighbour's tile left."""
+    """Rows of several tokens, or all: q [T, KH, G, D] -> [T, KH, G, D], zeros for other rows' tokens, or what a neighbour's tile left."""
     num_tokens, num_kv_heads, group, head_dim = q.shape
     block_tokens = tiles.blocks.shape[2] * kv[0].shape[2]
     shape = (1, num_kv_heads, group * tiles.size)

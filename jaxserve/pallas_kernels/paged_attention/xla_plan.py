@@ -82,9 +82,9 @@ def plan_xla(metadata: AttentionMetadata, *, page_size: int, window: int | None)
     if metadata.deterministic:
         return XlaPlan(None, _plan_tiles(metadata, lengths, blocks, *sizes, shortest=1, tile_tokens=DETERMINISTIC_TILE_TOKENS))
     items = _plan_items(metadata, lengths, blocks, *sizes)
-    return XlaPlan(
-        items, None if metadata.decode_only else _plan_tiles(metadata, lengths, blocks, *sizes, shortest=2, tile_tokens=TILE_TOKENS)
-    )
+    if metadata.decode_only:
+        return XlaPlan(items, None)
+    return XlaPlan(items, _plan_tiles(metadata, lengths, blocks, *sizes, shortest=2, tile_tokens=TILE_TOKENS))
 
 
 def _plan_items(metadata: AttentionMetadata, lengths: jax.Array, blocks: jax.Array, block_tokens: int, window: int | None) -> Items:
