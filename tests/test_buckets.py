@@ -50,3 +50,10 @@ def test_padding_of_large_steps_on_a_gpu_is_small():
     for rows in range(65, 257):
         assert buckets.pick(rows, rows).num_tokens < 1.25 * rows
     assert len(list(buckets)) < 60
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_deterministic_steps_have_one_shape(platform: str):
+    buckets = Buckets.for_platform(platform, 4, 64, deterministic=True)
+    assert [*buckets] == [Bucket(64, 4, False)] and buckets.logits == (4,)
+    assert {buckets.pick(tokens, rows) for tokens, rows in ((1, 1), (4, 4), (5, 4), (64, 1))} == {Bucket(64, 4, False)}
