@@ -15,11 +15,13 @@ from jax.sharding import PartitionSpec
 from jaxserve.config import EngineOptions, ModelOptions
 from jaxserve.engine.build import build_engine
 from jaxserve.engine.engine import Engine
-from jaxserve.errors import StartupError
+from jaxserve.errors import DeviceError, StartupError
 from jaxserve.grammar import Grammar, GrammarKind
 from jaxserve.models.layers import sum_in_order
 from jaxserve.request import Request, SamplingParams, TokenOutput
 from jaxserve.runner import RunnerConfig, make_mesh
+from jaxserve.runner.buckets import Bucket
+from jaxserve.runner.programs import ProgramKey
 
 SIZES = {"slots": 5, "max_batch_tokens": 40, "kv_tokens": 320, "deterministic": True}
 # One of each kind that the sampler computes in another way; they meet in the same steps.
@@ -158,3 +160,22 @@ def test_a_step_is_of_one_size_by_default():
 def test_flags_that_do_not_go_with_it_are_refused(other: dict[str, Any]):
     with pytest.raises(StartupError, match="--deterministic"):
         build_engine(ModelOptions(), EngineOptions(deterministic=True, **other))
+
+
+def test_a_start_finds_out_that_places_matter(runner: TinyRunner, monkeypatch: pytest.MonkeyPatch):
+    """Products are compiled again by other means; if that does not help, nothing is served."""
+    device, key = runner.runner, ProgramKey("forward", Bucket(40, 5, False))
+    device._check_rows()
+    right = device._compiled[key]
+
+    def depends_on_place(*arguments: Any) -> Any:
+        state, logits, columns = right(*arguments)
+        return state, logits.at[3].multiply(1 + 1e-6), columns
+
+    monkeypatch.setitem(device._compiled, key, depends_on_place)
+    device._check_rows()
+    assert device._compiled[key] is not depends_on_place
+    monkeypatch.setitem(device._compiled, key, depends_on_place)
+    monkeypatch.setattr(device._preparation, "compile_again", lambda key, options: device._compiled[key])
+    with pytest.raises(DeviceError, match="--deterministic"):
+        device._check_rows()

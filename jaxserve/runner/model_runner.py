@@ -4,20 +4,32 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled
 
+from jaxserve.errors import DeviceError
 from jaxserve.models import Model
 from jaxserve.runner.batch import Batch, BatchLayout, BatchPacker
 from jaxserve.runner.buckets import Bucket, Buckets
 from jaxserve.runner.compile import CompileEvents
 from jaxserve.runner.config import RunnerConfig
 from jaxserve.runner.preparation import Preparation
-from jaxserve.runner.programs import PAGE_COPIES, PAGE_ENTRIES, ProgramKey, SamplerForm, logprob_forms, mask_words, num_scored_a_call
+from jaxserve.runner.programs import (
+    PAGE_COPIES,
+    PAGE_ENTRIES,
+    TRITON_PRODUCTS,
+    ProgramKey,
+    SamplerForm,
+    logprob_forms,
+    mask_words,
+    num_scored_a_call,
+)
 from jaxserve.runner.prompt_scores import pack_scored, unpack_scored
+from jaxserve.runner.row_check import rows_agree
 from jaxserve.runner.sampler import unpack_sampled
 from jaxserve.runner.sampling_rows import neutral_columns
 from jaxserve.runner.sampling_state import needs_slot_load, slot_loads
@@ -118,6 +130,8 @@ class ModelRunner:
         num_slots, vocab_size = self._config.max_batch_size, self._model.config.vocab_size
         self._state = allocate_state(self._plan, num_slots, vocab_size, self._hidden, self._mesh)
         self._run_for_nobody()
+        if self._config.deterministic:
+            self._check_rows()
         self._compile_events.start()
         logger.info(
             "%d programs: waited %.1f s for them, ran them in %.1f s", len(self._compiled), compiled - begin, time.monotonic() - compiled
@@ -199,6 +213,24 @@ class ModelRunner:
             self._sample_for_nobody()
             scored = np.zeros((2, self._num_scored_a_call), np.int32)
             self._compiled[ProgramKey("score")](self._model.leaves, self._state.hidden, self._upload(scored)).block_until_ready()
+
+    def _check_rows(self) -> None:
+        """Make sure that a token's bits do not depend on its place in a step.
+
+        Raises:
+            DeviceError: they do on this device, whoever computes the products.
+        """
+        sizes = dict(num_slots=self._config.max_batch_size, num_tokens=self._config.max_batch_tokens)
+        check = partial(rows_agree, self, page_size=self._config.page_size, num_pages=self._plan.num_pages, **sizes)
+        if not check():
+            logger.warning("products depend on the place of a token: they are compiled again, by Triton alone")
+            for key in self._compiled:
+                if key.kind in ("forward", "score"):
+                    self._compiled[key] = self._preparation.compile_again(key, TRITON_PRODUCTS)
+            self._run_for_nobody()
+            if not check():
+                raise DeviceError("--deterministic: on this device what a token gets depends on its place in a step")
+        self._useful_tokens = self._padded_tokens = 0
 
     def _sample_for_nobody(self) -> None:
         """Run every form of the sampler on rows that do not sample."""

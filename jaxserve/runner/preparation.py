@@ -68,6 +68,7 @@ class Preparation:
         self._lowering: ThreadPoolExecutor | None = None
         self._compiling = ThreadPoolExecutor(_cores(), thread_name_prefix="compile")
         self._futures: dict[ProgramKey, Future[Future[Compiled]]] = {}
+        self._programs: Programs | None = None
         self._trial: Future[bytes] | None = None
         self._bytes_left = kv_cache_bytes(mesh, config.kv_bytes, weights_to_come)
         if config.kv_bytes is not None:
@@ -107,6 +108,12 @@ class Preparation:
         finally:
             self.close()
 
+    def compile_again(self, key: ProgramKey, options: dict[str, Any]) -> Compiled:
+        """Compile a program with other options of XLA, after finish()."""
+        assert self._programs is not None
+        program = self._programs[key]._replace(options=options)
+        return compile_lowered(lower(program, self._programs.blueprint.platform), program, self._mesh)
+
     def close(self) -> None:
         """End its threads and processes, whatever they do."""
         for threads in (self._lowering, self._compiling):
@@ -118,7 +125,7 @@ class Preparation:
     def _begin(self, temporaries: int) -> KVCachePlan:
         """Plan, and start to make all programs ready."""
         blueprint = self._blueprint(self._config, max(self._bytes_left - temporaries, 0))
-        programs = Programs(blueprint)
+        self._programs = programs = Programs(blueprint)
         stored = {key: self._store.read(blueprint.digest(key.name)) for key in programs}
         missing = sum(data is None for data in stored.values())
         logger.info("%d programs were lowered by an earlier start, %d are to be lowered", len(stored) - missing, missing)

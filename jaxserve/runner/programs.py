@@ -28,6 +28,8 @@ from jaxserve.runner.state import STATE_SPEC, DeviceState, abstract_state
 PAGE_COPIES = 16  # a call
 PAGE_ENTRIES = 1024  # a call
 _MOST_TRITON_TOKENS = 32
+# XLA's options for products by Triton alone: each tile of a result is computed by the same code in the same order.
+TRITON_PRODUCTS = {"xla_gpu_enable_triton_gemm": True, "xla_gpu_triton_gemm_any": True, "xla_gpu_cublas_fallback": False}
 
 _EVERYWHERE = PartitionSpec()
 

@@ -1,0 +1,93 @@
+"""Whether a device keeps what RunnerConfig.deterministic promises, tried out before the server is ready.
+
+Our own kernels keep it by construction. XLA's products are libraries': one program has one algorithm, but nobody promises that an
+algorithm computes every row of a matrix alike (Stream-K, Osama et al., arXiv 2301.03598, does not).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from jaxserve.request import MAX_TOP_LOGPROBS, Request, SamplingParams
+from jaxserve.runner.batch import Batch
+from jaxserve.step import StepResult
+
+_PARAMS = SamplingParams(temperature=1.0, seed=1, max_tokens=1, logprobs=MAX_TOP_LOGPROBS)
+
+
+class Runner[Step](Protocol):
+    """What is tried out."""
+
+    def dispatch(self, batch: Batch) -> Step: ...
+    def collect(self, step: Step) -> StepResult: ...
+
+
+@dataclass
+class _Sample:
+    request: Request
+    slot: int
+    page_tables: list[list[int]]
+    params: SamplingParams = _PARAMS
+    seed: int = 1
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        return self.request.prompt_token_ids
+
+
+@dataclass
+class _Row:
+    sample: _Sample
+    start: int
+    token_ids: Sequence[int]
+    samples: bool
+    new_slot: bool
+    num_output_tokens: int = 0
+    num_scored: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass
+class _Batch:
+    rows: list[_Row]
+    page_copies: list[tuple[int, int, int]] = field(default_factory=list)
+    num_scored: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.rows)
+
+
+def rows_agree[Step](runner: Runner[Step], *, num_slots: int, num_tokens: int, page_size: int, num_pages: Sequence[int]) -> bool:
+    """Compute one short prompt in every row of a step, then cut in two, then alone; whether all gave the same bits.
+
+    It overwrites pages and slots, which must be nobody's.
+
+    Args:
+        runner: its programs are compiled.
+        num_slots, num_tokens: of its steps.
+        num_pages: of each KV group.
+    """
+    num_rows = min(num_slots, *num_pages)
+    length = min(num_tokens // num_rows, page_size)
+    request = Request("", tuple(range(1, length + 1)), _PARAMS)
+    samples = [_Sample(request, slot, [[slot] for _ in num_pages]) for slot in range(num_rows)]
+
+    def compute(samples: Sequence[_Sample], start: int, end: int) -> set[bytes]:
+        ids = request.prompt_token_ids[start:end]
+        rows = [_Row(sample, start, ids, end == length, start == 0) for sample in samples]
+        result = runner.collect(runner.dispatch(_Batch(rows)))
+        logprobs = result.logprobs
+        if end < length or logprobs is None:
+            return set()
+        arrays = result.token_ids, logprobs.raw, logprobs.processed, logprobs.top_ids, logprobs.top_raw, logprobs.top_processed
+        return {b"".join(array[i].tobytes() for array in arrays) for i in range(len(rows))}
+
+    found = compute(samples, 0, length) | compute(samples[-1:], 0, length)
+    if length > 1:
+        compute(samples, 0, length - 1)
+        found |= compute(samples, length - 1, length)
+    return len(found) == 1
