@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--fill", action="store_true", help="edges: fill the whole KV cache too")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--attention", default="auto")
+    parser.add_argument("--deterministic", action="store_true", help="the engine's flag; load: no bit may differ")
     parser.add_argument("--max-batch-size", type=int)
     parser.add_argument("--max-batch-prefill-tokens", type=int)
     arguments = parser.parse_args()
@@ -56,6 +57,7 @@ def main() -> None:
     shape["num_hidden_layers"] = arguments.layers or shape["num_hidden_layers"]
     options = EngineOptions(
         attention=arguments.attention,
+        deterministic=arguments.deterministic,
         prefix_caching=False,
         max_batch_size=arguments.max_batch_size,
         max_batch_prefill_tokens=arguments.max_batch_prefill_tokens,
@@ -100,9 +102,8 @@ def main() -> None:
     )
     if "load" in arguments.parts:
         longest = min(arguments.longest // 4, runner.max_total_tokens - 2 * arguments.output_tokens)
-        good &= check_under_load(
-            join(runner, config, options, info), arguments.requests, longest, arguments.output_tokens, arguments.noise, _say
-        )
+        sizes = arguments.requests, longest, arguments.output_tokens, arguments.noise
+        good &= check_under_load(join(runner, config, options, info), *sizes, _say, bitwise=arguments.deterministic)
     if "edges" in arguments.parts:
         good &= check_edges(join(runner, config, options, info), config, arguments.fill, _say)
     print(f"{'within the bounds' if good else 'OUT OF THE BOUNDS'}, {time.perf_counter() - begin:.0f} s")

@@ -38,7 +38,7 @@ class Edges:
     def __init__(self, engine: Engine, config: RunnerConfig, platform: str):
         self._engine = engine
         self._config = config
-        self._buckets = Buckets.for_platform(platform, config.max_batch_size, config.max_batch_tokens)
+        self._buckets = Buckets.for_platform(platform, config.max_batch_size, config.max_batch_tokens, config.deterministic)
         self._rng = np.random.default_rng(0)
         self._number = 0
 

@@ -107,11 +107,13 @@ def main() -> None:
     parser.add_argument("--tokens-out", type=int, default=257)
     parser.add_argument("--max-total-tokens", type=int, default=MAX_TOTAL_TOKENS)
     parser.add_argument("--attention", default="auto", help="the engine's flag; then the rows are not of default flags: give a --label")
+    parser.add_argument("--deterministic", action="store_true", help="likewise")
     parser.add_argument("--repetitions", type=int, default=3)
     add_row_flags(parser)
     arguments = parser.parse_args()
     begin = time.perf_counter()
     options = dict(prefix_caching=False, max_total_tokens=arguments.max_total_tokens, attention=arguments.attention)
+    options["deterministic"] = arguments.deterministic
     llm = LLM(arguments.folder, load_format="dummy", **options)
     print(f"ready after {time.perf_counter() - begin:.1f} s on {llm.info.device}, {llm.info.dtype}, {llm.info.num_pages} pages", flush=True)
     rows = make_rows(arguments, llm.info.device)

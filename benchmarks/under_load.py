@@ -1,7 +1,7 @@
 """Requests alone and under load: where their tokens part, and how far their log probabilities are before that.
 
 Without --deterministic a batch's shape decides the last bits of a logit. So tokens may part, but only where the request alone was nearly
-undecided between two, and log probabilities of the tokens before may differ but little.
+undecided between two, and log probabilities of the tokens before may differ but little. With it no bit may differ.
 """
 
 from collections.abc import Callable
@@ -71,13 +71,21 @@ def answers(engine: Engine, requests: list[Request]) -> dict[str, Answer]:
 
 
 def check_under_load(
-    engine: Engine, count: int, longest: int, output_tokens: int, noise: int, say: Callable[[str], None] = print, seed: int = 0
+    engine: Engine,
+    count: int,
+    longest: int,
+    output_tokens: int,
+    noise: int,
+    say: Callable[[str], None] = print,
+    bitwise: bool = False,
+    seed: int = 0,
 ) -> bool:
     """Run `count` greedy requests alone, then at once, twice in other orders, among `noise` sampled ones of any length.
 
     Args:
         longest: prompt tokens.
         output_tokens: of each greedy request; the others have up to twice as many.
+        bitwise: tokens and log probabilities must be equal.
 
     Returns:
         whether every parting is within the bounds.
@@ -108,4 +116,8 @@ def check_under_load(
             f"log probabilities before differ by at most {max(p.logprob_error for p in partings):.4f}"
         )
         good &= all(parting.within for parting in partings)
+        if bitwise:
+            different = sum(alone[r.request_id] != loaded[r.request_id] for r in requests)
+            say(f"under load, run {run + 1}: {different} of {count} answers differ in a bit")
+            good &= different == 0
     return good

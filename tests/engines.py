@@ -51,8 +51,14 @@ class TinyRunner:
         mesh = make_mesh(tensor_size, data_index)
         model = load_model(ModelSource(str(folder), "", folder), ModelOptions(), mesh)
         token_bytes = 2 * 4 * model.config.head_dim * model.config.local_kv_heads(tensor_size) * model.config.num_layers
-        sizes = dict(max_total_tokens=max_total_tokens, kv_bytes=kv_tokens * token_bytes)
-        self.config = RunnerConfig(slots, max_batch_tokens, masked=masked, deterministic=deterministic, **sizes)
+        self.config = RunnerConfig(
+            max_batch_size=slots,
+            max_batch_tokens=max_batch_tokens,
+            max_total_tokens=max_total_tokens,
+            kv_bytes=kv_tokens * token_bytes,
+            masked=masked,
+            deterministic=deterministic,
+        )
         self.runner = ModelRunner(model, mesh, self.config)
         self.runner.warmup()
         self._model = model

@@ -115,7 +115,8 @@ def test_the_kernel_lowers_for_cuda(num_heads: int, head_dim: int, kv_dtype: Any
     )
     num_rows, num_tokens = 256, 512
     shapes = (num_rows, 8192), num_rows, num_rows + 1, num_tokens, num_tokens
-    metadata = jax.eval_shape(lambda: AttentionMetadata(*(jnp.zeros(shape, jnp.int32) for shape in shapes), deterministic=True))
+    arrays = [jax.ShapeDtypeStruct(shape if isinstance(shape, tuple) else (shape,), jnp.int32) for shape in shapes]
+    metadata = AttentionMetadata(*arrays, deterministic=True)  # pyright: ignore[reportArgumentType]
     pages = jax.ShapeDtypeStruct((4096, 8, 16, head_dim), kv_dtype)
     q = jax.ShapeDtypeStruct((num_tokens, num_heads, head_dim), jnp.bfloat16)
     call = functools.partial(paged_attention_gpu, scale=head_dim**-0.5, window=window, soft_cap=None, gpu=Gpu(132, is_hopper=True))
