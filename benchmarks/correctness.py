@@ -24,7 +24,7 @@ from jaxserve.engine.build import compilation_cache, join, limit_gpu_memory
 from jaxserve.request import EngineInfo
 from jaxserve.runner import ModelRunner, RunnerConfig, make_mesh
 from jaxserve.weights import ModelSource
-from jaxserve.weights.loader import load_model
+from jaxserve.weights.loader import open_model
 
 PARTS = ("logits", "load", "edges")
 KV_GIB = 12  # where the reference needs memory beside the cache
@@ -70,7 +70,8 @@ def main() -> None:
         (Path(folder) / "config.json").write_text(json.dumps(shape))
         mesh = make_mesh(1)
         source = ModelSource("random", "", Path(folder))
-        model = load_model(source, ModelOptions(load_format="dummy", dtype=arguments.dtype), mesh, attention=options.attention)
+        options_of_model = ModelOptions(load_format="dummy", dtype=arguments.dtype)
+        model = open_model(source, options_of_model, mesh, attention=options.attention).load(mesh)
     device = mesh.devices.flat[0]
     config = RunnerConfig.from_options(options, device.platform, str(compilation_cache(options)))
     if "logits" in arguments.parts and config.kv_bytes is None:

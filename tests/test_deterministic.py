@@ -34,6 +34,7 @@ PARAMS: list[dict[str, Any]] = [
     {"temperature": 0.0, "prompt_logprobs": 2, "logit_bias": {5: 1.5}},
     {"temperature": 0.9, "seed": 10, "typical_p": 0.6, "presence_penalty": 0.5},
     {"temperature": 0.0, "n": 2},
+    {"temperature": 0.9, "seed": 11, "watermark_gamma": 0.5, "watermark_delta": 2.0},
 ]
 
 
