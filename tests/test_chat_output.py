@@ -19,6 +19,7 @@ from jaxserve.chat_output import (
     reasoning_state,
     tool_grammar,
 )
+from jaxserve.errors import InvalidRequest
 from jaxserve.grammar import Grammar
 
 PARSERS = ("hermes", "llama3_json", "mistral", "pythonic")
@@ -236,6 +237,12 @@ def test_what_the_grammar_allows_is_read_back(parser: str, reasoning: str, paral
             assert set(values) <= {"city", "days", "x"} if name == "get_weather" else (name, values) == ("now", {})
             assert name == "now" or "city" in values
     assert num_ended > 3
+
+
+@pytest.mark.parametrize("schema", [{"properties": [1]}, {"properties": 5}, {"required": 5}, {"required": True}])
+def test_what_is_no_schema_is_refused(schema: dict[str, Any]):
+    with pytest.raises(InvalidRequest, match="`f` are no JSON schema"):
+        tool_grammar(TOOL_CALL_PARSERS["pythonic"], [("f", schema)], True, None, "")
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,23 @@ def test_aborts_leave_nothing_behind(engine: Engine):
     assert not engine.has_work
 
 
+def test_a_grammar_that_nobody_waits_for_any_more_is_not_compiled(engine: Engine):
+    slow = [Grammar.json_schema({"title": f"s{i}", "properties": {f"v{j}": {"type": "integer"} for j in range(3000)}}) for i in range(2)]
+    for number, grammar in enumerate(slow):
+        engine.add_request(Request(f"slow{number}", PROMPT, params(grammar, 2)))
+    for name in ("a", "b"):
+        engine.add_request(Request(name, PROMPT, params(Grammar.regex("shared[a-z]"))))
+    engine.add_request(Request("alone", PROMPT, params(Grammar.regex("alone[a-z]"))))
+    assert engine._constraints is not None
+    waiting = dict(engine._constraints._compiling)
+    engine.abort("a")
+    engine.abort("alone")
+    assert waiting["alone"].compiled.cancelled() and not waiting["b"].compiled.cancelled()
+    ends = finish(engine)
+    assert ends["b", 0][-1].finish_reason in (FinishReason.EOS, FinishReason.STOP)
+    engine.check_integrity()
+
+
 def test_a_server_waits_for_grammars_without_spinning_and_gives_permits_back(engine: Engine):
     outputs = Outputs()
     server = AsyncEngine(engine, max_concurrent_requests=2)

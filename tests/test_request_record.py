@@ -104,6 +104,14 @@ def test_requests_that_are_refused(traced: LiveFrontEnd, caplog: pytest.LogCaptu
     assert all(each["request_id"] for each in told)
 
 
+def test_what_a_client_sent_stays_in_its_line(traced: LiveFrontEnd, caplog: pytest.LogCaptureFixture):
+    assert traced.client.get("/v1/responses/a%0A2026-01-01%20INFO%1B[31m").status_code == 404
+    assert traced.client.post("/v1/responses", json={"input": "x", "model": "é\n\u202e\x00" + "x" * 100000}).status_code == 404
+    responses, model = _told(caplog, 2)
+    assert responses["error"] == "Response with id 'a\\n2026-01-01 INFO\\x1b[31m' not found."
+    assert "`é\\n\\u202e\\x00xx" in model["error"] and len(model["error"]) < 1100
+
+
 def test_requests_that_fail_or_are_given_up(traced: LiveFrontEnd, caplog: pytest.LogCaptureFixture):
     assert traced.client.post("/v1/completions", json={"prompt": [70, 71, 299], "temperature": 0}).status_code == 500
     with traced.client.stream("POST", "/v1/completions", json={"prompt": [70, 71, 299], "temperature": 0, "stream": True}) as stream:

@@ -207,6 +207,22 @@ def test_a_grammar_is_compiled_once_and_forgotten_when_there_are_many(monkeypatc
     compiler.close()
 
 
+def test_what_is_cancelled_is_not_compiled():
+    compiler = GrammarCompiler(read_tokens(TOKENIZER.pipeline, VOCAB_SIZE, [EOS]))
+    slow = [Grammar.json_schema({"title": str(i), "properties": {f"v{j}": {"type": "integer"} for j in range(3000)}}) for i in range(2)]
+    running = [compiler.compile(grammar) for grammar in slow]
+    unwanted = Grammar.regex("unwanted")
+    future = compiler.compile(unwanted)
+    compiler.cancel(unwanted, future)
+    assert future.cancelled()
+    again = compiler.compile(unwanted)
+    compiler.cancel(unwanted, future)  # what was compiled before is not what is wanted now
+    assert again.result(60) is compiler.compile(unwanted).result(60)
+    compiler.cancel(unwanted, again)
+    assert compiler.compile(unwanted) is again and all(each.result(60) for each in running)
+    compiler.close()
+
+
 def test_a_special_token_of_the_model_can_be_a_trigger(compiler: GrammarCompiler, filler: MaskFiller):
     structure = {"begin": "<think>", "schema": {"type": "object"}, "end": "."}
     matcher = compiler.compile(Grammar.structural_tag([structure], ["<think>"])).result(60).copy()

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxserve.chat_output.constrained import after_reasoning
 from jaxserve.chat_output.formats import HERMES, LLAMA3_JSON, MISTRAL, ToolFormat
+from jaxserve.errors import InvalidRequest
 
 
 def tool_grammar(
@@ -18,6 +19,9 @@ def tool_grammar(
         parallel: several calls are possible.
         marker_id: the format's marker where it is a token of its own.
         reasoning: see MessageParser; the calls follow it.
+
+    Raises:
+        InvalidRequest: the schema of a function's arguments is none.
     """
     if tool_format is HERMES:
         begin, end, separator, key = '"\\n"', '"\\n</tool_call>"', '"\\n"', "arguments"
@@ -50,8 +54,10 @@ def _pythonic(tools: Sequence[tuple[str, Mapping[str, Any]]], parallel: bool, re
     calls = 'call (", " call)*' if parallel else "call"
     rules = [after_reasoning(f'"[" {calls} "]"', reasoning), f"call: {' | '.join(f'call_{i}' for i in range(len(tools)))}"]
     for i, (name, schema) in enumerate(tools):
-        properties: Mapping[str, Any] = schema.get("properties") or {}
-        required = set(schema.get("required") or ())
+        properties = schema.get("properties") or {}
+        required = schema.get("required") or ()
+        if not isinstance(properties, Mapping) or not isinstance(required, Sequence):
+            raise InvalidRequest(f"the parameters of `{name[:64]}` are no JSON schema: `properties` or `required` is malformed", "tools")
         shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         arguments: list[str] = []
         for j, (argument, inner) in enumerate(properties.items()):

@@ -77,8 +77,8 @@ class Constraints:
                 error = InvalidRequest(f"it took longer than {COMPILE_TIME_LIMIT:g} s")
             else:
                 continue
-            del self._compiling[request_id]
             if error is None:
+                del self._compiling[request_id]
                 ready.append(request_id)
             else:
                 outputs += self._refused(constrained, f"the grammar cannot be compiled: {error}")
@@ -118,7 +118,14 @@ class Constraints:
             constrained.progress.pop(index, None)
         if not constrained.unfinished:
             del self._requests[request_id]
-            self._compiling.pop(request_id, None)
+            if self._compiling.pop(request_id, None) is not None:
+                self._cancel(constrained)
+
+    def _cancel(self, constrained: Constrained) -> None:
+        """Spare the compiler the grammar of a request that has ended, unless another one waits for it."""
+        grammar = constrained.request.params.grammar
+        if grammar is not None and all(other.compiled is not constrained.compiled for other in self._compiling.values()):
+            self._compiler.cancel(grammar, constrained.compiled)
 
     def _constrained_rows(self, batch: ScheduledBatch) -> Iterator[tuple[int, ScheduledRow, Progress]]:
         """Rows whose token must obey a grammar, with their places; not those whose sample has ended meanwhile."""

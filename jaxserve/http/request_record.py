@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _LONGEST_PATH = 200
+_LONGEST_ERROR = 1000
 
 
 @dataclass(slots=True)
@@ -89,9 +90,10 @@ current_record: ContextVar[RequestRecord | None] = ContextVar("current_record", 
 
 
 def note_error(message: str) -> None:
-    """Keep what the client of the current request is told."""
+    """Keep what the client of the current request is told, in one line: what it sent may be quoted in it."""
     if (record := current_record.get()) is not None:
-        record.error = message
+        told = message[:_LONGEST_ERROR]
+        record.error = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in told)
 
 
 def note_answers(answers: Sequence[Answer]) -> None:

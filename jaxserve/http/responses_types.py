@@ -181,6 +181,8 @@ def messages_of(items: Sequence[Any]) -> list[dict[str, Any]]:
                     messages.append({"role": role, "content": content})
             case "reasoning":
                 parts = item.get("content") or item.get("summary") or []
+                if not isinstance(parts, list):
+                    raise InvalidRequest(f"`{name}.content` must be a list of parts", f"{name}.content")
                 _answer(messages, "reasoning_content")["reasoning_content"] = _text(
                     [{**part, "type": "text"} if isinstance(part, dict) else part for part in parts], f"{name}.content"
                 )

@@ -56,6 +56,12 @@ class GrammarCompiler:
         self._jobs.put((grammar, future))
         return future
 
+    def cancel(self, grammar: Grammar, future: Future[Matcher]) -> None:
+        """Nobody wants what compile() returned any more: unless its compilation has begun, it is left out."""
+        if future.cancel() and self._cache.get(grammar) is future:
+            del self._cache[grammar]
+            self._cached_bytes -= len(grammar.text)
+
     def close(self) -> None:
         """Let the threads end; they finish what they are at."""
         for _ in self._threads:
@@ -76,6 +82,8 @@ class GrammarCompiler:
         examiner = GrammarExaminer()
         while (job := self._jobs.get()) is not None:
             grammar, future = job
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
                 future.set_result(self._compiled(grammar, examiner))
             except Exception as error:  # whatever it is, only this grammar's requests may end by it
