@@ -139,6 +139,12 @@ def test_reasoning(state: str, text: str, reasoning: str, content: str):
             assert joined([text[:first], text[first:second], text[second:]], None, state) == whole
 
 
+@pytest.mark.parametrize("cut", range(1, len("\n</tool_call>")))
+def test_a_closing_marker_that_is_cut_off_is_no_content(cut: int):
+    told = joined(['<tool_call>{"name": "now", "arguments": {}}', "\n</tool_call>"[:cut]], "hermes")
+    assert (told.content.strip(), told.calls) == ("", [["now", "{}"]])
+
+
 def test_a_call_after_reasoning_and_only_one_where_asked():
     text = '<think>hm <tool_call></think>\n<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>' * 2
     told = joined(list(text), "hermes", "possible")

@@ -82,7 +82,7 @@ OPENAI_BAD: list[tuple[str, dict[str, Any], str | None, str]] = [
     (CHAT, {"tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0].function.name", "1"),
     (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]}, "tools[0].function.parameters", "dict"),
     (CHAT, {"tool_choice": "required"}, "tool_choice", "tools"),
-    (CHAT, {"tool_choice": "sometimes"}, "tool_choice", "required"),
+    (CHAT, {"tools": [TOOL], "tool_choice": "sometimes"}, "tool_choice", "none of"),
     (CHAT, {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "none of"),
     (CHAT, {"tools": [TOOL], "tool_choice": "required", "response_format": {"type": "json_object"}}, "response_format", "exclude"),
     (CHAT, {"tools": [TOOL] * 600}, "tools", "512"),

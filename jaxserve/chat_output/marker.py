@@ -66,5 +66,5 @@ class OptionalMarker:
         return bare.removeprefix(self._marker) if bare.startswith(self._marker) else text
 
     def flush(self) -> str:
-        """What was held back, when nothing more comes."""
-        return self._held
+        """What was held back, when nothing more comes, without a marker that was cut off."""
+        return "" if self._held.strip() else self._held

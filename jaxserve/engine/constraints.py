@@ -56,6 +56,10 @@ class Constraints:
         """Whether a request waits for its grammar."""
         return bool(self._compiling)
 
+    def close(self) -> None:
+        """Compile no more."""
+        self._compiler.close()
+
     def add(self, request: Request) -> None:
         """Start compiling the grammar of a request; take_compiled() tells when it is done."""
         assert request.params.grammar is not None

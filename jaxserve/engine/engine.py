@@ -127,10 +127,12 @@ class Engine:
         return outputs
 
     def close(self) -> None:
-        """Collect what is still in flight, for nobody: the runner is idle afterwards and can serve another engine."""
+        """Collect what is still in flight, for nobody, and compile no more grammars: the runner can serve another engine."""
         if self._in_flight is not None:
             self._finish(self._in_flight)
             self._in_flight = None
+        if self._constraints is not None:
+            self._constraints.close()
 
     def stats(self) -> EngineStats:
         """Counters and gauges as of now."""

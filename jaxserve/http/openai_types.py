@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, FailFast, Field, field_validator
 
@@ -38,7 +38,9 @@ class ChatBody(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[FunctionTool] | None = Field(None, max_length=MAX_TOOLS)
-    tool_choice: Literal["auto", "none", "required"] | NamedChoice | None = None
+    tool_choice: Annotated[str, Field(max_length=256)] | NamedChoice | None = Field(
+        None, description="auto, none, required, or a function; TGI's clients give its name alone."
+    )
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = Field(None, max_length=64, description="A variable of the chat template.")
     include_reasoning: bool | None = Field(None, description="False: reasoning is not told.")
@@ -86,9 +88,11 @@ class ChatBody(SamplingFields):
     def tool_use(self) -> ToolUse:
         """Tools and their use; raises InvalidRequest."""
         choice = self.tool_choice or "auto"
-        only = choice.function.name if isinstance(choice, NamedChoice) else ""
+        name = choice.function.name if isinstance(choice, NamedChoice) else choice
         tools = [tool.function.as_tool() for tool in self.tools or ()]
-        return tool_use(tools, "named" if isinstance(choice, NamedChoice) else choice, only, self.parallel_tool_calls)
+        if isinstance(choice, NamedChoice) or name not in ("auto", "none", "required"):
+            return tool_use(tools, "named", name, self.parallel_tool_calls)
+        return tool_use(tools, name, "", self.parallel_tool_calls)
 
     def template_variables(self) -> dict[str, Any]:
         """Arguments for the chat template. A conversation that ends with the assistant's words is gone on with, as TGI does."""
