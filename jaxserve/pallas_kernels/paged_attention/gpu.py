@@ -1,5 +1,7 @@
 """Paged attention on NVIDIA GPUs: which kernel takes which tokens of a step."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -28,7 +30,7 @@ def paged_attention_gpu(
 
     Shapes as in `paged_attention`; q is bfloat16 or float16, K and V of q's type or float8.
     """
-    options = dict(scale=scale, window=window, soft_cap=soft_cap, interpret=interpret)
+    options: dict[str, Any] = dict(scale=scale, window=window, soft_cap=soft_cap, interpret=interpret)
     if metadata.deterministic:
         longest = metadata.page_table.shape[1] * kv[0].shape[2]
         config = DeterministicConfig.suited(q, kv, longest, gpu.num_multiprocessors)
