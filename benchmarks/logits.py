@@ -42,6 +42,7 @@ class Occupant:
     slot: int
     token_ids: Sequence[int]
     page_tables: Sequence[Sequence[int]]
+    seed: int = 0
 
 
 class Prompts:
