@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "structured": {"errors", "grammar"},
     "metrics": {"errors", "request"},
     "rpc": {"errors", "request", "grammar", "page_key", "engine"},
-    "chat_output": {"grammar"},
+    "chat_output": {"grammar", "errors"},
     "http": PLAIN | {"rpc", "tokenizer", "chat_output", "metrics"},
     "launcher": PLAIN | {"rpc", "http", "metrics", "engine"},
     # device half
