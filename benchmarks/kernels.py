@@ -22,9 +22,9 @@ import numpy as np
 
 from benchmarks.rows import add_row_flags, make_rows
 from jaxserve.pallas_kernels import AttentionMetadata, LayerKV, layer_kv_shape, paged_attention, plan_attention
+from jaxserve.pallas_kernels.gpu import Gpu, local_gpu
 from jaxserve.pallas_kernels.paged_attention.api import IMPLEMENTATIONS
 from jaxserve.pallas_kernels.paged_attention.gpu import paged_attention_gpu
-from jaxserve.pallas_kernels.paged_attention.local_gpu import Gpu, local_gpu
 from jaxserve.pallas_kernels.paged_attention.reference import paged_attention_reference
 from jaxserve.pallas_kernels.paged_attention.xla import paged_attention_xla
 from jaxserve.pallas_kernels.paged_attention.xla_plan import plan_xla

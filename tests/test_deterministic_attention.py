@@ -12,8 +12,8 @@ from jax._src.pallas.triton import lowering as triton_lowering
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from jaxserve.pallas_kernels import AttentionMetadata
+from jaxserve.pallas_kernels.gpu import Gpu
 from jaxserve.pallas_kernels.paged_attention.gpu import paged_attention_gpu
-from jaxserve.pallas_kernels.paged_attention.local_gpu import Gpu
 from jaxserve.pallas_kernels.paged_attention.reference import paged_attention_reference
 from jaxserve.pallas_kernels.paged_attention.triton_deterministic import DeterministicConfig, deterministic_attention_triton
 from jaxserve.pallas_kernels.paged_attention.xla import paged_attention_xla

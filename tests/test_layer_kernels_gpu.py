@@ -13,7 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from jaxserve.pallas_kernels import AttentionMetadata, add_rms_norm
 from jaxserve.pallas_kernels.add_rms_norm.reference import add_rms_norm_reference
 from jaxserve.pallas_kernels.add_rms_norm.triton import AddRMSNormConfig, add_rms_norm_triton
-from jaxserve.pallas_kernels.paged_attention.local_gpu import Gpu
+from jaxserve.pallas_kernels.gpu import Gpu
 from jaxserve.pallas_kernels.rotate_and_write_kv.reference import rotate_and_write_kv_reference
 from jaxserve.pallas_kernels.rotate_and_write_kv.triton import RotateConfig, rotate_and_write_kv_triton
 

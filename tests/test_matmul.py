@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from jaxserve.pallas_kernels import matmul
+from jaxserve.pallas_kernels.gpu import Gpu
 from jaxserve.pallas_kernels.matmul import api
 from jaxserve.pallas_kernels.matmul.mosaic import MosaicMatmulConfig, matmul_mosaic
-from jaxserve.pallas_kernels.paged_attention.local_gpu import Gpu
 
 UNOPTIMISED = {"xla_backend_optimization_level": 0}
 LLAMA_8B = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]

@@ -11,10 +11,10 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from jaxserve.pallas_kernels import AttentionMetadata
+from jaxserve.pallas_kernels.gpu import Gpu
 from jaxserve.pallas_kernels.paged_attention.decode_items import make_arrivals, plan_items
 from jaxserve.pallas_kernels.paged_attention.decode_plan import plan_decode, worker_of_block
 from jaxserve.pallas_kernels.paged_attention.gpu import paged_attention_gpu
-from jaxserve.pallas_kernels.paged_attention.local_gpu import Gpu
 from jaxserve.pallas_kernels.paged_attention.mosaic_decode import MosaicDecodeConfig, decode_attention_mosaic
 from jaxserve.pallas_kernels.paged_attention.mosaic_prefill import MosaicPrefillConfig, prefill_attention_mosaic
 from jaxserve.pallas_kernels.paged_attention.reference import paged_attention_reference

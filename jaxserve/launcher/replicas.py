@@ -210,14 +210,7 @@ class _Queued(Submission):
         super().__init__(request)
         self._replicas = replicas
 
-    def take(self, output: TokenOutput) -> bool:
-        """Hand on an output; return whether its sample goes on."""
-        if output.index not in self._unfinished:
-            return False
-        self.begun = True
-        output.request_id = self.request.request_id
-        if output.finish_reason is not None:
-            self._unfinished.discard(output.index)
+    def _keep(self, output: TokenOutput) -> bool:
         self._replicas.take(self, output)
         return output.finish_reason is None
 

@@ -4,6 +4,7 @@ Imports nothing else of jaxserve. The layout of the KV cache is private to this 
 """
 
 from jaxserve.pallas_kernels.add_rms_norm import add_rms_norm as add_rms_norm
+from jaxserve.pallas_kernels.gpu import local_gpu as local_gpu
 from jaxserve.pallas_kernels.layer_kv import KV_HEADS_AXIS as KV_HEADS_AXIS
 from jaxserve.pallas_kernels.layer_kv import LayerKV as LayerKV
 from jaxserve.pallas_kernels.layer_kv import layer_kv_shape as layer_kv_shape
@@ -12,6 +13,5 @@ from jaxserve.pallas_kernels.matmul import matmul as matmul
 from jaxserve.pallas_kernels.metadata import AttentionMetadata as AttentionMetadata
 from jaxserve.pallas_kernels.paged_attention import paged_attention as paged_attention
 from jaxserve.pallas_kernels.paged_attention import plan_attention as plan_attention
-from jaxserve.pallas_kernels.paged_attention.local_gpu import local_gpu as local_gpu
 from jaxserve.pallas_kernels.rotate_and_write_kv import rotate_and_write_kv as rotate_and_write_kv
 from jaxserve.pallas_kernels.write_kv import write_kv as write_kv

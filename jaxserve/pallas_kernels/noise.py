@@ -41,12 +41,12 @@ def hash_tokens(key: tuple[jax.Array, jax.Array], token_ids: jax.Array) -> jax.A
 
     Args:
         key: two uint32 words [R].
-        token_ids: int32 [V].
+        token_ids: int32 [V], the same for all rows, or [R, V].
 
     Returns:
         uint32 [R, V].
     """
-    word = token_ids.astype(jnp.uint32)[None, :] + key[0][:, None]
+    word = (token_ids if token_ids.ndim == 2 else token_ids[None, :]).astype(jnp.uint32) + key[0][:, None]
     word = (word ^ (word >> jnp.uint32(17))) * jnp.uint32(0xED5AD4BB)
     word = word ^ key[1][:, None]
     word = (word ^ (word >> jnp.uint32(11))) * jnp.uint32(0xAC4C1B51)
@@ -69,7 +69,7 @@ def noise_keys(seed_low: jax.Array, seed_high: jax.Array, positions: jax.Array) 
 
 
 def uniform_noise(keys: tuple[jax.Array, jax.Array], token_ids: jax.Array) -> jax.Array:
-    """Variates uniform in (0, 1), one a row and token: of keys uint32 [R] and token ids int32 [V], float32 [R, V]."""
+    """Variates uniform in (0, 1), one a row and token: of keys uint32 [R] and token ids int32 [V] or [R, V], float32 [R, V]."""
     return (hash_tokens(keys, token_ids).astype(jnp.float32) + jnp.float32(0.5)) * jnp.float32(2.0**-32)
 
 
@@ -78,7 +78,7 @@ def is_green(previous: jax.Array, token_ids: jax.Array, share: jax.Array) -> jax
 
     Args:
         previous: int32 [R].
-        token_ids: int32 [V].
+        token_ids: int32 [V], the same for all rows, or [R, V].
         share: float32 [R], of the vocabulary that is green.
 
     Returns:

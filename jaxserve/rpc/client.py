@@ -62,6 +62,16 @@ class Submission:
 
     def take(self, output: TokenOutput) -> bool:
         """Take a new output (client only); return whether its sample goes on."""
+        if output.index not in self._unfinished:
+            return False
+        self.begun = True
+        output.request_id = self.request.request_id
+        if output.finish_reason is not None:
+            self._unfinished.discard(output.index)
+        return self._keep(output)
+
+    def _keep(self, output: TokenOutput) -> bool:
+        """Do with an output what is to be done; return whether its sample goes on."""
         raise NotImplementedError
 
     def fail(self, error: JaxserveError) -> None:
@@ -115,18 +125,12 @@ class Generation(Submission):
         if not self._unfinished:
             self._wake()
 
-    def take(self, output: TokenOutput) -> bool:
-        """Keep an output for the reader (client only); return whether its sample goes on."""
-        if output.index not in self._unfinished:
+    def _keep(self, output: TokenOutput) -> bool:
+        """For the reader."""
+        if output.finish_reason is not None and (error := self._error_of(output)) is not None:
+            self.abort()
+            self.fail(error)
             return False
-        self.begun = True
-        output.request_id = self.request.request_id
-        if output.finish_reason is not None:
-            self._unfinished.discard(output.index)
-            if (error := self._error_of(output)) is not None:
-                self.abort()
-                self.fail(error)
-                return False
         self._unread.append(output)
         if len(self._unread) > MAX_UNREAD_OUTPUTS:
             self.abort()

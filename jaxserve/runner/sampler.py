@@ -129,7 +129,8 @@ def _adjust(raw: jax.Array, state: SamplingState, rows: SamplingRows, masks: jax
     """Bias, watermark, bans and penalties of each row's slot, and its mask: float32 [R, V]."""
 
     def adjust() -> jax.Array:
-        return _adjusted(raw, state.bias[rows.slots], state.token_counts[rows.slots], _green(state, rows, raw.shape[1]), rows)
+        green = _green(jnp.arange(raw.shape[1], dtype=jnp.int32), state, rows)
+        return _adjusted(raw, state.bias[rows.slots], state.token_counts[rows.slots], green, rows)
 
     adjusted = jax.lax.cond(jnp.any(rows.has_bias | rows.bans | rows.has_penalties | rows.has_watermark), adjust, lambda: raw)
     return adjusted if masks is None else jnp.where(unpack_masks(masks, raw.shape[1]), adjusted, -jnp.inf)
@@ -142,8 +143,7 @@ def _adjust_at(
     slots = rows.slots[:, None]
     counts = state.token_counts[slots, ids]
     counts -= ((ids == token_ids[:, None]) & (rows.samples & rows.has_penalties)[:, None]).astype(jnp.int32)
-    green = jnp.take_along_axis(_green(state, rows, raw.shape[1]), ids, axis=1)
-    adjusted = _adjusted(jnp.take_along_axis(raw, ids, axis=1), state.bias[slots, ids], counts, green, rows)
+    adjusted = _adjusted(jnp.take_along_axis(raw, ids, axis=1), state.bias[slots, ids], counts, _green(ids, state, rows), rows)
     if masks is None:
         return adjusted
     words = jnp.take_along_axis(masks, ids // jnp.int32(32), axis=1)
@@ -159,10 +159,10 @@ def _adjusted(raw: jax.Array, bias: jax.Array, counts: jax.Array, green: jax.Arr
     return adjust_logits(raw, bias, counts, *map(wide, options))
 
 
-def _green(state: SamplingState, rows: SamplingRows, vocab_size: int) -> jax.Array:
-    """bool [R, V], the tokens that a watermark favours; none where green_share is 0."""
+def _green(token_ids: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.Array:
+    """bool [R, N], which of token ids [N] or [R, N] a watermark favours; none where green_share is 0."""
     previous = jnp.where(rows.previous < 0, state.last_tokens[rows.slots, 0], rows.previous)
-    return is_green(previous, jnp.arange(vocab_size, dtype=jnp.int32), rows.green_share)
+    return is_green(previous, token_ids, rows.green_share)
 
 
 def _distribution(adjusted: jax.Array, rows: SamplingRows, draws: jax.Array, wants_logprobs: jax.Array) -> Distribution:

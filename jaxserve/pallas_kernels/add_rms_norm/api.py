@@ -3,7 +3,7 @@
 import jax
 
 from jaxserve.pallas_kernels.add_rms_norm.reference import add_rms_norm_reference
-from jaxserve.pallas_kernels.paged_attention.local_gpu import local_gpu
+from jaxserve.pallas_kernels.gpu import local_gpu
 
 # Beyond it XLA adds in the matrix product before and normalises in one kernel, which moves fewer bytes (docs/performance_gpu.md).
 _MOST_TOKENS = 64

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxserve.pallas_kernels.paged_attention.local_gpu import local_gpu
+from jaxserve.pallas_kernels.gpu import local_gpu
 
 # XLA's CPU threads share the rows of the left operand: with few tokens the matrix belongs there (up to 1.4 times faster on 2 cores).
 _SWAPPED_TOKENS = range(8, 33)

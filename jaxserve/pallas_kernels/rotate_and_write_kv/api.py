@@ -2,9 +2,9 @@
 
 import jax
 
+from jaxserve.pallas_kernels.gpu import local_gpu
 from jaxserve.pallas_kernels.layer_kv import LayerKV
 from jaxserve.pallas_kernels.metadata import AttentionMetadata
-from jaxserve.pallas_kernels.paged_attention.local_gpu import local_gpu
 from jaxserve.pallas_kernels.rotate_and_write_kv.reference import rotate_and_write_kv_reference
 
 
