@@ -54,7 +54,7 @@ def abstract(num_tokens, size, depth, dtype=jnp.bfloat16) -> tuple[Any, Any]:
     return jax.ShapeDtypeStruct((num_tokens, depth), dtype), jax.ShapeDtypeStruct((size, depth), dtype)
 
 
-@pytest.mark.parametrize("num_tokens", [40, 64, 72, 128])
+@pytest.mark.parametrize("num_tokens", [2, 16, 40, 64, 72, 128])
 @pytest.mark.parametrize("size, depth", [*LLAMA_8B, (2048, 8192), (128256, 4096), (1280, 20480), (19456, 2560), (8192, 3584)])
 def test_the_cut_fits(num_tokens, size, depth):
     config = MosaicMatmulConfig.suited(*abstract(num_tokens, size, depth), 132)
@@ -69,7 +69,7 @@ def test_the_cut_fits(num_tokens, size, depth):
 
 def test_what_xla_does_as_fast_is_left_to_it():
     for num_tokens, size, depth, dtype in (
-        (32, *LLAMA_8B[3], jnp.bfloat16),
+        (1, *LLAMA_8B[3], jnp.bfloat16),
         (129, *LLAMA_8B[3], jnp.bfloat16),
         (64, 3072, 2048, jnp.bfloat16),
     ):

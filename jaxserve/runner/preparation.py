@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from jaxserve.runner.programs import ProgramKey, Programs
 logger = logging.getLogger(__name__)
 
 LOWERED_FOLDER = "lowered"  # in the compilation cache's
+_SLOWEST_TOLD = 5  # programs
 PROGRAMS_PER_PROCESS = 3  # a process takes as long to start as to lower these
 
 
@@ -68,6 +70,7 @@ class Preparation:
         self._lowering: ThreadPoolExecutor | None = None
         self._compiling = ThreadPoolExecutor(_cores(), thread_name_prefix="compile")
         self._futures: dict[ProgramKey, Future[Future[Compiled]]] = {}
+        self._compile_seconds: dict[str, float] = {}
         self._programs: Programs | None = None
         self._trial: Future[bytes] | None = None
         self._bytes_left = kv_cache_bytes(mesh, config.kv_bytes, weights_to_come)
@@ -104,7 +107,10 @@ class Preparation:
         try:
             compiling = {key: future.result() for key, future in self._futures.items()}
             logger.info("all programs are lowered")
-            return {key: future.result() for key, future in compiling.items()}
+            compiled = {key: future.result() for key, future in compiling.items()}
+            slowest = sorted(self._compile_seconds.items(), key=lambda item: -item[1])[:_SLOWEST_TOLD]
+            logger.info("slowest to compile: %s", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in slowest))
+            return compiled
         finally:
             self.close()
 
@@ -136,7 +142,13 @@ class Preparation:
 
     def _make_ready(self, programs: Programs, key: ProgramKey, lowered: bytes | None) -> Future[Compiled]:
         lowered = lowered or self._lower(programs, key)
-        return self._compiling.submit(compile_lowered, lowered, programs[key], self._mesh)
+        return self._compiling.submit(self._compile, lowered, programs, key)
+
+    def _compile(self, lowered: bytes, programs: Programs, key: ProgramKey) -> Compiled:
+        begin = time.monotonic()
+        compiled = compile_lowered(lowered, programs[key], self._mesh)
+        self._compile_seconds[key.name] = time.monotonic() - begin
+        return compiled
 
     def _lower(self, programs: Programs, key: ProgramKey) -> bytes:
         blueprint = programs.blueprint

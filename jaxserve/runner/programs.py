@@ -27,7 +27,7 @@ from jaxserve.runner.state import STATE_SPEC, DeviceState, abstract_state
 
 PAGE_COPIES = 16  # a call
 PAGE_ENTRIES = 1024  # a call
-_MOST_TRITON_TOKENS = 32
+_MOST_TUNED_TOKENS = 1
 # XLA's options for products by Triton alone: each tile of a result is computed by the same code in the same order.
 TRITON_PRODUCTS = {"xla_gpu_enable_triton_gemm": True, "xla_gpu_triton_gemm_any": True, "xla_gpu_cublas_fallback": False}
 
@@ -227,8 +227,9 @@ class Programs:
 
 def _product_options(num_tokens: int) -> dict[str, Any]:
     """XLA's options for products with so many tokens."""
-    # With more tokens XLA's autotuner picks cuBLAS anyway, after it has compiled dozens of Triton kernels for each product.
-    return {} if num_tokens <= _MOST_TRITON_TOKENS else {"xla_gpu_enable_triton_gemm": False}
+    # For one token XLA's Triton products are the best there are. Beyond, the autotuner picks cuBLAS after it has compiled dozens of kernels
+    # a product, and among cuBLAS's algorithms a worse one than cuBLAS itself does: it times them one by one on a GPU that is busy otherwise.
+    return {} if num_tokens <= _MOST_TUNED_TOKENS else {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 
 
 def logprob_forms(platform: str) -> tuple[bool, ...]:

@@ -46,11 +46,12 @@ class MosaicMatmulConfig:
     def suited(cls, x: jax.Array, weight: jax.Array, num_multiprocessors: int) -> "MosaicMatmulConfig | None":
         """The cut for x [T, K] and weight [N, K]; None where the kernel does not go or XLA's products are as fast.
 
-        By measurements on an H200 (docs/performance_gpu.md): XLA is as fast with up to 32 tokens, and with a weight under 32 MB, where a
-        launch and the sum of partial results weigh more than the reading.
+        By measurements on an H200 (docs/performance_gpu.md): XLA is as fast with a weight under 32 MB, where a launch and the sum of
+        partial results weigh more than the reading. With up to 32 tokens it is as fast too, but by Triton kernels of which it compiles
+        and times some thirty a product and size; it keeps those of one token, where it is faster.
         """
         (num_tokens, depth), size = x.shape, weight.shape[0]
-        if x.dtype != jnp.bfloat16 or weight.dtype != x.dtype or not 32 < num_tokens <= 128 or 2 * size * depth < _FEWEST_BYTES:
+        if x.dtype != jnp.bfloat16 or weight.dtype != x.dtype or not 2 <= num_tokens <= 128 or 2 * size * depth < _FEWEST_BYTES:
             return None
         lanes = _lanes(num_tokens)
         enough = 0.7 * num_multiprocessors  # fewer blocks do not draw all that the memory gives
