@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 LOWERED_FOLDER = "lowered"  # in the compilation cache's
 _SLOWEST_TOLD = 5  # programs
+_SECONDS_UNTOLD = 10.0
 PROGRAMS_PER_PROCESS = 3  # a process takes as long to start as to lower these
 
 
@@ -105,14 +106,28 @@ class Preparation:
         """All programs, to be called with arrays of the declared shapes. Ends the preparation."""
         self.plan()
         try:
-            compiling = {key: future.result() for key, future in self._futures.items()}
+            lowered = self._results(self._futures)
             logger.info("all programs are lowered")
-            compiled = {key: future.result() for key, future in compiling.items()}
+            compiled = self._results(lowered)
             slowest = sorted(self._compile_seconds.items(), key=lambda item: -item[1])[:_SLOWEST_TOLD]
             logger.info("slowest to compile: %s", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in slowest))
             return compiled
         finally:
             self.close()
+
+    def _results[T](self, futures: dict[ProgramKey, Future[T]]) -> dict[ProgramKey, T]:
+        """Wait for them, and say now and then how far it is."""
+        results, told = {}, time.monotonic()
+        for key, future in futures.items():
+            while key not in results:
+                try:
+                    results[key] = future.result(timeout=max(0.0, told + _SECONDS_UNTOLD - time.monotonic()))
+                except TimeoutError:
+                    if future.done():
+                        raise
+                    told = time.monotonic()
+                    logger.info("%d of %d programs are compiled", len(self._compile_seconds), len(futures))
+        return results
 
     def compile_again(self, key: ProgramKey, options: dict[str, Any]) -> Compiled:
         """Compile a program with other options of XLA, after finish()."""

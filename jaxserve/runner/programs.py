@@ -227,8 +227,8 @@ class Programs:
 
 def _product_options(num_tokens: int) -> dict[str, Any]:
     """XLA's options for products with so many tokens."""
-    # For one token XLA's Triton products are the best there are. Beyond, the autotuner picks cuBLAS after it has compiled dozens of kernels
-    # a product, and among cuBLAS's algorithms a worse one than cuBLAS itself does: it times them one by one on a GPU that is busy otherwise.
+    # For one token XLA's Triton products are the best there are. Beyond, its autotuner compiles dozens of kernels a product, picks cuBLAS,
+    # and of cuBLAS's algorithms a worse one than cuBLAS itself does: it times them on a GPU that other programs' compilation keeps busy.
     return {} if num_tokens <= _MOST_TUNED_TOKENS else {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 
 
