@@ -78,7 +78,7 @@ def main() -> None:
         config = replace(config, kv_bytes=KV_GIB * 2**30)
     runner = ModelRunner(model, mesh, config)
     runner.warmup()
-    print(f"ready after {time.perf_counter() - begin:.1f} s on {device.device_kind}, {model.leaves[0].dtype}", flush=True)
+    print(f"ready after {time.perf_counter() - begin:.1f} s on {device.device_kind}, {model.dtype}", flush=True)
     good = True
     if "logits" in arguments.parts:
         if is_golden_shape(shape):
@@ -97,7 +97,7 @@ def main() -> None:
         page_size=options.page_size,
         num_pages=runner.kv_groups[0][0],
         mesh=options.mesh,
-        dtype=str(model.leaves[0].dtype),
+        dtype=str(model.dtype),
         device=device.device_kind,
         defaults={},
     )

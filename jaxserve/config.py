@@ -31,6 +31,11 @@ class ModelOptions:
         ("auto", "float32", "float16", "bfloat16"),
     )
     load_format: str = option("auto", "dummy: random weights of the model's shape, for benchmarks.", ("auto", "dummy"))
+    quantize: str | None = option(
+        None,
+        "Quantize the weights of matrices while they are loaded; awq, gptq, marlin and compressed-tensors take the checkpoint's.",
+        ("awq", "bitsandbytes", "bitsandbytes-fp4", "bitsandbytes-nf4", "compressed-tensors", "eetq", "fp8", "gptq", "marlin"),
+    )
     rope_scaling: str | None = option(None, "Rope scaling in place of the model's own; needs --rope-factor.", ("linear", "dynamic"))
     rope_factor: float | None = option(None, "How many times longer --rope-scaling makes the context.", low=1.0)
     weights_cache_override: str | None = option(

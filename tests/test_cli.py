@@ -102,7 +102,8 @@ def test_a_tgi_command_line_works(capsys: pytest.CaptureFixture[str]) -> None:
 def test_values_that_ask_for_nothing_are_no_refusal(capsys: pytest.CaptureFixture[str]) -> None:
     read_options(["--kv-cache-dtype", "auto", "--speculate", "0", "--usage-stats", "off"], {"QUANTIZE": "", "NGROK": "false"})
     assert capsys.readouterr().err == ""
-    assert "CUDA only" in refused(capsys, ["--quantize", "eetq"]) and "later" in refused(capsys, [], {"QUANTIZE": "awq"})
+    assert "exl2 kernels" in refused(capsys, ["--quantize", "exl2"]) and "exl2 kernels" in refused(capsys, [], {"QUANTIZE": "exl2"})
+    assert "--quantize must be one of" in refused(capsys, ["--quantize", "int3"])
 
 
 def test_strict_takes_tgis_limits_where_none_are_given() -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxserve.models.layers import DenseFormat, RMSNorm
+from jaxserve.models.formats import DenseFormat
+from jaxserve.models.layers import RMSNorm
 from jaxserve.models.parameters import Axis, Source
 
 

@@ -49,7 +49,6 @@ UNNEEDED = (
 )
 _NONE = ("", "false", "0", "none")
 REFUSED = (
-    Foreign("quantize", "quantized arithmetic comes later; .gguf files are served, dequantized", _NONE),
     Foreign("kv-cache-dtype", "FP8 KV caches come later; the KV cache has the dtype of the model", ("", "auto")),
     Foreign("speculate", "speculative decoding comes later", _NONE),
     Foreign("lora-adapters", "LoRA adapters come later", _NONE),
@@ -57,10 +56,6 @@ REFUSED = (
     Foreign("ngrok-authtoken", "tunnels are not supported (in TGI 3 neither)"),
     Foreign("ngrok-edge", "tunnels are not supported (in TGI 3 neither)"),
 )
-# Kinds of --quantize that will not come.
-CUDA_ONLY = {
-    kind: f"{kind} kernels exist for CUDA only, outside of JAX; serve the model's own weights" for kind in ("eetq", "exl2", "marlin")
-}
 # TGI's limits where jaxserve allows more: --tgi-strict takes them, unless others are given.
 STRICT_LIMITS = {"max_concurrent_requests": 128, "max_stop_sequences": 4, "max_top_n_tokens": 5, "max_client_batch_size": 4}
 _DEST = "tgi:"
@@ -96,6 +91,8 @@ def apply_tgi_flags(parser: argparse.ArgumentParser, arguments: argparse.Namespa
     for flag in UNNEEDED:
         if (values := getattr(arguments, _DEST + flag.name, None)) is not None and (not values or values[0] not in flag.off):
             print(f"{parser.prog}: warning: --{flag.name} has no effect: {flag.why}", file=sys.stderr)
+    if getattr(arguments, "quantize", environment.get("QUANTIZE")) == "exl2":
+        parser.error("--quantize exl2: exl2 kernels exist for CUDA only, outside of JAX; take a GPTQ or AWQ checkpoint of the model")
     _apply_num_shard(parser, arguments, environment)
     limit = _old_value(parser, arguments, environment, "max_input_length", "max_input_tokens")
     if limit is not None:
@@ -116,7 +113,7 @@ def apply_strict_limits(arguments: argparse.Namespace, environment: Mapping[str,
 def _refuse(parser: argparse.ArgumentParser, flag: Foreign, told: str, values: list[str]) -> None:
     value = values[0].lower() if values else "true"
     if value not in flag.off:
-        parser.error(f"{told}: {CUDA_ONLY.get(value, flag.why) if flag.name == 'quantize' else flag.why}")
+        parser.error(f"{told}: {flag.why}")
 
 
 def _apply_num_shard(parser: argparse.ArgumentParser, arguments: argparse.Namespace, environment: Mapping[str, str]) -> None:

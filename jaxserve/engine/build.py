@@ -165,7 +165,7 @@ def _info(source: ModelSource, options: EngineOptions, model: Model, runner: Mod
         page_size=options.page_size,
         num_pages=runner.kv_groups[0][0],
         mesh=options.mesh,
-        dtype=str(model.leaves[0].dtype),
+        dtype=str(model.dtype),
         device=device,
         defaults={name: int(value) if name == "top_k" else value for name, value in model.config.defaults},
     )

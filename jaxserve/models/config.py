@@ -7,6 +7,7 @@ from typing import Any
 from jaxserve.errors import UnsupportedModel
 from jaxserve.models.family import Traits
 from jaxserve.models.fields import Fields
+from jaxserve.models.formats import Quantization, read_quantization
 from jaxserve.models.registry import find_family
 from jaxserve.models.rope import Rope, read_rope
 
@@ -38,6 +39,7 @@ class ModelConfig:
         bos_token_id: None if there is none.
         dtype: of the checkpoint, such as "bfloat16"; "" where config.json does not tell.
         defaults: (field, value) of generation_config.json's sampling fields that are present.
+        quantization: which matrices are quantized, and how.
     """
 
     family: str
@@ -59,6 +61,7 @@ class ModelConfig:
     bos_token_id: int | None
     dtype: str
     defaults: tuple[tuple[str, float], ...]
+    quantization: Quantization
 
     @property
     def group_of_layer(self) -> tuple[int, ...]:
@@ -71,11 +74,17 @@ class ModelConfig:
         return max(self.num_kv_heads // shards, 1)
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> "ModelConfig":
+    def from_hf(
+        cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None, quantize: str | None = None
+    ) -> "ModelConfig":
         """Read config.json and generation_config.json as Hugging Face writes them, old and new.
+
+        Args:
+            quantize: the value of --quantize.
 
         Raises:
             UnsupportedModel: one line, for an architecture or option that is not served or a field that makes no sense.
+            StartupError: `quantize` and the checkpoint do not go together.
         """
         family = find_family(config.get("architectures"))
         fields = Fields({**family.defaults, **config}, "config.json")
@@ -110,6 +119,7 @@ class ModelConfig:
             eos_token_ids=tuple(dict.fromkeys(generation.token_ids("eos_token_id") + fields.token_ids("eos_token_id"))),
             bos_token_id=bos[0] if bos else None,
             dtype=str(config.get("dtype") or config.get("torch_dtype") or ""),
+            quantization=read_quantization(config, quantize),
             defaults=tuple((name, generation.number(name)) for name in _SAMPLING_FIELDS if generation.values.get(name) is not None),
         )
 
@@ -119,10 +129,6 @@ _SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repe
 
 def _refuse(fields: Fields) -> None:
     """Name what config.json asks for and the decoder does not compute."""
-    quantization = fields.values.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise UnsupportedModel(f"config.json: quantized weights (quantization_config, {method}) are not supported")
     if fields.values.get("hidden_act", "silu") != "silu":
         raise UnsupportedModel(f"config.json: hidden_act {fields.values['hidden_act']!r} is not supported (silu is)")
 

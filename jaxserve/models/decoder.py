@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layers import Embedding, Linear, RMSNorm, norm_weight
+from jaxserve.models.layers import Embedding, Linear, Place, RMSNorm, norm_weight
 from jaxserve.models.parameters import Axis
 from jaxserve.pallas_kernels import AttentionMetadata, LayerKV, paged_attention, rotate_and_write_kv
 
@@ -18,7 +18,7 @@ Rotation = tuple[jax.Array, jax.Array]
 class Attention(nnx.Module):
     """Causal self-attention with grouped queries (Ainslie et al. 2023, arXiv 2305.13245) over a paged KV cache."""
 
-    def __init__(self, config: ModelConfig, window: int | None, implementation: str):
+    def __init__(self, config: ModelConfig, window: int | None, implementation: str, place: Place):
         hidden, head_dim, traits = Axis("hidden", config.hidden_size), config.head_dim, config.traits
         heads = Axis("attention heads", config.num_heads * head_dim, units=config.num_heads)
         kv_heads = Axis("KV heads", config.num_kv_heads * head_dim, units=config.num_kv_heads, repeat=True)
@@ -26,8 +26,8 @@ class Attention(nnx.Module):
         self.window = window
         self.implementation = implementation
         names = tuple(f"self_attn.{name}_proj" for name in "qkv")
-        self.qkv = Linear(names, (heads, kv_heads, kv_heads), hidden, traits.qkv_bias)
-        self.output = Linear(("self_attn.o_proj",), (hidden,), heads, traits.output_bias)
+        self.qkv = Linear(names, (heads, kv_heads, kv_heads), hidden, traits.qkv_bias, place)
+        self.output = Linear(("self_attn.o_proj",), (hidden,), heads, traits.output_bias, place)
         self.norms = nnx.List([norm_weight(f"self_attn.{name}_norm", head_dim) for name in "qk"]) if traits.qk_norm else None
         self.norm_eps = config.norm_eps
 
@@ -45,11 +45,11 @@ class Attention(nnx.Module):
 class GatedMLP(nnx.Module):
     """SwiGLU (Shazeer 2020, arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, place: Place):
         hidden = Axis("hidden", config.hidden_size)
         inner = Axis("feed-forward units", config.intermediate_size, units=config.intermediate_size)
-        self.gate_up = Linear(("mlp.gate_proj", "mlp.up_proj"), (inner, inner), hidden, config.traits.mlp_bias)
-        self.down = Linear(("mlp.down_proj",), (hidden,), inner, config.traits.mlp_bias)
+        self.gate_up = Linear(("mlp.gate_proj", "mlp.up_proj"), (inner, inner), hidden, config.traits.mlp_bias, place)
+        self.down = Linear(("mlp.down_proj",), (hidden,), inner, config.traits.mlp_bias, place)
 
     def __call__(self, x: jax.Array, deterministic: bool = False) -> jax.Array:
         """x [T, hidden] -> [T, hidden]; `deterministic` as in AttentionMetadata."""
@@ -60,11 +60,11 @@ class GatedMLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Attention, then the feed-forward network."""
 
-    def __init__(self, config: ModelConfig, window: int | None, attention: str):
+    def __init__(self, config: ModelConfig, window: int | None, attention: str, place: Place):
         self.attention_norm = RMSNorm("input_layernorm", config.hidden_size, config.norm_eps)
-        self.attention = Attention(config, window, attention)
+        self.attention = Attention(config, window, attention, place)
         self.mlp_norm = RMSNorm("post_attention_layernorm", config.hidden_size, config.norm_eps)
-        self.mlp = GatedMLP(config)
+        self.mlp = GatedMLP(config, place)
 
     def __call__(
         self, x: jax.Array, residual: jax.Array, rotation: Rotation, kv: LayerKV, metadata: AttentionMetadata
@@ -108,11 +108,13 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, attention: str = "auto"):
         self.config = config
-        self.embedding = Embedding("model.embed_tokens", config.vocab_size, config.hidden_size)
+        quantization = config.quantization
+        self.embedding = Embedding("model.embed_tokens", config.vocab_size, config.hidden_size, quantization)
         windows = (config.kv_groups[group].window for group in config.group_of_layer)
-        self.layers = nnx.List([DecoderLayer(config, window, attention) for window in windows])
+        places = (Place(quantization, layer_prefix(("layers", i))) for i in range(config.num_layers))
+        self.layers = nnx.List([DecoderLayer(config, window, attention, place) for window, place in zip(windows, places, strict=True)])
         self.norm = RMSNorm("model.norm", config.hidden_size, config.norm_eps)
-        self.head = None if config.tie_embeddings else Embedding("lm_head", config.vocab_size, config.hidden_size)
+        self.head = None if config.tie_embeddings else Embedding("lm_head", config.vocab_size, config.hidden_size, quantization)
 
     def __call__(
         self,
@@ -134,7 +136,7 @@ class Decoder(nnx.Module):
             Logits, float32 [R, vocab_size], the same on every shard; the caches with this step's keys and values; what the last layer
             gives, [T, hidden], from which `logits` makes those of any other token.
         """
-        x = self.embedding(token_ids)
+        x = self.embedding(token_ids, self.norm.weight[...].dtype)
         residual = jnp.zeros_like(x)
         rotation = self.config.rope(positions)
         caches = []

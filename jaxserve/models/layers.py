@@ -3,12 +3,28 @@
 All of them see the local shards of a `jax.shard_map` over the mesh axis "tensor". T tokens, flat.
 """
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxserve.models.formats import Quantization, make_format
 from jaxserve.models.parameters import Axis, Parameter, Source
-from jaxserve.pallas_kernels import add_rms_norm, matmul
+from jaxserve.pallas_kernels import add_rms_norm
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module is, for what depends on its name in the checkpoint; it must not keep it, as layers of a kind are traced once.
+
+    Attributes:
+        quantization: of the model.
+        prefix: what the checkpoint has before the module's names.
+    """
+
+    quantization: Quantization
+    prefix: str
 
 
 def norm_weight(name: str, size: int) -> nnx.Param:
@@ -28,24 +44,6 @@ class RMSNorm(nnx.Module):
         return add_rms_norm(x, residual, self.weight[...], self.eps)
 
 
-class DenseFormat(nnx.Module):
-    """A matrix kept as [N, K] in the dtype of the activations.
-
-    A format owns the arrays that hold a matrix and the product with it; quantized ones declare more arrays and another product.
-    """
-
-    def __init__(self, sources: tuple[Source, ...]):
-        self.weight = nnx.Param(Parameter(sources))
-
-    def matmul(self, x: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
-        """x [T, K] times the transposed matrix: [T, N]."""
-        return matmul(x, self.weight[...], out_dtype or x.dtype)
-
-    def rows(self, indices: jax.Array) -> jax.Array:
-        """Rows of the matrix, [T, K], of indices int32 [T] within it."""
-        return self.weight[...].at[indices].get(mode="promise_in_bounds")
-
-
 class Linear(nnx.Module):
     """x [T, K] -> [T, N], cut by rows (each shard has its own outputs) or by columns (the shards' sums are added up).
 
@@ -54,11 +52,13 @@ class Linear(nnx.Module):
         outputs: the rows of each.
         inputs: the columns.
         bias: whether each has one.
+        place: whose matrices are kept how.
     """
 
-    def __init__(self, names: tuple[str, ...], outputs: tuple[Axis, ...], inputs: Axis, bias: bool):
+    def __init__(self, names: tuple[str, ...], outputs: tuple[Axis, ...], inputs: Axis, bias: bool, place: Place):
         self.reduce = inputs.units > 0
-        self.matrix = DenseFormat(tuple(Source(f"{name}.weight", (axis, inputs)) for name, axis in zip(names, outputs, strict=True)))
+        weights = tuple(Source(f"{name}.weight", (axis, inputs)) for name, axis in zip(names, outputs, strict=True))
+        self.matrix = make_format(place.quantization, weights, place.prefix)
         sources = tuple(Source(f"{name}.bias", (axis,)) for name, axis in zip(names, outputs, strict=True))
         self.bias = nnx.Param(Parameter(sources)) if bias else None
 
@@ -93,18 +93,18 @@ def sum_in_order(y: jax.Array) -> jax.Array:
 class Embedding(nnx.Module):
     """Token embeddings, each shard holding a range of the vocabulary; also the logits of models that tie both."""
 
-    def __init__(self, name: str, vocab_size: int, hidden_size: int):
+    def __init__(self, name: str, vocab_size: int, hidden_size: int, quantization: Quantization):
         axes = Axis("vocabulary entries", vocab_size, units=vocab_size, pad=True), Axis("hidden", hidden_size)
         self.vocab_size = vocab_size
-        self.matrix = DenseFormat((Source(f"{name}.weight", axes),))
+        self.matrix = make_format(quantization, (Source(f"{name}.weight", axes),))
 
-    def __call__(self, token_ids: jax.Array) -> jax.Array:
-        """Vectors [T, K] of int32 token ids [T]; each is held by one shard, the others add zero."""
+    def __call__(self, token_ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Vectors [T, K] in a dtype of int32 token ids [T]; each is held by one shard, the others add zero."""
         shards = jax.lax.axis_size("tensor")
         local = -(-self.vocab_size // shards)
         indices = token_ids - jax.lax.axis_index("tensor") * local
         held = (indices >= 0) & (indices < local)
-        rows = self.matrix.rows(jnp.where(held, indices, 0))
+        rows = self.matrix.rows(jnp.where(held, indices, 0), dtype)
         return jax.lax.psum(jnp.where(held[:, None], rows, jnp.zeros((), rows.dtype)), "tensor")
 
     def logits(self, x: jax.Array) -> jax.Array:

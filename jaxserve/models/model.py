@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec
 from jaxserve.errors import StartupError
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder, layer_prefix
-from jaxserve.models.parameters import Parameter, Source
+from jaxserve.models.formats import QuantizedPart
+from jaxserve.models.parameters import Parameter
 from jaxserve.pallas_kernels import AttentionMetadata, LayerKV
 from jaxserve.pallas_kernels.paged_attention import check_implementation
 
@@ -29,7 +30,7 @@ class Architecture:
 
     config: ModelConfig
     attention: str
-    parameters: tuple[Parameter, ...]
+    parameters: tuple[Parameter | QuantizedPart, ...]
     graphdef: nnx.GraphDef[Decoder]
     treedef: Any
 
@@ -39,7 +40,7 @@ class Architecture:
         graphdef, state = nnx.split(Decoder(config, attention))
         declarations, treedef = jax.tree.flatten(state)
         prefixes = [layer_prefix(path) for path, _ in nnx.to_flat_state(state)]
-        parameters = (_prefixed(parameter, prefix) for parameter, prefix in zip(declarations, prefixes, strict=True))
+        parameters = (parameter.prefixed(prefix) for parameter, prefix in zip(declarations, prefixes, strict=True))
         return cls(config, attention, tuple(parameters), graphdef, treedef)
 
     @property
@@ -80,20 +81,19 @@ def check_attention(config: ModelConfig, attention: str, dtype: jnp.dtype, page_
         raise StartupError(f"--attention: {error}") from None
 
 
-def _prefixed(parameter: Parameter, prefix: str) -> Parameter:
-    sources = tuple(Source(prefix + source.name, source.axes) for source in parameter.sources)
-    return Parameter(sources, parameter.initializer)
-
-
 @dataclass(frozen=True)
 class Model:
     """An architecture and its arrays.
+
+    Attributes:
+        dtype: of activations, and of the arrays that are not quantized.
 
     A jitted call takes `leaves` flat: with 289 parameters that costs 0.13 ms of host time, 4.6 ms with NNX's split and merge.
     """
 
     architecture: Architecture
     leaves: tuple[jax.Array, ...]
+    dtype: jnp.dtype
 
     @property
     def config(self) -> ModelConfig:

@@ -6,9 +6,10 @@ cuts it. Shapes, shardings, random weights and loading all follow from the decla
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
@@ -17,6 +18,7 @@ Read = Callable[[str, tuple[slice, ...]], np.ndarray]
 
 
 _PIECE_ELEMENTS = 1 << 22
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,23 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """A tensor that a checkpoint must hold.
+
+    Attributes:
+        name: in the checkpoint.
+        shape: there; (): a single number, of any shape.
+        dtypes: that are read, as safetensors calls them.
+        optional: it may be absent.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...] = FLOATS
+    optional: bool = False
+
+
+@dataclass(frozen=True)
 class Source:
     """One tensor of the checkpoint; its name is relative to the decoder layer that holds it, if any."""
 
@@ -94,6 +113,19 @@ class Parameter:
     def spec(self) -> PartitionSpec:
         """How the array lies on the mesh."""
         return PartitionSpec(*("tensor" if i == self.sharded_axis else None for i in range(len(self.sources[0].axes))))
+
+    @property
+    def tensors(self) -> tuple[Stored, ...]:
+        """What the checkpoint must hold."""
+        return tuple(Stored(source.name, source.shape) for source in self.sources)
+
+    def dtype(self, activations: jnp.dtype) -> jnp.dtype:
+        """Of the array, where the model computes in `activations`."""
+        return activations
+
+    def prefixed(self, prefix: str) -> "Parameter":
+        """The same with `prefix` before the names of its sources."""
+        return replace(self, sources=tuple(Source(prefix + source.name, source.axes) for source in self.sources))
 
     def local_shape(self, shards: int) -> tuple[int, ...]:
         """Shape of one shard."""

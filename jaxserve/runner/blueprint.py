@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import platform
+import types
 import typing
 from dataclasses import dataclass
 from enum import Enum
@@ -123,6 +124,8 @@ def _read(kind: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         hints = typing.get_type_hints(kind)
         return kind(**{field.name: _read(hints[field.name], value[field.name]) for field in dataclasses.fields(kind)})
+    if isinstance(kind, types.UnionType) and value is not None:
+        return _read(typing.get_args(kind)[0], value)
     if kind is jax.numpy.dtype:
         return jax.numpy.dtype(value)
     if typing.get_origin(kind) is tuple:

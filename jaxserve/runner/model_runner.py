@@ -89,8 +89,8 @@ class ModelRunner:
         platform = mesh.devices.flat[0].platform
         self._buckets = Buckets.for_platform(platform, config.max_batch_size, config.max_batch_tokens, config.deterministic)
         self._logprob_forms, self._num_scored_a_call = logprob_forms(platform), num_scored_a_call(platform)
-        self._hidden = jax.ShapeDtypeStruct((config.max_batch_tokens, model.config.hidden_size), model.leaves[0].dtype)
-        self._preparation = preparation or Preparation(model.architecture, model.leaves[0].dtype, mesh, config)
+        self._hidden = jax.ShapeDtypeStruct((config.max_batch_tokens, model.config.hidden_size), model.dtype)
+        self._preparation = preparation or Preparation(model.architecture, model.dtype, mesh, config)
         self._plan = self._preparation.plan()
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._compiled: dict[ProgramKey, Compiled] = {}

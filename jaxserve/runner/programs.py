@@ -214,9 +214,11 @@ class Programs:
 
     def _leaves(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         dtype, shards = jnp.dtype(self.blueprint.dtype), self.blueprint.tensor_size
-        shardings = (NamedSharding(self.mesh, spec) for spec in self.architecture.specs)
-        shapes = (parameter.shape(shards) for parameter in self.architecture.parameters)
-        return tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, sharding in zip(shapes, shardings, strict=True))
+        with jax.sharding.use_abstract_mesh(self.mesh):  # how a quantized weight is packed depends on the device
+            return tuple(
+                jax.ShapeDtypeStruct(parameter.shape(shards), parameter.dtype(dtype), sharding=NamedSharding(self.mesh, parameter.spec))
+                for parameter in self.architecture.parameters
+            )
 
     def _ints(self, *shape: int) -> jax.ShapeDtypeStruct:
         return self._array(shape, jnp.int32)

@@ -1,11 +1,13 @@
 """What a loader needs of a checkpoint, whatever its format, and the check that it holds what the model declares."""
 
+import math
 from collections.abc import Iterable, Mapping, Set
 from typing import Protocol
 
 import numpy as np
 
 from jaxserve.errors import WeightsError
+from jaxserve.models.formats import QuantizedPart
 from jaxserve.models.parameters import Parameter
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -21,8 +23,13 @@ class Checkpoint(Protocol):
         """Of every tensor, in the order that reads them best."""
         ...
 
+    @property
+    def dtypes(self) -> Mapping[str, str]:
+        """Of every tensor, as safetensors calls them."""
+        ...
+
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Part of a tensor, in a floating dtype; reads little more than that part.
+        """Part of a tensor, as it is stored; reads little more than that part.
 
         Raises:
             WeightsError: the file is damaged or cannot be read.
@@ -41,26 +48,32 @@ def embeddings_are_tied(checkpoint: Checkpoint) -> bool:
     return all(np.array_equal(one, other) for one, other in pairs)
 
 
-def check_tensors(parameters: Iterable[Parameter], checkpoint: Checkpoint, ignored: Set[str] = frozenset()) -> None:
+def check_tensors(parameters: Iterable[Parameter | QuantizedPart], checkpoint: Checkpoint, ignored: Set[str] = frozenset()) -> None:
     """Compare declaration and checkpoint.
 
     Args:
         ignored: tensors that may be there although the model does not declare them.
 
     Raises:
-        WeightsError: naming tensors that are missing, extra or of another shape, all in one line.
+        WeightsError: naming tensors that are missing, extra or of another shape or dtype, all in one line.
     """
-    declared = {source.name: source.shape for parameter in parameters for source in parameter.sources}
-    missing = [name for name in declared if name not in checkpoint.shapes]
-    extra = [name for name in checkpoint.shapes if name not in declared and name not in ignored and not _is_derived(name)]
+    declared = {stored.name: stored for parameter in parameters for stored in parameter.tensors}
+    shapes, dtypes = checkpoint.shapes, checkpoint.dtypes
+    missing = [name for name, stored in declared.items() if name not in shapes and not stored.optional]
+    extra = [name for name in shapes if name not in declared and name not in ignored and not _is_derived(name)]
     misshapen = [
-        f"{name} is {list(checkpoint.shapes[name])}, not {list(shape)}"
-        for name, shape in declared.items()
-        if checkpoint.shapes.get(name, shape) != shape
+        f"{name} is {list(shapes[name])}, not {list(stored.shape)}"
+        for name, stored in declared.items()
+        if name in shapes and not (math.prod(shapes[name]) == 1 if stored.shape == () else shapes[name] == stored.shape)
+    ]
+    mistyped = [
+        f"{name} has dtype {dtypes[name]}, not {' or '.join(stored.dtypes)}"
+        for name, stored in declared.items()
+        if name in shapes and dtypes[name] not in stored.dtypes
     ]
     problems = [
         f"{kind}: {'; '.join(names[:_NAMES_SHOWN])}{f' and {len(names) - _NAMES_SHOWN} more' if len(names) > _NAMES_SHOWN else ''}"
-        for kind, names in (("missing", missing), ("not part of the model", extra), ("of the wrong shape", misshapen))
+        for kind, names in (("missing", missing), ("not part of the model", extra), ("of the wrong shape", misshapen), ("of the wrong dtype", mistyped))
         if names
     ]
     if problems:

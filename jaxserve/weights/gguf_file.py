@@ -50,6 +50,7 @@ class GGUFCheckpoint:
         self._check_extents()
         in_file_order = sorted(self._tensors.items(), key=lambda item: item[1].offset)
         self.shapes: Mapping[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in in_file_order}
+        self.dtypes: Mapping[str, str] = dict.fromkeys(self.shapes, "F32")  # which all become
         divisors = self.header.tensors.get(_ROPE_DIVISORS)
         rope_divisors = None if divisors is None else self._rows(divisors, 0, 1)[0].tolist()
         self.config, self.generation_config = config_of_gguf(self.header, rope_divisors)

@@ -15,10 +15,12 @@ from jax.sharding import Mesh, NamedSharding
 from jaxserve.config import ModelOptions
 from jaxserve.errors import ModelNotFound, StartupError, UnsupportedModel
 from jaxserve.models import Architecture, Model, ModelConfig
+from jaxserve.models.formats import QuantizedMatrix, QuantizedPart
 from jaxserve.models.parameters import Parameter
 from jaxserve.weights.checkpoint import HEAD, Checkpoint, check_tensors, embeddings_are_tied
 from jaxserve.weights.dummy import random_array
 from jaxserve.weights.gguf_file import GGUFCheckpoint
+from jaxserve.weights.quantized import load_and_quantize, load_stored, random_matrix
 from jaxserve.weights.safetensors_folder import SafetensorsCheckpoint
 from jaxserve.weights.source import ModelSource
 
@@ -39,8 +41,8 @@ class OpenModel:
 
     def nbytes(self, shards: int) -> int:
         """Size of the weights on each of so many devices."""
-        sizes = (math.prod(parameter.local_shape(shards)) for parameter in self.architecture.parameters)
-        return sum(sizes) * self.dtype.itemsize
+        parameters = self.architecture.parameters
+        return sum(math.prod(parameter.local_shape(shards)) * parameter.dtype(self.dtype).itemsize for parameter in parameters)
 
     def load(self, mesh: Mesh) -> Model:
         """Put the weights on the devices of a mesh with an axis "tensor".
@@ -49,12 +51,37 @@ class OpenModel:
             WeightsError: a file cannot be read; one line.
         """
         parameters, checkpoint = self.architecture.parameters, self.checkpoint
+        order = {name: i for i, name in enumerate(checkpoint.shapes if checkpoint else ())}
+        by_file = sorted(parameters, key=lambda parameter: order.get(parameter.tensors[0].name, 0))
+        matrices: dict[QuantizedMatrix, dict[str, jax.Array]] = {}
+        arrays: dict[Parameter | QuantizedPart, jax.Array] = {}
+        for parameter in by_file:
+            if isinstance(parameter, Parameter):
+                arrays[parameter] = self._load(parameter, mesh)
+                continue
+            if parameter.matrix not in matrices:
+                matrices[parameter.matrix] = self._load_matrix(parameter.matrix, mesh)
+            arrays[parameter] = matrices[parameter.matrix][parameter.name]
+        return Model(self.architecture, tuple(arrays[parameter] for parameter in parameters), self.dtype)
+
+    def _load(self, parameter: Parameter, mesh: Mesh) -> jax.Array:
+        checkpoint, shards, axis = self.checkpoint, mesh.shape["tensor"], parameter.sharded_axis
         if checkpoint is None:
-            return Model(self.architecture, tuple(random_array(parameter, mesh, self.dtype) for parameter in parameters))
-        order = {name: i for i, name in enumerate(checkpoint.shapes)}
-        by_file = sorted(enumerate(parameters), key=lambda item: order[item[1].sources[0].name])
-        leaves = {i: _load(parameter, checkpoint, mesh, self.dtype) for i, parameter in by_file}
-        return Model(self.architecture, tuple(leaves[i] for i in range(len(leaves))))
+            return random_array(parameter, mesh, self.dtype)
+        local = parameter.local_shape(shards)
+
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            start = 0 if axis is None or index is None else index[axis].start or 0
+            return parameter.read(checkpoint.read, 0 if axis is None else start // local[axis], shards, self.dtype)
+
+        return jax.make_array_from_callback(parameter.shape(shards), NamedSharding(mesh, parameter.spec), shard)
+
+    def _load_matrix(self, matrix: QuantizedMatrix, mesh: Mesh) -> dict[str, jax.Array]:
+        if self.checkpoint is None:
+            return random_matrix(matrix, mesh)
+        if matrix.scheme.stored == "dense":
+            return load_and_quantize(matrix, self._load(matrix.dense, mesh), mesh)
+        return load_stored(matrix, self.checkpoint, mesh)
 
 
 def open_model(
@@ -101,11 +128,20 @@ def read_config(source: ModelSource) -> ModelConfig:
     """
     if source.is_gguf:
         checkpoint = GGUFCheckpoint(source.path)
-        return ModelConfig.from_hf(_scaled(checkpoint.config, source), checkpoint.generation_config)
+        return ModelConfig.from_hf(_scaled(checkpoint.config, source), checkpoint.generation_config, source.quantize)
     config = _read_json(source.path / "config.json")
     if config is None:
         raise ModelNotFound(f"{source.path} has no config.json")
-    return ModelConfig.from_hf(_scaled(config, source), _read_json(source.path / "generation_config.json"))
+    config = _scaled({**_quantization_beside(source.path), **config}, source)
+    return ModelConfig.from_hf(config, _read_json(source.path / "generation_config.json"), source.quantize)
+
+
+def _quantization_beside(folder: Path) -> Mapping[str, Any]:
+    """The quantization_config of older checkpoints of AutoGPTQ and AutoAWQ, which have it in a file of its own."""
+    for file, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        if (declared := _read_json(folder / file)) is not None:
+            return {"quantization_config": {"quant_method": method, **declared}}
+    return {}
 
 
 def _scaled(config: Mapping[str, Any], source: ModelSource) -> Mapping[str, Any]:
@@ -146,14 +182,3 @@ def _check_mesh(architecture: Architecture, shards: int) -> None:
             for axis in source.axes:
                 if not axis.divides(shards):
                     raise StartupError(f"{shards} devices cannot share this model's {axis.units} {axis.name} evenly")
-
-
-def _load(parameter: Parameter, checkpoint: Checkpoint, mesh: Mesh, dtype: jnp.dtype) -> jax.Array:
-    shards, axis = mesh.shape["tensor"], parameter.sharded_axis
-    local = parameter.local_shape(shards)
-
-    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
-        start = 0 if axis is None or index is None else index[axis].start or 0
-        return parameter.read(checkpoint.read, 0 if axis is None else start // local[axis], shards, dtype)
-
-    return jax.make_array_from_callback(parameter.shape(shards), NamedSharding(mesh, parameter.spec), shard)

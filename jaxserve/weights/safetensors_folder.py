@@ -2,14 +2,17 @@
 
 import json
 from pathlib import Path
+from threading import Lock
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxserve.errors import WeightsError
 
 _REMAP_BYTES = 64 << 20
-_DTYPES = {"F64", "F32", "F16", "BF16"}
+# Of which safetensors makes no numpy arrays.
+_MAPPED = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E8M0": np.dtype(np.uint8)}
 
 
 class SafetensorsCheckpoint:
@@ -27,29 +30,43 @@ class SafetensorsCheckpoint:
     def __init__(self, folder: Path):
         self._file_of: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self._offsets: dict[str, int] = {}
         for path in _files(folder):
             with _open(path) as file:
                 for name in file.offset_keys():
                     tensor = file.get_slice(name)
-                    if tensor.get_dtype() not in _DTYPES:
-                        raise WeightsError(f"{path.name}: {name} has dtype {tensor.get_dtype()}, which is not supported")
                     if name in self.shapes:
                         raise WeightsError(f"{name} is both in {self._file_of[name].name} and in {path.name}")
-                    self._file_of[name], self.shapes[name] = path, tuple(tensor.get_shape())
+                    self._file_of[name], self.shapes[name], self.dtypes[name] = path, tuple(tensor.get_shape()), tensor.get_dtype()
+            if _MAPPED.keys() & {self.dtypes[name] for name in self.shapes if self._file_of[name] == path}:
+                self._offsets |= _offsets(path)
         self._path: Path | None = None
         self._bytes_read = 0
+        self._lock = Lock()
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Part of a tensor in the dtype of the file."""
+        """Part of a tensor in the dtype of the file. From any thread."""
         path = self._file_of[name]
-        if path != self._path or self._bytes_read > _REMAP_BYTES:
-            self._path, self._file, self._bytes_read = path, _open(path), 0
         try:
-            part = self._file.get_slice(name)[index]
+            if (dtype := _MAPPED.get(self.dtypes[name])) is not None:
+                return np.array(np.memmap(path, dtype, "r", self._offsets[name], self.shapes[name])[index])
+            with self._lock:
+                if path != self._path or self._bytes_read > _REMAP_BYTES:
+                    self._path, self._file, self._bytes_read = path, _open(path), 0
+                part = self._file.get_slice(name)[index]
+                self._bytes_read += part.nbytes
+                return part
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{path.name}: {name} cannot be read: {error}") from None
-        self._bytes_read += part.nbytes
-        return part
+
+
+def _offsets(path: Path) -> dict[str, int]:
+    """Where the data of each tensor begins in a file that safetensors has opened."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    return {name: 8 + size + tensor["data_offsets"][0] for name, tensor in header.items() if name != "__metadata__"}
 
 
 def _open(path: Path) -> safe_open:

@@ -20,6 +20,7 @@ class ModelSource:
         path: local folder, or .gguf file.
         weights: folder of the safetensors files; None: `path`.
         rope_scaling: (type, factor) in place of config.json's; None: that.
+        quantize: value of --quantize; None: weights are kept as they are stored.
     """
 
     model_id: str
@@ -27,6 +28,7 @@ class ModelSource:
     path: Path
     weights: Path | None = None
     rope_scaling: tuple[str, float] | None = None
+    quantize: str | None = None
 
     @property
     def is_gguf(self) -> bool:
@@ -40,7 +42,7 @@ def resolve_model(options: ModelOptions) -> ModelSource:
     Raises:
         ModelNotFound: one line.
     """
-    source = _find(options)
+    source = replace(_find(options), quantize=options.quantize)
     if options.weights_cache_override is not None:
         weights = Path(os.path.expanduser(options.weights_cache_override))
         if not any(weights.glob("*.safetensors")):

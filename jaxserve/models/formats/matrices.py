@@ -1,0 +1,95 @@
+"""The modules that own the arrays of a matrix and compute the product with it."""
+
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxserve.models.formats.quantization import Quantization
+from jaxserve.models.formats.quantized_matrix import QuantizedMatrix
+from jaxserve.models.parameters import Parameter, Source
+from jaxserve.pallas_kernels import matmul, quantized_matmul, quantized_rows
+
+
+class Format(Protocol):
+    """A matrix [N, K], a local shard of it, however it is kept."""
+
+    def matmul(self, x: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+        """x [T, K] times the transposed matrix: [T, N], in x's dtype if not in another one."""
+        ...
+
+    def rows(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Rows of the matrix, [T, K], of indices int32 [T] within it."""
+        ...
+
+
+def make_format(quantization: Quantization, sources: tuple[Source, ...], prefix: str = "") -> Format:
+    """Declare a matrix made of the stacked rows of `sources`.
+
+    Args:
+        prefix: what the checkpoint has before the names of the sources.
+    """
+    schemes = [quantization.scheme((prefix + source.name).removesuffix(".weight")) for source in sources]
+    if not any(schemes):
+        return DenseFormat(sources)
+    if len(set(schemes)) > 1 or (len(sources) > 1 and schemes[0] and not schemes[0].ordered):
+        return StackedFormat([make_format(quantization, (source,), prefix) for source in sources])
+    assert schemes[0] is not None
+    return QuantizedFormat(QuantizedMatrix(sources, schemes[0]))
+
+
+class DenseFormat(nnx.Module):
+    """A matrix kept as [N, K] in the dtype of the activations."""
+
+    def __init__(self, sources: tuple[Source, ...]):
+        self.weight = nnx.Param(Parameter(sources))
+
+    def matmul(self, x: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+        """As in `Format`."""
+        return matmul(x, self.weight[...], out_dtype or x.dtype)
+
+    def rows(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """As in `Format`."""
+        return self.weight[...].at[indices].get(mode="promise_in_bounds").astype(dtype)
+
+
+class QuantizedFormat(nnx.Module):
+    """A matrix kept as codes and scales."""
+
+    def __init__(self, matrix: QuantizedMatrix):
+        self.layout = matrix.scheme.layout
+        self.columns = matrix.columns
+        self.is_permuted = matrix.is_permuted
+        self.arrays = nnx.Dict({name: nnx.Param(part) for name, part in matrix.parts().items()})
+
+    def matmul(self, x: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+        """As in `Format`."""
+        arrays = self._arrays()
+        if self.is_permuted:
+            # Columns are sorted by their group, over all shards: each needs some of everybody's x.
+            everything = jax.lax.all_gather(x, "tensor", axis=1, tiled=True) if self.columns.units else x
+            x = everything.at[:, arrays.pop("permutation")].get(mode="promise_in_bounds")
+        return quantized_matmul(x, arrays, self.layout, out_dtype or x.dtype)
+
+    def rows(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """As in `Format`."""
+        return quantized_rows(self._arrays(), indices, self.layout).astype(dtype)
+
+    def _arrays(self) -> dict[str, jax.Array]:
+        return {name: array[...] for name, array in self.arrays.items()}
+
+
+class StackedFormat(nnx.Module):
+    """Matrices that are kept in different ways, one above the other."""
+
+    def __init__(self, formats: list[Format]):
+        self.formats = nnx.List(formats)
+
+    def matmul(self, x: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+        """As in `Format`."""
+        return jnp.concatenate([part.matmul(x, out_dtype) for part in self.formats], axis=1)
+
+    def rows(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Nobody looks up rows of stacked matrices."""
+        raise NotImplementedError

@@ -1,0 +1,73 @@
+"""Scheme: how one quantized matrix lies in a checkpoint and on the devices; Storage: how it is read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from jaxserve.models.parameters import Stored
+from jaxserve.pallas_kernels import Layout
+
+Unpacked = dict[str, np.ndarray]
+"""The arrays that `Layout` describes, of a part of a matrix."""
+
+WORDS = ("I32",)
+
+
+class Tensors(Protocol):
+    """What a storage needs of a checkpoint."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """By name."""
+        ...
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of a tensor, a slice an axis."""
+        ...
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Plain values, so that schemes compare and travel.
+
+    Attributes:
+        stored: in which form the checkpoint has the matrix, a key of `storages.STORAGES`; "dense": it is quantized as it is loaded.
+        layout: on the devices.
+        group: columns that share a scale in the checkpoint; 0: all.
+        ordered: columns lie in the order of the model (no desc_act).
+        variant: what else the storage distinguishes.
+    """
+
+    stored: str
+    layout: Layout
+    group: int = 0
+    ordered: bool = True
+    variant: str = ""
+
+
+class Storage(Protocol):
+    """One form of quantized matrices in checkpoints."""
+
+    def tensors(self, scheme: Scheme, module: str, n: int, k: int) -> tuple[Stored, ...]:
+        """What there is of the matrix [n, k] of a module."""
+        ...
+
+    def read(self, scheme: Scheme, tensors: Tensors, module: str, rows: slice, columns: slice) -> Unpacked:
+        """Rows and columns of it, quantized as `scheme.layout` tells.
+
+        Where columns have no order, `columns` are all of the row's; then `permutation`, int32 [k], tells where each column of the result
+        comes from.
+
+        Raises:
+            WeightsError: the tensors contradict each other or the scheme.
+        """
+        ...
+
+
+def cut_groups(values: np.ndarray, columns: slice, scheme: Scheme) -> np.ndarray:
+    """Values [n, groups] of the checkpoint's groups, for the groups of the layout in some of its columns."""
+    k = columns.stop - columns.start
+    starts = np.arange(columns.start, columns.stop, scheme.layout.group_of(k))
+    return values[:, starts // scheme.group] if scheme.group else values
