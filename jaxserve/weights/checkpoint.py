@@ -71,9 +71,10 @@ def check_tensors(parameters: Iterable[Parameter | QuantizedPart], checkpoint: C
         for name, stored in declared.items()
         if name in shapes and dtypes[name] not in stored.dtypes
     ]
+    kinds = ("missing", missing), ("not part of the model", extra), ("of the wrong shape", misshapen), ("of the wrong dtype", mistyped)
     problems = [
         f"{kind}: {'; '.join(names[:_NAMES_SHOWN])}{f' and {len(names) - _NAMES_SHOWN} more' if len(names) > _NAMES_SHOWN else ''}"
-        for kind, names in (("missing", missing), ("not part of the model", extra), ("of the wrong shape", misshapen), ("of the wrong dtype", mistyped))
+        for kind, names in kinds
         if names
     ]
     if problems:

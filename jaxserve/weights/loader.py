@@ -17,12 +17,15 @@ from jaxserve.errors import ModelNotFound, StartupError, UnsupportedModel
 from jaxserve.models import Architecture, Model, ModelConfig
 from jaxserve.models.formats import QuantizedMatrix, QuantizedPart
 from jaxserve.models.parameters import Parameter
+from jaxserve.pallas_kernels import ScaleDtype
 from jaxserve.weights.checkpoint import HEAD, Checkpoint, check_tensors, embeddings_are_tied
 from jaxserve.weights.dummy import random_array
 from jaxserve.weights.gguf_file import GGUFCheckpoint
 from jaxserve.weights.quantized import load_and_quantize, load_stored, random_matrix
 from jaxserve.weights.safetensors_folder import SafetensorsCheckpoint
 from jaxserve.weights.source import ModelSource
+
+_SCALES = (".scales", ".weight_scale", ".weight_scale_inv")
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ def open_model(
         return OpenModel(architecture, dtype, None)
     checkpoint: Checkpoint = GGUFCheckpoint(source.path) if source.is_gguf else SafetensorsCheckpoint(source.weights or source.path)
     tied = config.tie_embeddings and embeddings_are_tied(checkpoint)
-    architecture = Architecture.of(replace(config, tie_embeddings=tied), attention)
+    quantization = config.quantization.with_scales(_scale_dtype(checkpoint))
+    architecture = Architecture.of(replace(config, tie_embeddings=tied, quantization=quantization), attention)
     _check_mesh(architecture, mesh.shape["tensor"])
     check_tensors(architecture.parameters, checkpoint, ignored={HEAD} if tied else set())
     return OpenModel(architecture, dtype, checkpoint)
@@ -162,6 +166,12 @@ def resolve_dtype(name: str, config: ModelConfig, platform: str) -> jnp.dtype:
     if platform == "cpu":
         return jnp.dtype(jnp.float32)
     return jnp.dtype(config.dtype if config.dtype in ("float16", "bfloat16") else jnp.bfloat16)
+
+
+def _scale_dtype(checkpoint: Checkpoint) -> ScaleDtype:
+    """In which dtype the scales of a checkpoint are kept: the one that loses nothing."""
+    dtypes = {checkpoint.dtypes[name] for name in checkpoint.dtypes if name.endswith(_SCALES)}
+    return {("F16",): "float16", ("BF16",): "bfloat16"}.get(tuple(dtypes), "float32")
 
 
 def _read_json(path: Path) -> Mapping[str, Any] | None:

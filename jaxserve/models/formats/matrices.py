@@ -9,7 +9,7 @@ from flax import nnx
 from jaxserve.models.formats.quantization import Quantization
 from jaxserve.models.formats.quantized_matrix import QuantizedMatrix
 from jaxserve.models.parameters import Parameter, Source
-from jaxserve.pallas_kernels import matmul, quantized_matmul, quantized_rows
+from jaxserve.pallas_kernels import matmul, quantized_matmul, weight_of
 
 
 class Format(Protocol):
@@ -70,11 +70,12 @@ class QuantizedFormat(nnx.Module):
             # Columns are sorted by their group, over all shards: each needs some of everybody's x.
             everything = jax.lax.all_gather(x, "tensor", axis=1, tiled=True) if self.columns.units else x
             x = everything.at[:, arrays.pop("permutation")].get(mode="promise_in_bounds")
-        return quantized_matmul(x, arrays, self.layout, out_dtype or x.dtype)
+        return quantized_matmul(x, weight_of(arrays, self.layout, x.shape[1]), out_dtype or x.dtype)
 
     def rows(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """As in `Format`."""
-        return quantized_rows(self._arrays(), indices, self.layout).astype(dtype)
+        k = self.columns.size  # nobody looks up parts of rows
+        return weight_of(self._arrays(), self.layout, k).rows(indices, dtype)[:, :k]
 
     def _arrays(self) -> dict[str, jax.Array]:
         return {name: array[...] for name, array in self.arrays.items()}

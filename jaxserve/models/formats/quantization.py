@@ -1,9 +1,10 @@
 """Quantization: which matrices of a model are quantized, and how."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxserve.models.formats.scheme import Scheme
+from jaxserve.pallas_kernels import ScaleDtype
 
 
 @dataclass(frozen=True)
@@ -40,5 +41,14 @@ class Quantization:
                 return None if rule.scheme < 0 else self.schemes[rule.scheme]
         return None
 
+    def with_scales(self, dtype: ScaleDtype) -> "Quantization":
+        """The same, where the checkpoint's scales are of this dtype; those that were not read from it stay as they are."""
+        kept = tuple(scheme if scheme.stored in ("dense", "gguf") else _with_scales(scheme, dtype) for scheme in self.schemes)
+        return replace(self, schemes=kept)
+
     def __bool__(self) -> bool:
         return bool(self.method)
+
+
+def _with_scales(scheme: Scheme, dtype: ScaleDtype) -> Scheme:
+    return replace(scheme, layout=replace(scheme.layout, scale_dtype=dtype))

@@ -58,9 +58,7 @@ class QuantizedMatrix:
         if self.scheme.stored == "dense":
             return self.dense.tensors
         storage = STORAGES[self.scheme.stored]
-        return tuple(
-            stored for source in self.sources for stored in storage.tensors(self.scheme, _module(source), *source.shape)
-        )
+        return tuple(stored for source in self.sources for stored in storage.tensors(self.scheme, _module(source), *source.shape))
 
     def local_size(self, shards: int) -> tuple[int, int]:
         """Rows and columns of one shard."""

@@ -41,7 +41,9 @@ def read_quantization(config: Mapping[str, Any], quantize: str | None) -> Quanti
         known = ", ".join(sorted(_METHODS))
         raise UnsupportedModel(f"config.json: quantization_config: quant_method {method!r:.80} is not supported ({known} are)")
     if quantize is not None and method not in (TAKEN | _SAME).get(quantize, ()):
-        raise StartupError(f"--quantize {quantize}: the checkpoint is quantized already, by {method}; leave the flag out to serve it as it is")
+        raise StartupError(
+            f"--quantize {quantize}: the checkpoint is quantized already, by {method}; leave the flag out to serve it as it is"
+        )
     return _METHODS[method](Fields(declared, "config.json: quantization_config"))
 
 

@@ -15,21 +15,22 @@ Weight = FourBitWeight | EightBitWeight | PlainWeight
 
 def pack(unpacked: Arrays, layout: Layout) -> Arrays:
     """Bring the arrays of a weight [n, k] that `Layout` describes into the form for the device that is traced for."""
-    codes, zeros, minimums = unpacked["codes"], unpacked.get("zeros"), unpacked.get("minimums")
+    codes, zeros = unpacked["codes"], unpacked.get("zeros")
     packed = dict(unpacked)
     for name in packed.keys() & {"scales", "minimums"}:
         packed[name] = packed[name].astype(layout.scale_dtype)
     match _form(layout, codes.shape[1]):
         case "four":
-            # Their zero points count from the lowest code, and minimums are added.
+            # Its codes and zero points count from the lowest code.
             weight = pack_four_bit(
                 codes + jnp.int8(8 if layout.code == "int4" else 0),
                 packed["scales"],
                 None if zeros is None else zeros + jnp.int16(8),
-                None if minimums is None else _lowered(packed["minimums"], packed["scales"]),
+                packed.get("minimums"),
                 values=_table(layout),
             )
-            return _present({"codes": weight.codes, "scales": weight.scales, "zeros": weight.zeros, "minimums": weight.minima})
+            arrays = {"codes": weight.codes, "scales": weight.scales, "zeros": weight.zeros, "minimums": weight.minima}
+            return {name: x for name, x in arrays.items() if x is not None}
         case "eight":
             return packed | {name: packed[name].T for name in packed.keys() & {"scales", "zeros"}}
         case _:
@@ -72,13 +73,6 @@ def _form(layout: Layout, k: int) -> str:
 
 
 def _table(layout: Layout) -> tuple[float, ...] | None:
+    if layout.code == "uint4":
+        return tuple(map(float, range(16)))
     return tuple(TABLES[layout.code].tolist()) if layout.code in TABLES else None
-
-
-def _lowered(minimums: jax.Array, scales: jax.Array) -> jax.Array:
-    del scales
-    return -minimums
-
-
-def _present(arrays: dict[str, jax.Array | None]) -> Arrays:
-    return {name: x for name, x in arrays.items() if x is not None}

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+ScaleDtype = Literal["float32", "float16", "bfloat16"]
 Arrays = dict[str, jax.Array]
 """By name; see `Layout`."""
 
@@ -28,10 +29,10 @@ class Layout:
     """How a weight [n, k] is quantized; plain values, so that layouts compare and travel.
 
     Unpacked it is these arrays, by name:
-        codes [n, k]: int8 (int4: -8 to 7; a table: 0 to 15), or float8_e4m3fn.
+        codes [n, k]: int8 (int4: -8 to 7; uint4 and a table: 0 to 15), or float8_e4m3fn.
         scales [n, k / group]: float32.
         zeros [n, k / group], int16, where `correction` is "zero": an element is (code - zero) * scale.
-        minimums [n, k / group], float32, where it is "minimum": an element is code * scale - minimum.
+        minimums [n, k / group], float32, where it is "minimum": an element is code * scale + minimum.
         input_scale [1], float32, where `static` is set: of the activations.
 
     Attributes:
@@ -43,10 +44,10 @@ class Layout:
         static: activations have one scale, which the checkpoint tells; otherwise each token has its own.
     """
 
-    code: Literal["int4", "int8", "nf4", "fp4", "e2m1", "fp8"]
+    code: Literal["int4", "uint4", "int8", "nf4", "fp4", "e2m1", "fp8"]
     group: int = 0
     correction: Literal["none", "zero", "minimum"] = "none"
-    scale_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    scale_dtype: ScaleDtype = "float32"
     activations: Literal["", "fp8", "int8"] = ""
     static: bool = False
 

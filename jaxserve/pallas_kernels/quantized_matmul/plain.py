@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxserve.pallas_kernels.matmul import matmul
 from jaxserve.pallas_kernels.quantized_matmul.layout import TABLES, Layout
 
 
@@ -44,7 +45,7 @@ class PlainWeight:
             values = values - self.zeros.astype(jnp.float32)[:, :, None]
         values = values * scales
         if self.minima is not None:
-            values = values - self.minima.astype(jnp.float32)[:, :, None]
+            values = values + self.minima.astype(jnp.float32)[:, :, None]
         return values.astype(dtype).reshape(self.shape)
 
     def _values(self) -> jax.Array:
@@ -52,8 +53,8 @@ class PlainWeight:
         if self.layout.bits == 8:
             return self.codes.astype(jnp.float32)
         codes = jnp.stack([self.codes & jnp.uint8(15), self.codes >> jnp.uint8(4)], axis=2).reshape(self.shape)
-        if self.layout.code == "int4":
-            return codes.astype(jnp.float32) - jnp.float32(8)
+        if self.layout.code in ("int4", "uint4"):
+            return codes.astype(jnp.float32) - jnp.float32(8 if self.layout.code == "int4" else 0)
         return jnp.asarray(TABLES[self.layout.code]).at[codes].get(mode="promise_in_bounds")
 
 
@@ -63,3 +64,8 @@ def pack_plain(codes: jax.Array, layout: Layout) -> jax.Array:
         return codes
     halves = (codes + jnp.int8(8 if layout.code == "int4" else 0)).astype(jnp.uint8)
     return halves[:, 0::2] | (halves[:, 1::2] << jnp.uint8(4))
+
+
+def plain_matmul(x: jax.Array, weight: PlainWeight, out_dtype: jnp.dtype) -> jax.Array:
+    """As `quantized_matmul`."""
+    return matmul(x, weight.dequantize(x.dtype), out_dtype)
