@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--one-among", type=int, default=256, help="requests of the run in which one is")
     parser.add_argument("--tokens-in", type=int, default=1024)
     parser.add_argument("--tokens-out", type=int, default=257)
-    parser.add_argument("--max-total-tokens", type=int, default=2048)
+    parser.add_argument("--max-total-tokens", type=int, default=32768)
     parser.add_argument("--max-batch-size", type=int, help="the engine's flag")
     parser.add_argument("--repetitions", type=int, default=3)
     add_row_flags(parser)
