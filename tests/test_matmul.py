@@ -13,6 +13,7 @@ from jaxserve.pallas_kernels import matmul
 from jaxserve.pallas_kernels.gpu import Gpu
 from jaxserve.pallas_kernels.matmul import api
 from jaxserve.pallas_kernels.matmul.mosaic import MosaicMatmulConfig, matmul_mosaic
+from jaxserve.pallas_kernels.matmul.mosaic_wide import WideMatmulConfig, matmul_wide
 
 UNOPTIMISED = {"xla_backend_optimization_level": 0}
 LLAMA_8B = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
@@ -25,23 +26,48 @@ def normal(num_tokens, size, depth):
 
 def relative_error(out, x, weight):
     expected = x.astype(np.float32) @ weight.astype(np.float32).T
+    if out.shape[1] != weight.shape[0]:
+        gate, up = np.split(expected, 2, axis=1)
+        expected = gate / (1 + np.exp(-gate)) * up
     return np.linalg.norm(np.asarray(out, np.float32) - expected) / np.linalg.norm(expected)
 
 
 KERNEL_CASES = [
-    (3, 192, 256, MosaicMatmulConfig(64, 2, 64, 2, 4)),  # two partial sums, blocks with one chunk and with two, padded tokens
-    (16, 256, 192, MosaicMatmulConfig(128, 1, 64, 2, 1)),  # one block walks all tiles
-    (16, 256, 256, MosaicMatmulConfig(64, 2, 64, 2, 4, cluster=2)),
+    (3, 192, 256, MosaicMatmulConfig(64, 2, 64, 2, 4), False),  # two partial sums, blocks with one chunk and with two, padded tokens
+    (16, 256, 192, MosaicMatmulConfig(128, 1, 64, 2, 1), False),  # one block walks all tiles
+    (16, 256, 256, MosaicMatmulConfig(64, 2, 64, 2, 4, cluster=2), False),
+    (5, 512, 128, MosaicMatmulConfig(128, 1, 64, 2, 4, cluster=2), True),
 ]
 
 
-@pytest.mark.parametrize("num_tokens, size, depth, config", KERNEL_CASES)
-def test_the_kernel_multiplies(num_tokens, size, depth, config):
+@pytest.mark.parametrize("num_tokens, size, depth, config, gated", KERNEL_CASES)
+def test_the_kernel_for_few_tokens_multiplies(num_tokens, size, depth, config, gated):
     x, weight = (jnp.asarray(a, jnp.bfloat16) for a in normal(num_tokens, size, depth))
-    call = jax.jit(functools.partial(matmul_mosaic, config=config, interpret=True), compiler_options=UNOPTIMISED)
-    out = call(x, weight)
-    assert out.shape == (num_tokens, size) and out.dtype == x.dtype
+    call = jax.jit(functools.partial(matmul_mosaic, config=config, gated=gated, interpret=True), compiler_options=UNOPTIMISED)
+    parts = call(x, weight)
+    assert parts.shape == (1 if config.splits == 1 else 2 * config.splits, num_tokens, size // 2 if gated else size)
+    assert parts.dtype == x.dtype
+    out = parts.astype(jnp.float32).sum(axis=0)
     assert relative_error(out, np.asarray(x), np.asarray(weight)) < 2.5e-3  # half of bfloat16's last bit
+
+
+WIDE_CASES = [
+    (100, 256, 128, WideMatmulConfig(2, 64, 64, 1, 2, 2), True),  # padded tokens, blocks with two tiles
+    (200, 128, 256, WideMatmulConfig(2, 128, 64, 2, 2, 1), False),  # partial sums
+    (256, 96, 128, WideMatmulConfig(2, 64, 48, 1, 2, 8, 2, 2), False),  # fetches shared both ways, rows that no power of two divides
+    (192, 64, 128, WideMatmulConfig(3, 64, 32, 1, 2, 4, 2), False),
+]
+
+
+@pytest.mark.parametrize("num_tokens, size, depth, config, gated", WIDE_CASES)
+def test_the_kernel_for_many_tokens_multiplies(num_tokens, size, depth, config, gated):
+    x, weight = (jnp.asarray(a, jnp.bfloat16) for a in normal(num_tokens, size, depth))
+    call = jax.jit(functools.partial(matmul_wide, config=config, gated=gated, interpret=True), compiler_options=UNOPTIMISED)
+    out = call(x, weight)
+    assert out.dtype == (jnp.float32 if config.splits > 1 else x.dtype)
+    out = out.astype(jnp.float32).reshape(-1, *out.shape[-2:]).sum(axis=0)
+    assert out.shape == (num_tokens, size // 2 if gated else size)
+    assert relative_error(out, np.asarray(x), np.asarray(weight)) < 2.5e-3
 
 
 @pytest.mark.parametrize("num_tokens", [3, 16])

@@ -21,7 +21,8 @@ def matmul(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
 
         config = MosaicMatmulConfig.suited(x, weight, gpu.num_multiprocessors)
         if config is not None:
-            return matmul_mosaic(x, weight, config=config)
+            parts = matmul_mosaic(x, weight, config=config)
+            return parts[0] if parts.shape[0] == 1 else parts.astype(jnp.float32).sum(axis=0).astype(x.dtype)
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
     def product(left: jax.Array, right: jax.Array) -> jax.Array:

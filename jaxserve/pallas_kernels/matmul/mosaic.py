@@ -3,7 +3,8 @@
 The weight is wgmma's left operand, 64 of its rows at a time, and the tokens are the narrow side, so that a small batch wastes
 nothing. A block of threads has two warpgroups: one fetches by TMA and runs ahead over the borders of tiles, one computes. The work is
 cut so that each block reads as many bytes as every other; where the rows of a weight are too few for that, its columns are cut too, and
-the partial sums are added up by XLA, in a fixed order, in whatever reads the product.
+the partial sums go to the reader, which adds them up in a fixed order. A gated product takes gate and up rows of the same units in one
+tile, so that SwiGLU needs no pass of its own.
 """
 
 import functools
@@ -71,17 +72,22 @@ def _lanes(num_tokens: int) -> int:
     return pl.cdiv(num_tokens, 8) * 8
 
 
-@functools.partial(jax.jit, static_argnames=("config", "interpret"))
-def matmul_mosaic(x: jax.Array, weight: jax.Array, *, config: MosaicMatmulConfig, interpret: bool = False) -> jax.Array:
-    """x [T, K] times the transposed weight [N, K], both bfloat16 or float16: [T, N] in their dtype; the same bits in every run.
+@functools.partial(jax.jit, static_argnames=("config", "gated", "interpret"))
+def matmul_mosaic(
+    x: jax.Array, weight: jax.Array, *, config: MosaicMatmulConfig, gated: bool = False, interpret: bool = False
+) -> jax.Array:
+    """x [T, K] times the transposed weight [N, K], both bfloat16 or float16; the same bits in every run.
 
-    A partial sum leaves the kernel as two numbers of x's dtype, itself and what rounding it left over (in bfloat16 16 bits of its
-    float32's 24): only 16-bit numbers go transposed to SMEM.
+    Returns:
+        [P, T, N] in x's dtype, parts whose sum is the product: one, or two for each split. A partial sum leaves the kernel as two
+        numbers, itself and what rounding it left over (in bfloat16 16 bits of its float32's 24): only 16-bit numbers go transposed to
+        SMEM. Gated: silu(gate) * up, [1, T, N / 2], of the weight's gate rows and the up rows after them; a tile is half of each.
     """
     num_tokens = x.shape[0]
-    size = weight.shape[0]
+    size = weight.shape[0] // (2 if gated else 1)
+    width = config.tile // (2 if gated else 1)
     lanes = _lanes(num_tokens)
-    chunks = size // (config.tile * config.cluster) * config.splits
+    chunks = size // (width * config.cluster) * config.splits
     workers = pl.cdiv(chunks, pl.cdiv(chunks, config.num_blocks // config.cluster))
     planes = 1 if config.splits == 1 else 2
     tiled = swizzled(config.block_k, x.dtype)
@@ -89,13 +95,13 @@ def matmul_mosaic(x: jax.Array, weight: jax.Array, *, config: MosaicMatmulConfig
     if config.cluster > 1:
         emptied = plgpu.ClusterBarrier(collective_axes=("member",), num_barriers=config.num_stages)
     parts = plgpu.kernel(
-        functools.partial(_matmul_kernel, config=config, chunks=chunks, workers=workers),
+        functools.partial(_matmul_kernel, config=config, gated=gated, chunks=chunks, workers=workers),
         out_type=jax.ShapeDtypeStruct((config.splits * planes, lanes, size), x.dtype),
         scratch_types=(
             plgpu.SMEM((config.num_stages, config.tile, config.block_k), x.dtype, transforms=tiled),
             plgpu.SMEM((config.num_stages, lanes, config.block_k), x.dtype, transforms=tiled),
             plgpu.SMEM((planes, lanes, HEIGHT), x.dtype, transforms=swizzled(HEIGHT // 2, x.dtype)),
-            plgpu.Barrier(num_arrivals=2, num_barriers=config.num_stages),
+            plgpu.Barrier(num_arrivals=3 if gated else 2, num_barriers=config.num_stages),
             emptied,
         ),
         grid=(workers,),
@@ -108,14 +114,15 @@ def matmul_mosaic(x: jax.Array, weight: jax.Array, *, config: MosaicMatmulConfig
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(jnp.pad(x, ((0, lanes - num_tokens), (0, 0))), weight)
-    parts = parts[:, :num_tokens]
-    return parts[0] if parts.shape[0] == 1 else parts.astype(jnp.float32).sum(axis=0).astype(x.dtype)
+    return parts[:, :num_tokens]
 
 
 def _matmul_kernel(
     x_ref, weight_ref, parts_ref, weight_smem, x_smem, out_smem, filled, emptied,
-    *, config: MosaicMatmulConfig, chunks: int, workers: int,
+    *, config: MosaicMatmulConfig, gated: bool, chunks: int, workers: int,
 ):  # fmt: skip
+    halves = 2 if gated else 1
+    width, size = config.tile // halves, parts_ref.shape[2]
     tile, block_k, stages = config.tile, config.block_k, config.num_stages
     splits, planes = jnp.int32(config.splits), out_smem.shape[0]
     lanes, depth = x_ref.shape
@@ -128,12 +135,12 @@ def _matmul_kernel(
     tops = range(0, tile, HEIGHT)
 
     def first_row(chunk):
-        return (lax.div(chunk, splits) * config.cluster + member) * tile
+        return (lax.div(chunk, splits) * config.cluster + member) * width
 
     @pl.when(warpgroup == 1)
     def _fetch():
         def fetch_chunk(chunk, count):
-            rows = pl.ds(pl.multiple_of(first_row(chunk), tile), tile)
+            row = pl.multiple_of(first_row(chunk), width)
             share = lax.rem(chunk, splits) * (steps * block_k)
 
             def step(i, count):
@@ -146,7 +153,9 @@ def _matmul_kernel(
                 # Blocks start at different columns: together at the same ones they would crowd some of the memory's channels.
                 column = share + lax.rem(i + worker, jnp.int32(steps)) * block_k
                 columns = pl.ds(pl.multiple_of(column, block_k), block_k)
-                plgpu.copy_gmem_to_smem(weight_ref.at[rows, columns], weight_smem.at[slot], filled.at[slot])
+                for half in range(halves):
+                    source = weight_ref.at[pl.ds(row + half * size, width), columns]
+                    plgpu.copy_gmem_to_smem(source, weight_smem.at[slot, pl.ds(half * width, width)], filled.at[slot])
                 plgpu.copy_gmem_to_smem(x_ref.at[:, columns], x_smem.at[slot], filled.at[slot], collective_axes=sharers)
                 return count + 1
 
@@ -177,8 +186,10 @@ def _matmul_kernel(
 
             accumulators = [plgpu.WGMMAAccumulatorRef((HEIGHT, lanes), jnp.float32) for _ in tops]
             count, sums = pl.run_scoped(accumulate, *accumulators)
+            if gated:
+                sums = [gate / (1 + jnp.exp(-gate)) * up for gate, up in zip(sums[: len(sums) // 2], sums[len(sums) // 2 :], strict=True)]
             place = lax.rem(chunk, splits) * planes
-            for rest, top in zip(sums, tops, strict=True):
+            for rest, top in zip(sums, range(0, width, HEIGHT), strict=True):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 for plane in range(planes):
                     part = rest.astype(parts_ref.dtype)

@@ -1,0 +1,218 @@
+"""Many tokens times a weight for sm_90 (Hopper), in Pallas Mosaic GPU: batches for which the tensor cores bind and not the memory.
+
+The tokens are wgmma's left operand, 64 or 128 a warpgroup, and rows of the weight its right one, any multiple of 8 at once: the rows
+are cut so that the tiles fill all multiprocessors in whole rounds, which the few tile sizes of a library do not. A block of threads has
+a warpgroup that fetches by TMA and runs ahead over the borders of tiles, and two or three that compute. Blocks of a cluster share
+fetches. Where the rows are too few, the columns are cut too, and the partial sums go to the reader in float32. A gated product
+takes gate and up rows of the same units in one tile, so that SwiGLU needs no pass of its own.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxserve.pallas_kernels.paged_attention.mosaic_decode import swizzled
+
+HEIGHT = 64  # of a wgmma
+BLOCK_K = 64  # columns fetched at once: 128 bytes, the widest swizzle
+_FETCH_REGISTERS = 40
+_COMPUTE_REGISTERS = {2: 232, 3: 152}  # of 512 a thread of four warpgroups' place
+
+
+@dataclass(frozen=True)
+class WideMatmulConfig:
+    """How the kernel is cut.
+
+    Attributes:
+        warpgroups: that compute, 2 or 3.
+        tokens: of a warpgroup, 64 or 128.
+        rows: of the weight a block computes at once, a multiple of 8; half of them gate and half up rows in a gated product.
+        splits: shares of the columns, each with partial sums of its own.
+        num_stages: fetches in flight.
+        num_blocks: at most so many blocks of threads; each walks several tiles if there are more.
+        row_cluster: blocks with the same tokens that fetch them together, each a share for all of them.
+        token_cluster: blocks with the same rows that fetch those together.
+    """
+
+    warpgroups: int
+    tokens: int
+    rows: int
+    splits: int
+    num_stages: int
+    num_blocks: int
+    row_cluster: int = 1
+    token_cluster: int = 1
+
+    @property
+    def token_tile(self) -> int:
+        """Tokens of a block."""
+        return self.warpgroups * self.tokens
+
+
+@functools.partial(jax.jit, static_argnames=("config", "gated", "interpret"))
+def matmul_wide(x: jax.Array, weight: jax.Array, *, config: WideMatmulConfig, gated: bool = False, interpret: bool = False) -> jax.Array:
+    """x [T, K] times the transposed weight [N, K], both bfloat16 or float16, with sums in float32; the same bits in every run.
+
+    Returns:
+        [T, N] in x's dtype; gated: silu(gate) * up, [T, N / 2], of the weight's gate rows and the up rows after them; with several
+        splits: their partial sums, float32 [splits, T, N].
+
+    Raises:
+        ValueError: a config that does not divide the shapes.
+    """
+    num_tokens, depth = x.shape
+    units = weight.shape[0] // (2 if gated else 1)
+    width = config.rows // (2 if gated else 1)
+    cluster = config.row_cluster, config.token_cluster
+    if units % (width * config.row_cluster) or depth % (config.splits * BLOCK_K) or (gated and config.splits > 1):
+        raise ValueError(f"a weight {weight.shape} cannot be cut by {config}")
+    padded = pl.cdiv(num_tokens, config.token_tile * config.token_cluster) * config.token_tile * config.token_cluster
+    chunks = units // (width * config.row_cluster) * (padded // (config.token_tile * config.token_cluster)) * config.splits
+    most = config.num_blocks // math.prod(cluster)
+    workers = pl.cdiv(chunks, pl.cdiv(chunks, most))
+    tiled = swizzled(BLOCK_K, x.dtype)
+    piece = next((size for size in (64, 32) if width % size == 0), width)
+    staged = {"transforms": swizzled(piece, x.dtype)} if piece != width or width in (64, 32) else {}
+    sharing = tuple(name for name, size in zip(("row_member", "token_member"), cluster, strict=True) if size > 1)
+    barriers = {"num_arrivals": config.warpgroups, "num_barriers": config.num_stages}
+    direct = config.splits > 1
+    out_shape = (config.splits, padded, units) if direct else (padded, units)
+    scratch = [
+        plgpu.SMEM((config.num_stages, config.warpgroups, config.tokens, BLOCK_K), x.dtype, transforms=tiled),
+        plgpu.SMEM((config.num_stages, config.rows, BLOCK_K), x.dtype, transforms=tiled),
+        plgpu.Barrier(num_arrivals=config.warpgroups + (2 if gated else 1), num_barriers=config.num_stages),
+        plgpu.ClusterBarrier(collective_axes=sharing, **barriers) if sharing else plgpu.Barrier(**barriers),
+    ]
+    if not direct:
+        scratch.append(plgpu.SMEM((config.warpgroups, HEIGHT, piece), x.dtype, **staged))
+    out = plgpu.kernel(
+        functools.partial(_wide_kernel, config=config, gated=gated, width=width, chunks=chunks, workers=workers),
+        out_type=jax.ShapeDtypeStruct(out_shape, jnp.float32 if direct else x.dtype),
+        scratch_types=tuple(scratch),
+        grid=(workers,),
+        grid_names=("worker",),
+        cluster=cluster if sharing else (),
+        cluster_names=("row_member", "token_member") if sharing else (),
+        num_threads=config.warpgroups + 1,
+        thread_name="warpgroup",
+        # Lane semantics lower in half the time of the default's, which infers layouts first.
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )(jnp.pad(x, ((0, padded - num_tokens), (0, 0))), weight)
+    return out[:, :num_tokens] if direct else out[:num_tokens]
+
+
+def _wide_kernel(
+    x_ref, weight_ref, out_ref, x_smem, weight_smem, filled, emptied, out_smem=None,
+    *, config: WideMatmulConfig, gated: bool, width: int, chunks: int, workers: int,
+):  # fmt: skip
+    stages, warpgroups, tokens = config.num_stages, config.warpgroups, config.tokens
+    splits = jnp.int32(config.splits)
+    padded, depth = x_ref.shape
+    units = out_ref.shape[-1]
+    steps = depth // config.splits // BLOCK_K
+    token_groups = jnp.int32(padded // (config.token_tile * config.token_cluster))
+    worker = lax.axis_index("worker")
+    warpgroup = lax.axis_index("warpgroup")
+    shares = config.row_cluster * config.token_cluster > 1
+    row_member = lax.axis_index("row_member") if shares else 0
+    token_member = lax.axis_index("token_member") if shares else 0
+    token_sharers = "row_member" if config.row_cluster > 1 else None
+    row_sharers = "token_member" if config.token_cluster > 1 else None
+    num_chunks = lax.div(chunks - worker + (workers - 1), jnp.int32(workers))
+
+    def place(i):
+        """Of this block's i-th chunk: its first token, its first unit, its share of the columns."""
+        chunk = worker + i * workers
+        rest = lax.div(chunk, token_groups)
+        token = (lax.rem(chunk, token_groups) * config.token_cluster + token_member) * config.token_tile
+        unit = (lax.div(rest, splits) * config.row_cluster + row_member) * width
+        return pl.multiple_of(token, config.token_tile), pl.multiple_of(unit, width), lax.rem(rest, splits)
+
+    @pl.when(warpgroup == warpgroups)
+    def _fetch():
+        plgpu.set_max_registers(_FETCH_REGISTERS, action="decrease")
+
+        def fetch_chunk(i, count):
+            token, unit, share = place(i)
+
+            def step(k, count):
+                slot = lax.rem(count, jnp.int32(stages))
+
+                @pl.when(count >= stages)
+                def _():
+                    plgpu.barrier_wait(emptied.at[slot])
+
+                columns = pl.ds(pl.multiple_of((share * steps + k) * BLOCK_K, BLOCK_K), BLOCK_K)
+                for group in range(warpgroups):
+                    plgpu.copy_gmem_to_smem(
+                        x_ref.at[pl.ds(token + group * tokens, tokens), columns], x_smem.at[slot, group], filled.at[slot],
+                        collective_axes=token_sharers,
+                    )  # fmt: skip
+                for half in range(2 if gated else 1):
+                    plgpu.copy_gmem_to_smem(
+                        weight_ref.at[pl.ds(unit + half * units, width), columns], weight_smem.at[slot, pl.ds(half * width, width)],
+                        filled.at[slot], collective_axes=row_sharers,
+                    )  # fmt: skip
+                return count + 1
+
+            return lax.fori_loop(0, steps, step, count)
+
+        count = lax.fori_loop(0, num_chunks, fetch_chunk, jnp.int32(0))
+        for slot in range(stages):  # see every phase of a barrier out, as the interpreter demands, and clusters too
+
+            @pl.when(slot < count)
+            def _(slot=slot):
+                plgpu.barrier_wait(emptied.at[slot])
+
+    @pl.when(warpgroup < warpgroups)
+    def _compute():
+        plgpu.set_max_registers(_COMPUTE_REGISTERS[warpgroups], action="increase")
+
+        def compute_chunk(i, count):
+            def accumulate(total):
+                def step(k, count):
+                    slot = lax.rem(count, jnp.int32(stages))
+                    plgpu.barrier_wait(filled.at[slot])
+                    plgpu.wgmma(total, x_smem.at[slot, warpgroup], weight_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma_wait(1)  # so the step before is done, while the tensor cores are at this one
+
+                    @pl.when(k > 0)
+                    def _():
+                        plgpu.barrier_arrive(emptied.at[lax.rem(count - 1, jnp.int32(stages))])
+
+                    return count + 1
+
+                count_after = lax.fori_loop(0, steps, step, count)
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(emptied.at[lax.rem(count_after - 1, jnp.int32(stages))])
+                return count_after, total[...]
+
+            count, total = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((tokens, config.rows), jnp.float32))
+            token, unit, share = place(i)
+            token = token + warpgroup * tokens
+            if gated:
+                gate, up = total[:, :width], total[:, width:]
+                total = gate / (1 + jnp.exp(-gate)) * up
+            if out_smem is None:
+                out_ref.at[share, pl.ds(token, tokens), pl.ds(unit, width)][...] = total
+                return count
+            total = total.astype(out_ref.dtype)
+            piece = out_smem.shape[-1]
+            for top in range(0, tokens, HEIGHT):
+                for left in range(0, width, piece):
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    out_smem.at[warpgroup][...] = total[top : top + HEIGHT, left : left + piece]
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], out_ref.at[pl.ds(token + top, HEIGHT), pl.ds(unit + left, piece)])
+            return count
+
+        lax.fori_loop(0, num_chunks, compute_chunk, jnp.int32(0))
+        if out_smem is not None:
+            plgpu.wait_smem_to_gmem(0)
