@@ -167,16 +167,17 @@ def test_a_start_finds_out_that_places_matter(runner: TinyRunner, monkeypatch: p
     """Products are compiled again by other means; if that does not help, nothing is served."""
     device, key = runner.runner, ProgramKey("forward", Bucket(40, 5, False))
     device._check_rows()
-    right = device._compiled[key]
+    compiled = device._executor._compiled
+    right = compiled[key]
 
     def depends_on_place(*arguments: Any) -> Any:
         state, logits, columns = right(*arguments)
         return state, logits.at[3].multiply(1 + 1e-6), columns
 
-    monkeypatch.setitem(device._compiled, key, depends_on_place)
+    monkeypatch.setitem(compiled, key, depends_on_place)
     device._check_rows()
-    assert device._compiled[key] is not depends_on_place
-    monkeypatch.setitem(device._compiled, key, depends_on_place)
-    monkeypatch.setattr(device._preparation, "compile_again", lambda key, options: device._compiled[key])
+    assert compiled[key] is not depends_on_place
+    monkeypatch.setitem(compiled, key, depends_on_place)
+    monkeypatch.setattr(device._executor._preparation, "compile_again", lambda keys, options: {})
     with pytest.raises(DeviceError, match="--deterministic"):
         device._check_rows()

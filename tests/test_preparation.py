@@ -79,7 +79,7 @@ def first_logits(model: Model, runner_config: RunnerConfig, prepared: Preparatio
     runner.close()
     layout = BatchLayout.of(BUCKET, 1, runner_config.page_size)
     packed = runner._packer.padding(layout)
-    step = runner._compiled[FORWARD](model.leaves, runner._state, jnp.asarray(packed))
+    step = runner._executor._compiled[FORWARD](model.leaves, runner._executor._state, jnp.asarray(packed))
     return step[1][0, :8].tolist()
 
 

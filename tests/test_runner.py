@@ -229,8 +229,8 @@ def test_at_most_two_steps_are_in_flight(runner: ModelRunner):
 
 
 def test_no_program_copies_the_cache(runner: ModelRunner):
-    shape = ",".join(map(str, runner._state.kv[0][0].shape))
-    for key, program in runner._compiled.items():
+    shape = ",".join(map(str, runner._executor._state.kv[0][0].shape))
+    for key, program in runner._executor._compiled.items():
         hlo = str(program.as_text())
         if f"f32[{shape}]" in hlo:
             copies = [line for line in hlo.splitlines() if f"= f32[{shape}]" in line and " copy(" in line]

@@ -26,7 +26,7 @@ def kv_cache_bytes(mesh: Mesh, wanted: int | None, weights_to_come: int) -> int:
     Raises:
         DeviceError: nothing is left.
     """
-    left = min(_bytes_left(device, mesh.size, weights_to_come) for device in mesh.local_devices)
+    left = min(_bytes_left(device, len(mesh.local_devices), weights_to_come) for device in mesh.local_devices)
     if left <= 0:
         raise DeviceError("no memory is left for the KV cache beside the weights")
     return left // _STEP * _STEP if wanted is None else min(wanted, left)

@@ -1,8 +1,11 @@
 """Preparation: from a model's shape to the plan of its KV cache and its compiled programs, mostly before its weights are there."""
 
+import hashlib
 import logging
 import os
+import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +19,20 @@ from jaxserve.models import Architecture
 from jaxserve.runner.blueprint import Blueprint
 from jaxserve.runner.compile import use_compilation_cache
 from jaxserve.runner.config import RunnerConfig
+from jaxserve.runner.hosts import Hosts, smallest
 from jaxserve.runner.kv_cache import KVCachePlan, plan_kv_cache
 from jaxserve.runner.lowering import compile_lowered, lower
 from jaxserve.runner.lowering_process import LoweringFailed, LoweringProcesses
 from jaxserve.runner.memory import kv_cache_bytes
 from jaxserve.runner.program_store import ProgramStore
-from jaxserve.runner.programs import ProgramKey, Programs
+from jaxserve.runner.programs import Program, ProgramKey, Programs
 
 logger = logging.getLogger(__name__)
 
 LOWERED_FOLDER = "lowered"  # in the compilation cache's
 _SLOWEST_TOLD = 5  # programs
 _SECONDS_UNTOLD = 10.0
+HOSTS_FOLDER = "hosts"  # in the compilation cache's, with a folder for each set of programs
 PROGRAMS_PER_PROCESS = 3  # a process takes as long to start as to lower these
 
 
@@ -40,12 +45,17 @@ class Preparation:
     The plan needs the temporaries of the largest program, which are known once it was compiled. On a cold start that waits for plan(), so
     that nothing is autotuned between weights that are being loaded, where it would leave holes.
 
+    Where the mesh spans hosts, the leader alone compiles, and the others take what it compiled: autotuned apart, their programs could give
+    other bits for what all devices compute alike, and in the end other tokens. The cache is as large as the host with the least memory
+    allows.
+
     Args:
         architecture, dtype: of the model.
         mesh: its devices.
         config: sizes.
         weights_to_come: bytes on each device.
         num_processes: that lower; None: what suits the machine, 0: none.
+        hosts: those that the mesh spans, where they are several; they prepare at the same time.
 
     Raises:
         DeviceError: the KV cache does not fit.
@@ -59,12 +69,19 @@ class Preparation:
         config: RunnerConfig,
         weights_to_come: int = 0,
         num_processes: int | None = None,
+        hosts: Hosts | None = None,
     ):
         self._architecture, self._dtype, self._mesh, self._config = architecture, dtype, mesh, config
+        self._hosts = hosts
         folder = None
         if config.compilation_cache_dir is not None:
-            use_compilation_cache(config.compilation_cache_dir)
-            folder = Path(config.compilation_cache_dir) / LOWERED_FOLDER
+            self._cache = Path(config.compilation_cache_dir)
+            folder = self._cache / LOWERED_FOLDER
+            if hosts is not None:
+                # A folder of its own: what is in it is what the other hosts need.
+                what = repr((architecture.config, architecture.attention, str(dtype), mesh.shape, config, hosts.count))
+                self._cache = self._cache / HOSTS_FOLDER / hashlib.sha256(what.encode()).hexdigest()[:16]
+            use_compilation_cache(str(self._cache))
         self._store = ProgramStore(folder)
         self._num_processes = num_processes
         self._processes: LoweringProcesses | None = None
@@ -74,7 +91,9 @@ class Preparation:
         self._compile_seconds: dict[str, float] = {}
         self._programs: Programs | None = None
         self._trial: Future[bytes] | None = None
-        self._bytes_left = kv_cache_bytes(mesh, config.kv_bytes, weights_to_come)
+        self._sharing: Future[None] | None = None
+        self._num_shared = 0
+        self._bytes_left = smallest(hosts, "bytes for the KV cache", kv_cache_bytes(mesh, config.kv_bytes, weights_to_come))
         if config.kv_bytes is not None:
             self._plan = self._begin(0)
             return
@@ -83,9 +102,9 @@ class Preparation:
         state = self._one_request.state
         beside = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.sampling, state.hidden)))  # allocated after the cache
         self._bytes_left -= beside
-        temporaries = self._store.read(self._temporaries_file())
-        self._plan = None if temporaries is None else self._begin(int(temporaries))
-        if self._plan is None:
+        temporaries = self._leaders("temporaries", self._store.read(self._temporaries_file()) or b"")
+        self._plan = self._begin(int(temporaries)) if temporaries else None
+        if self._plan is None and self._leads:
             self._trial = self._started_lowering(len([*self._one_request])).submit(
                 self._lower, self._one_request, self._one_request.largest()
             )
@@ -93,13 +112,8 @@ class Preparation:
     def plan(self) -> KVCachePlan:
         """The sizes of the KV cache. To be called when the weights are loaded."""
         if self._plan is None:
-            assert self._trial is not None, "begun in __init__ where there is no plan"
-            program = self._one_request[self._one_request.largest()]
-            analysis = compile_lowered(self._trial.result(), program, self._mesh).memory_analysis()
-            assert analysis is not None, "XLA tells no memory analysis"
-            self._store.write(self._temporaries_file(), str(analysis.temp_size_in_bytes).encode())
-            logger.info("the largest program was compiled for its temporaries, %.2f GiB", analysis.temp_size_in_bytes / 2**30)
-            self._plan = self._begin(analysis.temp_size_in_bytes)
+            temporaries = self._tried() if self._leads else 0
+            self._plan = self._begin(int(self._leaders("temporaries of a trial", str(temporaries).encode())))
         return self._plan
 
     def finish(self) -> dict[ProgramKey, Compiled]:
@@ -109,6 +123,8 @@ class Preparation:
             lowered = self._results(self._futures)
             logger.info("all programs are lowered")
             compiled = self._results(lowered)
+            if self._sharing is not None:
+                self._sharing.result()
             slowest = sorted(self._compile_seconds.items(), key=lambda item: -item[1])[:_SLOWEST_TOLD]
             logger.info("slowest to compile: %s", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in slowest))
             return compiled
@@ -129,11 +145,18 @@ class Preparation:
                     logger.info("%d of %d programs are compiled", len(self._compile_seconds), len(futures))
         return results
 
-    def compile_again(self, key: ProgramKey, options: dict[str, Any]) -> Compiled:
-        """Compile a program with other options of XLA, after finish()."""
+    def compile_again(self, keys: Sequence[ProgramKey], options: dict[str, Any]) -> dict[ProgramKey, Compiled]:
+        """Compile programs with other options of XLA, after finish(). All hosts do it at the same time."""
         assert self._programs is not None
-        program = self._programs[key]._replace(options=options)
-        return compile_lowered(lower(program, self._programs.blueprint.platform), program, self._mesh)
+        if not self._leads:
+            self._share()
+        compiled: dict[ProgramKey, Compiled] = {}
+        for key in keys:
+            program = self._programs[key]._replace(options=options)
+            compiled[key] = self._compile(lower(program, self._programs.blueprint.platform), program)
+        if self._leads:
+            self._share()
+        return compiled
 
     def close(self) -> None:
         """End its threads and processes, whatever they do."""
@@ -153,17 +176,63 @@ class Preparation:
         lowering = self._started_lowering(missing)
         for key in sorted(stored, key=lambda key: stored[key] is None):  # a stable sort
             self._futures[key] = lowering.submit(self._make_ready, programs, key, stored[key])
+        if self._hosts is not None:
+            self._sharing = Future()
+            threading.Thread(target=self._share_programs, args=(self._sharing,), name="share", daemon=True).start()
         return blueprint.plan
 
     def _make_ready(self, programs: Programs, key: ProgramKey, lowered: bytes | None) -> Future[Compiled]:
         lowered = lowered or self._lower(programs, key)
-        return self._compiling.submit(self._compile, lowered, programs, key)
+        return self._compiling.submit(self._compile_when_shared, lowered, programs, key)
 
-    def _compile(self, lowered: bytes, programs: Programs, key: ProgramKey) -> Compiled:
+    def _compile_when_shared(self, lowered: bytes, programs: Programs, key: ProgramKey) -> Compiled:
+        """On the leader at once, on other hosts as soon as they have what the leader compiled."""
+        if self._sharing is not None and not self._leads:
+            self._sharing.result()
         begin = time.monotonic()
-        compiled = compile_lowered(lowered, programs[key], self._mesh)
+        compiled = self._compile(lowered, programs[key])
         self._compile_seconds[key.name] = time.monotonic() - begin
         return compiled
+
+    def _compile(self, lowered: bytes, program: Program) -> Compiled:
+        if self._hosts is not None and self._mesh.devices.flat[0].platform == "gpu":
+            # Otherwise the leader would wait until other hosts autotune a part of what it compiles alone.
+            program = program._replace(options={**program.options, "xla_gpu_shard_autotuning": False})
+        return compile_lowered(lowered, program, self._mesh)
+
+    def _share_programs(self, shared: Future[None]) -> None:
+        try:
+            if self._leads:
+                for future in self._futures.values():
+                    future.result().result()
+            self._share()
+            shared.set_result(None)
+        except BaseException as error:  # a CancelledError where the preparation was closed
+            shared.set_exception(error)
+
+    def _share(self) -> None:
+        """Give the other hosts what this one compiled, or take it."""
+        self._num_shared += 1
+        if self._hosts is not None:
+            self._hosts.share_files(f"programs {self._num_shared}", self._cache)
+
+    @property
+    def _leads(self) -> bool:
+        return self._hosts is None or self._hosts.index == 0
+
+    def _leaders(self, topic: str, value: bytes) -> bytes:
+        """The leader's value, a number or nothing."""
+        return value if self._hosts is None else self._hosts.gather(topic, value.decode())[0].encode()
+
+    def _tried(self) -> int:
+        """Bytes of the largest program's temporaries, by compiling it."""
+        assert self._trial is not None, "begun in __init__ where there is no plan"
+        program = self._one_request[self._one_request.largest()]
+        analysis = self._compile(self._trial.result(), program).memory_analysis()
+        assert analysis is not None, "XLA tells no memory analysis"
+        self._store.write(self._temporaries_file(), str(analysis.temp_size_in_bytes).encode())
+        logger.info("the largest program was compiled for its temporaries, %.2f GiB", analysis.temp_size_in_bytes / 2**30)
+        return analysis.temp_size_in_bytes
 
     def _lower(self, programs: Programs, key: ProgramKey) -> bytes:
         blueprint = programs.blueprint

@@ -1,0 +1,173 @@
+"""Executor: runs the programs of one replica on this process's devices, in the order of the calls.
+
+A call is the key of a program and the host's arrays for it. All else that a program takes is here: weights, device state, and what the
+program before it left. So whoever replays the calls of an executor on other devices of the same mesh computes the same steps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Compiled
+
+from jaxserve.models import Model
+from jaxserve.runner.batch import BatchLayout, BatchPacker
+from jaxserve.runner.buckets import Bucket
+from jaxserve.runner.compile import CompileEvents
+from jaxserve.runner.config import RunnerConfig
+from jaxserve.runner.hosts import Hosts
+from jaxserve.runner.kv_cache import KVCachePlan
+from jaxserve.runner.preparation import Preparation
+from jaxserve.runner.programs import TRITON_PRODUCTS, ProgramKey, SamplerForm, mask_words, num_scored_a_call
+from jaxserve.runner.sampling_rows import neutral_columns
+from jaxserve.runner.state import allocate_state
+
+RECOMPILE = "recompile"  # stands where the name of a program stands
+
+
+class Executor:
+    """Owns weights, device state and compiled programs. Not thread-safe.
+
+    Args:
+        model: loaded on the mesh.
+        mesh: axes ("data", "tensor"); data is 1. Its devices may be of several processes.
+        config: sizes.
+        preparation: of the same model, mesh and config.
+        hosts: those that the mesh spans, where they are several: each call is told to them before it is run here.
+
+    Raises:
+        DeviceError: the KV cache does not fit.
+    """
+
+    def __init__(self, model: Model, mesh: Mesh, config: RunnerConfig, preparation: Preparation, hosts: Hosts | None = None):
+        # For life
+        self._model, self._mesh, self._config = model, mesh, config
+        self._preparation = preparation
+        self._hosts = hosts
+        self._platform = mesh.devices.flat[0].platform
+        self._plan = preparation.plan()
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        self._compiled: dict[ProgramKey, Compiled] = {}
+        self._keys: dict[str, ProgramKey] = {}
+        self._compile_events = CompileEvents()
+        # The masks of a step without constrained rows, where it takes the masked sampler nevertheless.
+        self._nothing_masked: Any = None
+        # From call to call: logits and the sampler's columns, between a forward and its sampler.
+        self._logits: Sequence[Any] = ()
+
+    @property
+    def plan(self) -> KVCachePlan:
+        """Sizes of the KV cache."""
+        return self._plan
+
+    @property
+    def compile_events(self) -> int:
+        """What was compiled in this process since warmup()."""
+        return self._compile_events.count
+
+    def warmup(self) -> None:
+        """Wait for every program that a legal request can hit, and run each once, for nobody; from then on nothing is compiled."""
+        self._compiled = self._preparation.finish()
+        self._keys = {key.name: key for key in self._compiled}
+        # Not before: XLA tries out variants of products as it compiles, and wants memory for their operands.
+        vocab_size = self._model.config.vocab_size
+        hidden = jax.ShapeDtypeStruct((self._config.max_batch_tokens, self._model.config.hidden_size), self._model.dtype)
+        self._state = allocate_state(self._plan, self._config.max_batch_size, vocab_size, hidden, self._mesh)
+        if self._config.deterministic and self._config.masked:
+            num_rows = max(key.shape.num_rows for key in self._compiled if isinstance(key.shape, SamplerForm))
+            nothing = np.full((num_rows, mask_words(vocab_size)), 0xFFFFFFFF, np.uint32)
+            self._nothing_masked = jax.make_array_from_process_local_data(self._replicated, nothing, nothing.shape)
+        self._rehearse()
+        self._compile_events.start()
+
+    def run(self, key: ProgramKey, *arrays: np.ndarray) -> jax.Array | None:
+        """Start a program; returns at once.
+
+        Args:
+            key: one of those that were compiled.
+            arrays: what the host sends up: of a forward its packed batch, of a sampler the masks of all its rows or nothing, else one
+                array. Not to be changed afterwards.
+
+        Returns:
+            what the host reads, of a sampler and of a score: a replicated array, or this process's copy of it.
+        """
+        if self._hosts is not None:
+            self._hosts.tell(key.name, arrays)
+        return self._run(key, arrays)
+
+    def recompile_products(self) -> None:
+        """Compile all products again, by Triton alone; what was on the devices is lost."""
+        if self._hosts is not None:
+            self._hosts.tell(RECOMPILE, ())
+        self._recompile_products()
+
+    def replay(self, name: str, arrays: Sequence[np.ndarray]) -> None:
+        """Do what another host told.
+
+        Args:
+            name: of a program, or RECOMPILE.
+            arrays: as for run().
+        """
+        if name == RECOMPILE:
+            self._recompile_products()
+        else:
+            self._run(self._keys[name], arrays)
+
+    def close(self) -> None:
+        """Stop counting compile events; the arrays go with the executor."""
+        self._compile_events.stop()
+
+    def _run(self, key: ProgramKey, arrays: Sequence[np.ndarray]) -> jax.Array | None:
+        program, uploads, result = self._compiled[key], [self._upload(array) for array in arrays], None
+        if key.kind == "forward":
+            self._state, *self._logits = program(self._model.leaves, self._state, *uploads)
+        elif key.kind == "sample":
+            (logits, columns), self._logits = self._logits, ()
+            if not uploads and self._nothing_masked is not None:
+                uploads = [self._nothing_masked]
+            sampling, result = program(logits, self._state.sampling, columns, *uploads)
+            self._state = replace(self._state, sampling=sampling)
+        elif key.kind == "score":
+            result = program(self._model.leaves, self._state.hidden, *uploads)
+        else:
+            self._state = program(self._state, *uploads)
+        # Of an array on devices of several processes each can read its own part alone, here all of it.
+        return result if result is None or self._hosts is None else result.addressable_data(0)
+
+    def _upload(self, array: np.ndarray) -> Any:
+        """What a program takes for a host's array."""
+        if self._hosts is None:
+            return array  # a compiled program puts it on the devices itself, faster than device_put
+        return jax.make_array_from_process_local_data(self._replicated, array, array.shape)
+
+    def _recompile_products(self) -> None:
+        keys = [key for key in self._compiled if key.kind in ("forward", "score")]
+        self._compiled.update(self._preparation.compile_again(keys, TRITON_PRODUCTS))
+        self._rehearse()
+
+    def _rehearse(self) -> None:
+        """Run what the first requests would otherwise be the first to run. A GPU records a program's CUDA graph in its second run."""
+        on_cpu = self._platform == "cpu"
+        packer = BatchPacker(self._config.max_batch_size, len(self._plan.num_pages), self._config.page_size)
+        forwards = [(key, key.shape) for key in self._compiled if isinstance(key.shape, Bucket)]
+        samplers = {form.num_rows: key for key in reversed(self._compiled) if isinstance(form := key.shape, SamplerForm)}
+        last = None
+        for key, bucket in forwards[:1] if on_cpu else forwards * 2:
+            self._run(key, [packer.padding(BatchLayout.of(bucket, len(self._plan.num_pages), self._config.page_size))])
+            last = jax.block_until_ready(self._run(samplers[self._logits[0].shape[0]], []))
+        for _ in range(1 if on_cpu else 2):
+            self._rehearse_samplers()
+            last = self._run(ProgramKey("score"), [np.zeros((2, num_scored_a_call(self._platform)), np.int32)])
+        jax.block_until_ready(last)
+
+    def _rehearse_samplers(self) -> None:
+        """Run every form of the sampler on rows that do not sample."""
+        vocab_size = self._model.config.vocab_size
+        for key in self._compiled:
+            if isinstance(form := key.shape, SamplerForm):
+                arrays = np.zeros((form.num_rows, vocab_size), np.float32), np.tile(neutral_columns(), (form.num_rows, 1))
+                self._logits = [self._upload(array) for array in arrays]
+                self._run(key, [np.full((form.num_rows, mask_words(vocab_size)), 0xFFFFFFFF, np.uint32)] if form.masked else [])
