@@ -1,0 +1,97 @@
+"""Codes of 4 and 8 bits to numbers of 16 bits inside a Triton kernel, two a register, without an integer-to-float conversion.
+
+A code is put into the mantissa of a number whose unit in the last place is one, and that number's own value is taken away: exact. On a
+CPU (interpret mode) the same is said in plain jnp.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax import lax
+from jax.experimental.pallas import triton as plt
+
+
+@dataclass(frozen=True)
+class _Magic:
+    """Constants of a 16-bit dtype: PTX suffix, the number with unit 1 in its last place, bits that a float8's exponent moves right."""
+
+    suffix: str
+    base: int
+    float8_shift: int
+    float8_factor: float
+
+    @classmethod
+    def of(cls, dtype: jnp.dtype) -> "_Magic":
+        if dtype == jnp.bfloat16:
+            return cls("bf16x2", 128, 4, 2.0**120)
+        return cls("f16x2", 1024, 1, 2.0**8)
+
+
+def _pair(value: float, dtype: jnp.dtype) -> str:
+    """The 32 bits that hold a number twice."""
+    bits = int(np.asarray(value, ml_dtypes.bfloat16 if dtype == jnp.bfloat16 else np.float16).view(np.uint16))
+    return f"0x{bits * 0x10001:08x}"
+
+
+def _asm(code: str, arguments: Sequence[jax.Array], dtype: jnp.dtype, pack: int) -> jax.Array:
+    constraints = ",".join(["=r"] * (pack // 2) + ["r"] * len(arguments))
+    result = [jax.ShapeDtypeStruct(arguments[0].shape, dtype)]
+    [numbers] = plt.elementwise_inline_asm(code, args=arguments, constraints=constraints, pack=pack, result_shape_dtypes=result)
+    return numbers
+
+
+def four_bit_numbers(words: jax.Array, plane: int, zeros: jax.Array | None, dtype: jnp.dtype, interpret: bool) -> jax.Array:
+    """Codes `plane` of uint16 words [N, C], less their zero, in dtype; zeros uint8 [N] or None: 8."""
+    magic = _Magic.of(dtype)
+    # One register holds the codes of two words: shifted into place, cut out and put into the mantissas by one instruction.
+    if zeros is not None:
+        zeros = -(zeros.astype(jnp.float32) + magic.base).astype(dtype)
+        zeros = jnp.broadcast_to(zeros[:, None], words.shape)
+    if interpret:
+        codes = ((words >> jnp.uint16(4 * plane)) & jnp.uint16(15)).astype(dtype)
+        return codes - 8 if zeros is None else (codes + magic.base) + zeros
+    shift = f"shr.u32 t, $1, {4 * plane};" if plane else "mov.b32 t, $1;"
+    taken = "$2" if zeros is not None else "z"
+    code = (
+        f"{{ .reg .b32 t, o, z; {shift} mov.b32 o, {_pair(1, dtype)}; mov.b32 z, {_pair(-magic.base - 8, dtype)};"
+        f" lop3.b32 t, t, 0x000f000f, {_pair(magic.base, dtype)}, 0xEA; fma.rn.{magic.suffix} $0, t, o, {taken}; }}"
+    )
+    return _asm(code, [words] if zeros is None else [words, zeros], dtype, 2)
+
+
+def eight_bit_numbers(codes: jax.Array, dtype: jnp.dtype, interpret: bool) -> jax.Array:
+    """Codes float8_e4m3fn or int8 [N, C] in dtype, exactly; NaN becomes 480."""
+    if interpret:
+        return codes.astype(dtype)
+    magic = _Magic.of(dtype)
+    if codes.dtype == jnp.int8:
+        code = _int8_to_bfloat16() if dtype == jnp.bfloat16 else _int8_to_float16()
+    else:
+        # The byte goes to the upper half, its exponent and mantissa move right into place; the factor is the ratio of the biases.
+        spread = 0x7F007F00 >> magic.float8_shift
+        move = f"shr.b32 s, t, {magic.float8_shift}; and.b32 s, s, 0x{spread:08x}; lop3.b32 t, t, 0x80008000, s, 0xEA;"
+        scale = f"fma.rn.{magic.suffix} $%d, t, c, z;"
+        code = f"{{ .reg .b32 t, s, c, z; mov.b32 c, {_pair(magic.float8_factor, dtype)}; mov.b32 z, 0x80008000;"
+        for result, order in enumerate(("0x1404", "0x3424")):
+            code += f" prmt.b32 t, $2, 0, {order}; {move} {scale % result}"
+        code += " }"
+    return _asm(code, [lax.bitcast_convert_type(codes, jnp.uint8)], dtype, 4)
+
+
+def _int8_to_bfloat16() -> str:
+    """bfloat16's mantissa is too short for 8 bits: by way of float32, four bytes to two registers."""
+    code = "{ .reg .b32 t, m; .reg .b32 b<4>; .reg .f32 f<4>; mov.b32 m, 0x4b000000; xor.b32 t, $2, 0x80808080;"
+    for i in range(4):  # 2^23 + 128 + code
+        code += f" prmt.b32 b{i}, t, m, 0x765{i}; mov.b32 f{i}, b{i}; sub.f32 f{i}, f{i}, 0f4B000080;"
+    return code + " cvt.rn.bf16x2.f32 $0, f1, f0; cvt.rn.bf16x2.f32 $1, f3, f2; }"
+
+
+def _int8_to_float16() -> str:
+    code = "{ .reg .b32 t, o, z, m; xor.b32 t, $2, 0x80808080; mov.b32 m, 0x64646464; mov.b32 o, 0x3c003c00; mov.b32 z, 0xe480e480;"
+    for result, order in enumerate(("0x4140", "0x4342")):  # 1024 + 128 + code
+        code += f" prmt.b32 b, t, m, {order}; fma.rn.f16x2 ${result}, b, o, z;"
+    return code.replace("m; xor", "m, b; xor") + " }"
