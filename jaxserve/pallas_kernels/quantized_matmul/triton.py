@@ -1,8 +1,8 @@
 """Few tokens times a weight of 4 or 8 bits for NVIDIA GPUs from sm_80 on, in Pallas-Triton.
 
 The weight is the left operand of the tensor cores, so that a small batch wastes little; its codes become 16-bit numbers in registers,
-between SMEM and the tensor core. Sums of a group are float32 and are multiplied by the group's scale, so a scale loses nothing. Where the rows
-of a weight are too few to fill the GPU, its columns are cut too, and XLA adds up the partial sums.
+between SMEM and the tensor core. Sums of a group are float32 and are multiplied by the group's scale, so a scale loses nothing. Where
+the rows of a weight are too few to fill the GPU, its columns are cut too, and XLA adds up the partial sums.
 """
 
 import functools

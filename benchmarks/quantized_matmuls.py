@@ -1,0 +1,288 @@
+"""Speed of products with weights of 4 and 8 bits on this GPU, by kernel and cut: `python -m benchmarks.quantized_matmuls [--seconds 100]`.
+
+A figure is the time of one of many products in one jit, one after the other, each with tokens and a weight of its own (together more than
+the L2 cache holds). Outputs are compared with float32 on 256 random rows of the weight. The last table has the best cut of each case beside
+the floor, which is the weight's bytes at 4.5 TB/s or the products at the tensor cores' rate, whichever is longer.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve.pallas_kernels.quantized_matmul.many_tokens import eight_bit_matmul, widened_matmul
+from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfig, quantized_matmul_triton
+from jaxserve.pallas_kernels.quantized_matmul.weights import EightBitWeight, FourBitWeight
+
+BF16 = jnp.bfloat16
+READ_FLOOR_TBPS = 4.5  # measured on an H200: a sum over an array
+TENSOR_TFLOPS = {"bf16": 815, "w4": 815, "w4z": 815, "w4g32": 815, "fp8": 1630, "int8": 1630}
+SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336), "head": (128256, 4096)}  # [N, K]
+CUBLAS_ALONE = {"xla_gpu_enable_triton_gemm": False}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Tokens times a weight of a kind and shape."""
+
+    kind: str
+    shape: str
+    tokens: int
+
+    def floor(self, weight_bytes: int) -> float:
+        """Seconds below which no kernel can be."""
+        size, depth = SHAPES[self.shape]
+        return max(weight_bytes / READ_FLOOR_TBPS / 1e12, 2 * self.tokens * size * depth / TENSOR_TFLOPS[self.kind] / 1e12)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute a case."""
+
+    case: Case
+    name: str
+    multiply: Callable[[jax.Array, Any], jax.Array]
+
+
+def triton(case: Case, *cut: int) -> Contender:
+    """The Triton kernel: rows and tokens of a tile, blocks a step, splits, warps, stages."""
+    config = TritonQuantizedConfig(*cut)
+    return Contender(case, f"triton {cut}", functools.partial(quantized_matmul_triton, out_dtype=BF16, config=config))
+
+
+def _few_tokens(kind: str) -> Iterator[Contender]:
+    wide = [(32, 1, 1, 1, 5), (32, 2, 1, 2, 4), (64, 1, 1, 2, 4), (64, 2, 1, 2, 3), (64, 1, 2, 2, 4), (64, 1, 1, 4, 4), (64, 2, 1, 4, 3)]
+    wide += [(128, 1, 1, 4, 4), (128, 1, 2, 4, 4), (128, 2, 1, 4, 3), (128, 1, 2, 4, 6), (128, 1, 1, 8, 4)]
+    if kind != "w4":
+        wide = [
+            (32, 1, 1, 1, 5),
+            (32, 1, 1, 2, 4),
+            (64, 1, 1, 2, 4),
+            (64, 1, 2, 2, 3),
+            (64, 1, 1, 2, 6),
+            (64, 1, 1, 4, 4),
+            (128, 1, 2, 4, 4),
+        ]
+    for tokens in (1, 16):
+        for rows, *cut in wide:
+            yield triton(Case(kind, "gate_up", tokens), rows, 16, *cut)
+    for shape, splits in (("down", (4, 8)), ("qkv", (2, 4)), ("o", (4, 8))):
+        for tokens in (1, 16):
+            for rows, warps, stages in ((64, 2, 4), (128, 4, 4), (32, 2, 4)):
+                for split in splits:
+                    if tokens == 16 or shape == "down":
+                        yield triton(Case(kind, shape, tokens), rows, 16, 1, split, warps, stages)
+    for tokens in (1, 16):
+        for cut in ((64, 16, 1, 1, 2, 4), (128, 16, 1, 1, 4, 4)):
+            yield triton(Case(kind, "head", tokens), *cut)
+
+
+def _a_batch(kind: str) -> Iterator[Contender]:
+    for cut in (
+        (64, 1, 1, 4, 4),
+        (64, 2, 1, 4, 3),
+        (128, 1, 1, 4, 4),
+        (128, 1, 1, 8, 4),
+        (128, 2, 1, 8, 3),
+        (256, 1, 1, 8, 3),
+        (64, 1, 1, 2, 4),
+    ):
+        yield triton(Case(kind, "gate_up", 64), cut[0], 64, *cut[1:])
+    for shape, splits in (("down", (4, 8)), ("qkv", (2, 4)), ("o", (4,))):
+        for rows, warps, stages in ((64, 4, 4), (128, 8, 4), (128, 4, 4)):
+            for split in splits:
+                yield triton(Case(kind, shape, 64), rows, 64, 1, split, warps, stages)
+    yield triton(Case(kind, "head", 64), 128, 64, 1, 1, 8, 4)
+
+
+def _many_tokens() -> Iterator[Contender]:
+    for cut in ((128, 128, 1, 1, 8, 3), (128, 256, 1, 1, 8, 3), (256, 128, 1, 1, 8, 3)):
+        yield triton(Case("w4", "gate_up", 256), *cut)
+    yield triton(Case("fp8", "gate_up", 256), 128, 128, 1, 1, 8, 3)
+    for tokens in (256, 2048, 8192):
+        for shape in ("gate_up", "down", "qkv") if tokens > 256 else ("gate_up", "down"):
+            yield Contender(Case("bf16", shape, tokens), "cublas", lambda x, weight: multiply_bf16(x, weight))
+            yield Contender(Case("w4", shape, tokens), "widened", lambda x, weight: widened_matmul(x, weight, BF16, kernels=True))
+            yield Contender(Case("fp8", shape, tokens), "8 bit", lambda x, weight: eight_bit_matmul(x, weight, BF16))
+        yield Contender(Case("int8", "gate_up", tokens), "8 bit", lambda x, weight: eight_bit_matmul(x, weight, BF16))
+        yield Contender(Case("fp8", "gate_up", tokens), "widened", lambda x, weight: widened_matmul(x, weight, BF16, kernels=True))
+
+
+def contenders() -> list[Contender]:
+    """Everything that is measured, the most important first."""
+    found = [*_few_tokens("w4"), *_a_batch("w4"), *_many_tokens(), *_few_tokens("fp8"), *_a_batch("fp8")]
+    for kind in ("w4z", "w4g32", "int8"):
+        found += [triton(Case(kind, "gate_up", tokens), 64, 16, 1, 1, 2, 4) for tokens in (1, 16)]
+        found += [triton(Case(kind, "gate_up", 64), *cut) for cut in ((128, 64, 1, 1, 8, 4), (64, 64, 1, 1, 4, 4))]
+    for tokens in (1, 16, 64):
+        found += [Contender(Case("bf16", shape, tokens), "cublas", lambda x, weight: multiply_bf16(x, weight)) for shape in SHAPES]
+    return found
+
+
+def multiply_bf16(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [T, K], weight [N, K] -> [T, N]."""
+    return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())))
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "size", "depth"))
+def make_weight(seed: jax.Array, kind: str, size: int, depth: int) -> Any:
+    """A random weight [N, K] of a kind."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+
+    def scales(groups: int, dtype: Any) -> jax.Array:
+        return (jax.random.uniform(keys[0], (groups, size), jnp.float32, 0.5, 1.5) * 0.01).astype(dtype)
+
+    if kind.startswith("w4"):
+        groups = depth // (32 if kind == "w4g32" else 128)
+        zeros = jax.random.randint(keys[1], (groups, size), 0, 16, jnp.int32).astype(jnp.uint8) if kind == "w4z" else None
+        return FourBitWeight(jax.random.bits(keys[2], (depth // 128, size, 32), jnp.uint16), scales(groups, jnp.float16), zeros)
+    if kind == "bf16":
+        return jax.random.normal(keys[2], (size, depth), BF16)
+    if kind == "int8":
+        codes = jax.lax.bitcast_convert_type(jax.random.bits(keys[2], (size, depth), jnp.uint8), jnp.int8)
+    else:
+        codes = jax.random.normal(keys[2], (size, depth), BF16).astype(jnp.float8_e4m3fn)
+    return EightBitWeight(codes, scales(1, jnp.float32), quantized_activations=True)
+
+
+def weight_bytes(kind: str, shape: str) -> int:
+    """Bytes of a weight of a kind, with its scales."""
+    abstract = jax.eval_shape(lambda: make_weight(jnp.int32(0), kind, *SHAPES[shape]))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+
+
+def products_in_a_jit(case: Case) -> int:
+    """Enough that a dispatch lasts 400 us and the weights are 250 MB."""
+    size = weight_bytes(case.kind, case.shape)
+    return max(2, min(48, max(-(-250_000_000 // size), int(4e-4 / case.floor(size)))))
+
+
+def compile_products(contender: Contender) -> Any:
+    """The jit that computes a contender's products; an exception where it does not compile."""
+    case = contender.case
+    count = products_in_a_jit(case)
+    product = jax.jit(contender.multiply)
+    tokens = jax.ShapeDtypeStruct((case.tokens, SHAPES[case.shape][1]), BF16)
+    weight = jax.eval_shape(lambda: make_weight(jnp.int32(0), case.kind, *SHAPES[case.shape]))
+    try:
+        lowered = jax.jit(lambda xs, ws: [product(x, w) for x, w in zip(xs, ws, strict=True)]).lower([tokens] * count, [weight] * count)
+        return lowered.compile(compiler_options=CUBLAS_ALONE)
+    except Exception as error:  # one cut that does not compile must not end the others
+        return error
+
+
+def measure(compiled: Any, xs: list[jax.Array], weights: list[Any], expected: np.ndarray, rows: np.ndarray) -> tuple[float, float]:
+    """Median seconds of a product, and the relative L2 error of the first."""
+    outputs = compiled(xs, weights)
+    got = np.asarray(outputs[0][:64, rows], np.float32)
+    error = float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+    jax.block_until_ready(compiled(xs, weights))  # the second run records the graph
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        jax.block_until_ready([compiled(xs, weights)[0] for _ in range(4)])
+        times.append((time.perf_counter() - started) / 4 / len(xs))
+    return statistics.median(times), error
+
+
+def main() -> None:
+    """Compile everything in threads, measure one after the other, print a table."""
+    parser = argparse.ArgumentParser(description="Speed of products with quantized weights on this GPU.")
+    parser.add_argument("--seconds", type=float, default=100, help="stop measuring after so long")
+    parser.add_argument("--only", nargs="+", default=[], help="cases whose 'kind shape tokens' begin with one of these")
+    parser.add_argument("--threads", type=int, default=16, help="that compile")
+    parser.add_argument("--json", type=Path, help="write every figure here")
+    arguments = parser.parse_args()
+    started = time.perf_counter()
+    # Products that do not depend on each other would run side by side.
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_command_buffer_scheduling_mode=SERIALIZE"
+    if jax.default_backend() != "gpu":
+        sys.exit("no GPU")
+    wanted = [
+        c for c in contenders() if not arguments.only or f"{c.case.kind} {c.case.shape} {c.case.tokens}".startswith(tuple(arguments.only))
+    ]
+    with ThreadPoolExecutor(arguments.threads) as pool:
+        futures = [pool.submit(compile_products, contender) for contender in wanted]
+        deadline = started + 0.72 * arguments.seconds
+        for future in futures:
+            try:
+                future.exception(timeout=max(0.0, deadline - time.perf_counter()))
+            except TimeoutError:
+                future.cancel()
+        print(
+            f"{sum(f.done() and not f.cancelled() for f in futures)} of {len(wanted)} compiled at {time.perf_counter() - started:.0f} s",
+            flush=True,
+        )
+        figures = measure_all(wanted, futures, started + arguments.seconds)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1))
+    print_table(figures)
+    sys.stdout.flush()
+    os._exit(1 if any(figure["wrong"] for figure in figures) else 0)  # not waiting for what still compiles
+
+
+def measure_all(wanted: list[Contender], futures: list[Any], deadline: float) -> list[dict[str, Any]]:
+    """A row a contender that compiled; weights are made once for each kind and shape."""
+    figures: list[dict[str, Any]] = []
+    seed = time.time_ns() % 2**30
+    weights: list[Any] = []
+    made_for: tuple[str, str] | None = None
+    order = sorted(range(len(wanted)), key=lambda i: (wanted[i].case.kind, wanted[i].case.shape, wanted[i].case.tokens))
+    for i in order:
+        case, future = wanted[i].case, futures[i]
+        if time.perf_counter() > deadline:
+            print("out of time", flush=True)
+            break
+        if future.cancelled() or not future.done():
+            continue
+        compiled = future.result()
+        if isinstance(compiled, Exception):
+            reason = f"{type(compiled).__name__} {' '.join(str(compiled).split())[:160]}"
+            print(f"{case.kind} {case.shape} T={case.tokens} {wanted[i].name}: {reason}")
+            continue
+        count = products_in_a_jit(case)
+        size, depth = SHAPES[case.shape]
+        if made_for != (case.kind, case.shape):
+            weights.clear()
+            made_for = case.kind, case.shape
+        while len(weights) < count:
+            weights.append(make_weight(jnp.int32(seed + len(weights)), case.kind, size, depth))
+        xs = [jax.random.normal(jax.random.key(seed + 1000 + n), (case.tokens, depth), BF16) for n in range(count)]
+        rows = np.random.default_rng(seed).integers(0, size, 256)
+        matrix = weights[0][rows] if case.kind == "bf16" else weights[0].rows(jnp.asarray(rows), jnp.float32)
+        expected = np.asarray(xs[0][:64], np.float32) @ np.asarray(matrix, np.float32).T
+        seconds, error = measure(compiled, xs, weights[:count], expected, rows)
+        bound = {"8 bit": 0.04 if case.kind == "fp8" else 0.02}.get(wanted[i].name, 4e-3)
+        floor = case.floor(weight_bytes(case.kind, case.shape))
+        row = dict(kind=case.kind, shape=case.shape, tokens=case.tokens, name=wanted[i].name, us=seconds * 1e6, floor_us=floor * 1e6)
+        figures.append(row | dict(error=error, wrong=not error < bound))
+    return figures
+
+
+def print_table(figures: list[dict[str, Any]]) -> None:
+    """The four best of each case."""
+    cases: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    for figure in figures:
+        cases.setdefault((figure["kind"], figure["shape"], figure["tokens"]), []).append(figure)
+    for (kind, shape, tokens), rows in cases.items():
+        rows.sort(key=lambda row: row["us"])
+        best = "  ".join(f"{row['us']:.1f} {row['name'].replace('triton ', '')}" for row in rows[:4])
+        wrong = "".join(f"  WRONG {row['error']:.1e} {row['name']}" for row in rows if row["wrong"])
+        line = f"{kind:5s} {shape:8s} T={tokens:<5d} floor {rows[0]['floor_us']:6.1f}  {best}"
+        print(f"{line}  worst {rows[-1]['us']:.1f}  error {rows[0]['error']:.1e}{wrong}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Many tokens times a weight of 4 or 8 bits: a weight made 16 bits wide for cuBLAS, or 8-bit products."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, EightBitWeight, FourBitWeight
+
+_TRANSPOSED = (((1,), (1,)), ((), ()))
+_DEQUANTIZED_ROWS = 32  # of a program: 16 bytes of words and 4 stores of 16 bytes a thread
+
+
+def widened_matmul(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, *, kernels: bool) -> jax.Array:
+    """x [T, K] times the transposed weight [N, K], which is first written out in x's dtype: [T, N] in out_dtype.
+
+    Args:
+        kernels: Triton may be used; else all is XLA's.
+    """
+    if kernels and isinstance(weight, FourBitWeight) and weight.values is None and weight.minima is None:
+        matrix = dequantize_triton(weight, x.dtype)
+    else:
+        # Without the barrier XLA may widen the codes inside a product of its own, over and over again for each tile of tokens.
+        matrix = lax.optimization_barrier(weight.dequantize(x.dtype))
+    return lax.dot_general(x, matrix, _TRANSPOSED, preferred_element_type=out_dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "interpret"))
+def dequantize_triton(weight: FourBitWeight, dtype: jnp.dtype, *, interpret: bool = False) -> jax.Array:
+    """The weight [N, K], without its minima, in dtype."""
+    size, depth = weight.shape
+    operands = weight.codes, weight.scales, weight.zeros
+    return pl.pallas_call(
+        functools.partial(_dequantize_kernel, group=weight.group),
+        grid=(pl.cdiv(size, _DEQUANTIZED_ROWS), depth // BLOCK),
+        in_specs=jax.tree.map(lambda _: pl.no_block_spec, operands),
+        out_specs=pl.no_block_spec,
+        out_shape=jax.ShapeDtypeStruct((size, depth), dtype),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="dequantize",
+    )(*operands)
+
+
+def _dequantize_kernel(codes_ref, scales_ref, zeros_ref, out_ref, *, group: int):
+    tile = _DEQUANTIZED_ROWS, codes_ref.shape[2]
+    block = pl.program_id(1)
+    # Every index has the shape of the tile, so that nothing moves between threads.
+    row = pl.program_id(0) * tile[0] + lax.broadcasted_iota(jnp.int32, tile, 0)
+    word = lax.broadcasted_iota(jnp.int32, tile, 1)
+    inside = row < codes_ref.shape[1]
+
+    def load(ref, *place):
+        return plt.load(ref.at[place], mask=inside, other=jnp.zeros((), ref.dtype))
+
+    words = load(codes_ref, jnp.broadcast_to(block, tile), row, word).astype(jnp.int32)
+    for plane in range(4):
+        part = jnp.broadcast_to((block * BLOCK + 32 * plane) // group, tile)
+        numbers = ((words >> (4 * plane)) & 15).astype(jnp.float32)
+        zeros = 8.0 if zeros_ref is None else load(zeros_ref, part, row).astype(jnp.float32)
+        numbers = (numbers - zeros) * load(scales_ref, part, row).astype(jnp.float32)
+        plt.store(out_ref.at[row, block * BLOCK + 32 * plane + word], numbers.astype(out_ref.dtype), mask=inside)
+
+
+def round_activations(x: jax.Array, dtype: jnp.dtype, group: int, x_scale: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """x [T, K] in dtype, float8_e4m3fn or int8, and what to multiply it by, float32 [T, K / group].
+
+    Without `x_scale`, float32 [], a group's largest value fills the range.
+    """
+    largest = 127.0 if dtype == jnp.int8 else float(jnp.finfo(dtype).max)
+    grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, group)
+    if x_scale is None:
+        scales = jnp.maximum(jnp.max(jnp.abs(grouped), axis=2), 1e-10) / largest
+    else:
+        scales = jnp.broadcast_to(x_scale.astype(jnp.float32), grouped.shape[:2])
+    scaled = jnp.clip(grouped / scales[:, :, None], -largest, largest)
+    return (jnp.round(scaled) if dtype == jnp.int8 else scaled).astype(dtype).reshape(x.shape), scales
+
+
+def eight_bit_matmul(x: jax.Array, weight: EightBitWeight, out_dtype: jnp.dtype) -> jax.Array:
+    """x [T, K], rounded to the codes' dtype, times the transposed weight [N, K] with a scale a row: [T, N] in out_dtype.
+
+    Both operands have K contiguous, as cuBLASLt wants 8-bit ones. T, N and K should be multiples of 16.
+    """
+    codes, x_scales = round_activations(x, weight.codes.dtype, x.shape[1], weight.x_scale)
+    # bfloat16: half the bytes to write and to read again; float16 would overflow.
+    sums_dtype = jnp.bfloat16 if out_dtype == jnp.bfloat16 else jnp.float32
+    sums_dtype = jnp.int32 if weight.codes.dtype == jnp.int8 else sums_dtype
+    sums = lax.dot_general(codes, weight.codes, _TRANSPOSED, preferred_element_type=sums_dtype)
+    return (sums.astype(jnp.float32) * x_scales * weight.scales.astype(jnp.float32)).astype(out_dtype)
