@@ -114,15 +114,18 @@ def _many_tokens() -> Iterator[Contender]:
     for tokens in (256, 2048, 8192):
         for shape in ("gate_up", "down", "qkv") if tokens > 256 else ("gate_up", "down"):
             yield Contender(Case("bf16", shape, tokens), "cublas", lambda x, weight: multiply_bf16(x, weight))
-            yield Contender(Case("w4", shape, tokens), "widened", lambda x, weight: widened_matmul(x, weight, BF16, kernels=True))
+            yield Contender(Case("w4", shape, tokens), "widened", lambda x, weight: widened_matmul(x, weight, BF16))
             yield Contender(Case("fp8", shape, tokens), "8 bit", lambda x, weight: eight_bit_matmul(x, weight, BF16))
         yield Contender(Case("int8", "gate_up", tokens), "8 bit", lambda x, weight: eight_bit_matmul(x, weight, BF16))
-        yield Contender(Case("fp8", "gate_up", tokens), "widened", lambda x, weight: widened_matmul(x, weight, BF16, kernels=True))
+        yield Contender(Case("fp8", "gate_up", tokens), "widened", lambda x, weight: widened_matmul(x, weight, BF16))
 
 
 def contenders() -> list[Contender]:
     """Everything that is measured, the most important first."""
     found = [*_few_tokens("w4"), *_a_batch("w4"), *_many_tokens(), *_few_tokens("fp8"), *_a_batch("fp8")]
+    for tokens in (16, 64):
+        for shape in ("gate_up", "down", "qkv", "o"):
+            found.append(Contender(Case("fp8", shape, tokens), "8 bit", lambda x, weight: eight_bit_matmul(x, weight, BF16)))
     for kind in ("w4z", "w4g32", "int8"):
         found += [triton(Case(kind, "gate_up", tokens), 64, 16, 1, 1, 2, 4) for tokens in (1, 16)]
         found += [triton(Case(kind, "gate_up", 64), *cut) for cut in ((128, 64, 1, 1, 8, 4), (64, 64, 1, 1, 4, 4))]

@@ -14,13 +14,9 @@ _TRANSPOSED = (((1,), (1,)), ((), ()))
 _DEQUANTIZED_ROWS = 32  # of a program: 16 bytes of words and 4 stores of 16 bytes a thread
 
 
-def widened_matmul(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, *, kernels: bool) -> jax.Array:
-    """x [T, K] times the transposed weight [N, K], which is first written out in x's dtype: [T, N] in out_dtype.
-
-    Args:
-        kernels: Triton may be used; else all is XLA's.
-    """
-    if kernels and isinstance(weight, FourBitWeight) and weight.values is None and weight.minima is None:
+def widened_matmul(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype) -> jax.Array:
+    """x [T, K] times the transposed weight [N, K], which is first written out in x's dtype: [T, N] in out_dtype."""
+    if isinstance(weight, FourBitWeight):
         matrix = dequantize_triton(weight, x.dtype)
     else:
         # Without the barrier XLA may widen the codes inside a product of its own, over and over again for each tile of tokens.
@@ -30,11 +26,11 @@ def widened_matmul(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dty
 
 @functools.partial(jax.jit, static_argnames=("dtype", "interpret"))
 def dequantize_triton(weight: FourBitWeight, dtype: jnp.dtype, *, interpret: bool = False) -> jax.Array:
-    """The weight [N, K], without its minima, in dtype."""
+    """The weight [N, K] in dtype."""
     size, depth = weight.shape
-    operands = weight.codes, weight.scales, weight.zeros
+    operands = weight.codes, weight.scales, weight.zeros, weight.minima
     return pl.pallas_call(
-        functools.partial(_dequantize_kernel, group=weight.group),
+        functools.partial(_dequantize_kernel, group=weight.group, values=weight.values),
         grid=(pl.cdiv(size, _DEQUANTIZED_ROWS), depth // BLOCK),
         in_specs=jax.tree.map(lambda _: pl.no_block_spec, operands),
         out_specs=pl.no_block_spec,
@@ -45,7 +41,7 @@ def dequantize_triton(weight: FourBitWeight, dtype: jnp.dtype, *, interpret: boo
     )(*operands)
 
 
-def _dequantize_kernel(codes_ref, scales_ref, zeros_ref, out_ref, *, group: int):
+def _dequantize_kernel(codes_ref, scales_ref, zeros_ref, minima_ref, out_ref, *, group: int, values: tuple[float, ...] | None):
     tile = _DEQUANTIZED_ROWS, codes_ref.shape[2]
     block = pl.program_id(1)
     # Every index has the shape of the tile, so that nothing moves between threads.
@@ -59,9 +55,16 @@ def _dequantize_kernel(codes_ref, scales_ref, zeros_ref, out_ref, *, group: int)
     words = load(codes_ref, jnp.broadcast_to(block, tile), row, word).astype(jnp.int32)
     for plane in range(4):
         part = jnp.broadcast_to((block * BLOCK + 32 * plane) // group, tile)
-        numbers = ((words >> (4 * plane)) & 15).astype(jnp.float32)
-        zeros = 8.0 if zeros_ref is None else load(zeros_ref, part, row).astype(jnp.float32)
-        numbers = (numbers - zeros) * load(scales_ref, part, row).astype(jnp.float32)
+        codes = (words >> (4 * plane)) & 15
+        if values is None:
+            numbers = codes.astype(jnp.float32) - (8.0 if zeros_ref is None else load(zeros_ref, part, row).astype(jnp.float32))
+        else:
+            numbers = jnp.zeros(tile, jnp.float32)
+            for code, value in enumerate(values):
+                numbers = jnp.where(codes == code, value, numbers)
+        numbers = numbers * load(scales_ref, part, row).astype(jnp.float32)
+        if minima_ref is not None:
+            numbers = numbers + load(minima_ref, part, row).astype(jnp.float32)
         plt.store(out_ref.at[row, block * BLOCK + 32 * plane + word], numbers.astype(out_ref.dtype), mask=inside)
 
 

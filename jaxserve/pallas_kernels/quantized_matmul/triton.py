@@ -52,7 +52,7 @@ def quantized_matmul_triton(
     operands = x, weight.codes, weight.scales, zeros
     out = jax.ShapeDtypeStruct((config.splits, num_tokens, size), out_dtype if config.splits == 1 else jnp.float32)
     parts = pl.pallas_call(
-        functools.partial(_quantized_matmul_kernel, group=weight.group, config=config, interpret=interpret),
+        functools.partial(_quantized_matmul_kernel, group=weight.group, values=_table(weight), config=config, interpret=interpret),
         grid=(pl.cdiv(num_tokens, config.tokens), pl.cdiv(size, config.tile), config.splits),
         in_specs=jax.tree.map(lambda _: pl.no_block_spec, operands),
         out_specs=pl.no_block_spec,
@@ -64,9 +64,18 @@ def quantized_matmul_triton(
     return parts[0] if config.splits == 1 else parts.sum(axis=0).astype(out_dtype)
 
 
+def _table(weight: FourBitWeight | EightBitWeight) -> tuple[float, ...] | int:
+    """What 4-bit codes stand for, or what they count from."""
+    values = weight.values if isinstance(weight, FourBitWeight) else None
+    if values is None:
+        return 8
+    return 0 if values == tuple(range(16)) else values
+
+
 def _quantized_matmul_kernel(
-    x_ref, codes_ref, scales_ref, zeros_ref, out_ref, *, group: int, config: TritonQuantizedConfig, interpret: bool
-):
+    x_ref, codes_ref, scales_ref, zeros_ref, out_ref,
+    *, group: int, values: tuple[float, ...] | int, config: TritonQuantizedConfig, interpret: bool,
+):  # fmt: skip
     (num_tokens, depth), size, dtype = x_ref.shape, scales_ref.shape[1], x_ref.dtype
     four_bit = codes_ref.dtype == jnp.uint16
     num_blocks = pl.cdiv(depth, BLOCK)
@@ -116,7 +125,8 @@ def _quantized_matmul_kernel(
             word = jnp.arange(codes_ref.shape[2], dtype=jnp.int32)
             words = load(codes_ref, place, row[:, None], word[None, :], masks=(outer(row_inside, 1),))
             for plane in range(part * 4 // parts, (part + 1) * 4 // parts):
-                yield four_bit_numbers(words, plane, zeros, dtype, interpret), block * BLOCK + 32 * plane
+                less, table = (values if zeros is None else zeros, None) if isinstance(values, int) else (0, values)
+                yield four_bit_numbers(words, plane, less, table, dtype, interpret), block * BLOCK + 32 * plane
         else:
             width = BLOCK // parts
             first = block * BLOCK + part * width

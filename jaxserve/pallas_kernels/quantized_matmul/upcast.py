@@ -44,23 +44,49 @@ def _asm(code: str, arguments: Sequence[jax.Array], dtype: jnp.dtype, pack: int)
     return numbers
 
 
-def four_bit_numbers(words: jax.Array, plane: int, zeros: jax.Array | None, dtype: jnp.dtype, interpret: bool) -> jax.Array:
-    """Codes `plane` of uint16 words [N, C], less their zero, in dtype; zeros uint8 [N] or None: 8."""
+def four_bit_numbers(
+    words: jax.Array, plane: int, zeros: jax.Array | int, values: tuple[float, ...] | None, dtype: jnp.dtype, interpret: bool
+) -> jax.Array:
+    """Codes `plane` of uint16 words [N, C], less their zero (one or uint8 [N]), in dtype; or their `values`."""
+    if values is not None:
+        return _looked_up(words, plane, values, dtype, interpret)
     magic = _Magic.of(dtype)
     # One register holds the codes of two words: shifted into place, cut out and put into the mantissas by one instruction.
-    if zeros is not None:
+    if not isinstance(zeros, int):
         zeros = -(zeros.astype(jnp.float32) + magic.base).astype(dtype)
         zeros = jnp.broadcast_to(zeros[:, None], words.shape)
     if interpret:
-        codes = ((words >> jnp.uint16(4 * plane)) & jnp.uint16(15)).astype(dtype)
-        return codes - 8 if zeros is None else (codes + magic.base) + zeros
+        codes = _codes(words, plane).astype(dtype)
+        return codes - zeros if isinstance(zeros, int) else (codes + magic.base) + zeros
     shift = f"shr.u32 t, $1, {4 * plane};" if plane else "mov.b32 t, $1;"
-    taken = "$2" if zeros is not None else "z"
+    taken, arguments, less = ("z", [words], zeros) if isinstance(zeros, int) else ("$2", [words, zeros], 0)
     code = (
-        f"{{ .reg .b32 t, o, z; {shift} mov.b32 o, {_pair(1, dtype)}; mov.b32 z, {_pair(-magic.base - 8, dtype)};"
+        f"{{ .reg .b32 t, o, z; {shift} mov.b32 o, {_pair(1, dtype)}; mov.b32 z, {_pair(-magic.base - less, dtype)};"
         f" lop3.b32 t, t, 0x000f000f, {_pair(magic.base, dtype)}, 0xEA; fma.rn.{magic.suffix} $0, t, o, {taken}; }}"
     )
-    return _asm(code, [words] if zeros is None else [words, zeros], dtype, 2)
+    return _asm(code, arguments, dtype, 2)
+
+
+def _codes(words: jax.Array, plane: int) -> jax.Array:
+    return (words >> jnp.uint16(4 * plane)) & jnp.uint16(15)
+
+
+def _looked_up(words: jax.Array, plane: int, values: tuple[float, ...], dtype: jnp.dtype, interpret: bool) -> jax.Array:
+    """What 16 codes stand for, bytes at a time: PRMT chooses among 8 bytes, so twice among the lower and twice among the upper bytes."""
+    if interpret:
+        codes = _codes(words, plane)
+        return sum((jnp.where(codes == code, value, 0.0) for code, value in enumerate(values)), jnp.zeros(())).astype(dtype)
+    numbers = np.asarray(values, ml_dtypes.bfloat16 if dtype == jnp.bfloat16 else np.float16).view(np.uint8).reshape(16, 2)
+    lower, upper = (np.ascontiguousarray(numbers[:, byte]).view(np.uint32) for byte in (0, 1))
+    code = "{ .reg .b32 t, s, m, a<4>, b<4>;"
+    for name, table in (("a", lower), ("b", upper)):
+        code += "".join(f" mov.b32 {name}{i}, 0x{int(part):08x};" for i, part in enumerate(table))
+    code += f" shr.u32 t, $1, {4 * plane}; and.b32 t, t, 0x000f000f; shr.u32 s, t, 12; or.b32 s, s, t; and.b32 s, s, 0x77;"
+    code += " prmt.b32 a0, a0, a1, s; prmt.b32 a2, a2, a3, s; prmt.b32 b0, b0, b1, s; prmt.b32 b2, b2, b3, s;"
+    code += " prmt.b32 a0, a0, b0, 0x5140; prmt.b32 a2, a2, b2, 0x5140;"
+    # The code's highest bit chooses between the halves of the table.
+    code += " shr.u32 m, t, 3; and.b32 m, m, 0x00010001; mul.lo.u32 m, m, 0xffff; lop3.b32 $0, a0, a2, m, 0xD8; }"
+    return _asm(code, [words], dtype, 2)
 
 
 def eight_bit_numbers(codes: jax.Array, dtype: jnp.dtype, interpret: bool) -> jax.Array:

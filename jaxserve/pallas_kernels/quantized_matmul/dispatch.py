@@ -1,0 +1,42 @@
+"""Which way a product with a quantized weight goes on a GPU: all thresholds and cuts, by measurements (docs/performance_gpu.md)."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from jaxserve.pallas_kernels.gpu import Gpu
+from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfig
+from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, EightBitWeight, FourBitWeight
+
+# At most so many tokens go to the kernel that widens codes in registers; more are cuBLAS's, with a weight that was widened before.
+_MOST_KERNEL_TOKENS = 192
+# From so many on, 8-bit products win where activations may be rounded.
+_LEAST_EIGHT_BIT_TOKENS = 65
+_LEAST_SPLIT_BLOCKS = 4  # blocks of 128 columns in a share
+
+
+def takes_eight_bit_products(x: jax.Array, weight: FourBitWeight | EightBitWeight, gpu: Gpu) -> bool:
+    """Whether x [T, K] is rounded and multiplied in 8 bits; float8 needs a Hopper GPU, cuBLASLt multiples of 16."""
+    if not isinstance(weight, EightBitWeight) or not weight.quantized_activations or weight.zeros is not None or weight.scales.shape[0] > 1:
+        return False
+    fits = all(length % 16 == 0 for length in (*x.shape, weight.shape[0]))
+    return fits and x.shape[0] >= _LEAST_EIGHT_BIT_TOKENS and (gpu.is_hopper or weight.codes.dtype == jnp.int8)
+
+
+def triton_config(x: jax.Array, weight: FourBitWeight | EightBitWeight, gpu: Gpu) -> TritonQuantizedConfig | None:
+    """The kernel's cut for x [T, K]; None where it is not the fastest or does not take the arrays."""
+    (num_tokens, depth), size = x.shape, weight.shape[0]
+    if num_tokens > _MOST_KERNEL_TOKENS or x.dtype not in (jnp.bfloat16, jnp.float16):
+        return None
+    tokens = min(64, max(16, pl.next_power_of_2(num_tokens)))
+    few = tokens <= 16
+    tile, num_warps, num_stages, programs_a_multiprocessor = (64, 2, 4, 3) if few else (128, 8, 4, 1)
+    while tile > 16 and size % tile and size < tile * gpu.num_multiprocessors:
+        tile //= 2
+    num_warps = min(num_warps, max(1, tile // 16))
+    programs = pl.cdiv(size, tile) * pl.cdiv(num_tokens, tokens)
+    most = max(1, pl.cdiv(depth, BLOCK) // _LEAST_SPLIT_BLOCKS)
+    splits = 1
+    while programs * splits < programs_a_multiprocessor * gpu.num_multiprocessors and 2 * splits <= most:
+        splits *= 2
+    return TritonQuantizedConfig(tile, tokens, 1, splits, num_warps, num_stages)
