@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jaxserve.chat_output import (
     TOOL_CALL_PARSERS,
     MessageParser,
+    answer_or_calls,
     choose_reasoning_parser,
     choose_tool_format,
     constrained_answer,
@@ -33,8 +34,8 @@ class Joined:
     calls: list[list[str]] = field(default_factory=list)
 
 
-def joined(pieces: list[str], parser: str | None, reasoning: str = "", parallel: bool = True) -> Joined:
-    message, told = MessageParser(TOOL_CALL_PARSERS[parser] if parser else None, NAMES, reasoning, parallel), Joined()
+def joined(pieces: list[str], parser: str | None, reasoning: str = "", parallel: bool = True, alone: bool = False) -> Joined:
+    message, told = MessageParser(TOOL_CALL_PARSERS[parser] if parser else None, NAMES, reasoning, parallel, alone), Joined()
     for place, piece in enumerate(pieces):
         delta = message.push(piece, last=place == len(pieces) - 1)
         told.content += delta.content
@@ -205,15 +206,10 @@ TOOLS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("parallel", [False, True])
-@pytest.mark.parametrize("reasoning", ["", "possible", "begun"])
-@pytest.mark.parametrize("parser", PARSERS)
-def test_what_the_grammar_allows_is_read_back(parser: str, reasoning: str, parallel: bool):
-    """Random walks through the grammar; each that ends is calls of the tools and nothing else, or one call."""
-    text = tool_grammar(TOOL_CALL_PARSERS[parser], TOOLS, parallel, None, reasoning)
-    tokenizer = llguidance.LLTokenizer("byte")
-    num_ended = 0
-    for seed in range(30):
+def walks(text: str, reasoning: str, count: int) -> list[str]:
+    """Texts that a grammar in Lark allows, found by random walks through it; those that do not end are left out."""
+    tokenizer, found = llguidance.LLTokenizer("byte"), []
+    for seed in range(count):
         matcher, rng, written = (
             llguidance.LLMatcher(tokenizer, llguidance.LLMatcher.grammar_from_lark(text)),
             random.Random(seed),
@@ -233,16 +229,79 @@ def test_what_the_grammar_allows_is_read_back(parser: str, reasoning: str, paral
             token = rng.choice(plain or allowed)
             assert matcher.consume_token(token)
             written.append(token)
-        if not matcher.is_accepting():
-            continue
-        num_ended += 1
-        told = joined(list(written.decode()), parser, reasoning, parallel=True)
+        if matcher.is_accepting():
+            found.append(written.decode())
+    return found
+
+
+def check_calls(told: Joined) -> None:
+    for name, arguments in told.calls:
+        values = json.loads(arguments)
+        assert set(values) <= {"city", "days", "x"} if name == "get_weather" else (name, values) == ("now", {})
+        assert name == "now" or "city" in values
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("reasoning", ["", "possible", "begun"])
+@pytest.mark.parametrize("parser", PARSERS)
+def test_what_the_grammar_allows_is_read_back(parser: str, reasoning: str, parallel: bool):
+    """Each text is calls of the tools and nothing else, or one call."""
+    texts = walks(tool_grammar(TOOL_CALL_PARSERS[parser], TOOLS, parallel, None, reasoning), reasoning, 30)
+    for text in texts:
+        told = joined(list(text), parser, reasoning, parallel=True)
         assert told.content == "" and 1 <= len(told.calls) <= (99 if parallel else 1)
-        for name, arguments in told.calls:
-            values = json.loads(arguments)
-            assert set(values) <= {"city", "days", "x"} if name == "get_weather" else (name, values) == ("now", {})
-            assert name == "now" or "city" in values
-    assert num_ended > 3
+        check_calls(told)
+    assert len(texts) > 3
+
+
+NAMED = {"type": "object", "properties": {"name": {"$ref": "#/$defs/days"}, "n": {"type": "integer"}}, "required": ["name"],
+         "$defs": {"days": {"enum": ["now", "mon"]}}, "additionalProperties": False}  # fmt: skip
+ANSWERS = [
+    (Grammar.json_object(), ['{"a": [1]}', '{"name": "nows"}', '{ "names": 1}', '{"a": "<tool_call>"}', "{}"]),
+    (Grammar.json_schema(NAMED), ['{"name": "mon"}', '{"name":"mon","n":5}']),
+    (Grammar.json_schema({"type": "array", "items": {"type": "integer"}}), ["[]", "[ 1, 2]"]),
+    (Grammar.regex("[a-c]+"), ["abc"]),
+    (Grammar.choice(["yes", "[no]"]), ["yes", "[no]"]),
+    (Grammar.ebnf('start: "f{" x "}"\nx: /[a-c]*/'), ["f{ab}", "f{}"]),
+]  # fmt: skip
+ONE_CALL = {
+    "hermes": '<tool_call>\n{"name": "get_weather", "arguments": {"city": "x", "days": 2}}\n</tool_call>',
+    "llama3_json": '{"name": "get_weather", "parameters": {"city": "x", "days": 2}}',
+    "pythonic": '[get_weather(city="x", days=2)]',
+    "mistral": '[TOOL_CALLS][{"name": "get_weather", "arguments": {"city": "x", "days": 2}}]',
+}
+
+
+@pytest.mark.parametrize("reasoning", ["", "possible", "begun"])
+@pytest.mark.parametrize("parser", PARSERS)
+@pytest.mark.parametrize(("grammar", "answers"), ANSWERS, ids=lambda value: value.kind.value if isinstance(value, Grammar) else "")
+def test_an_answer_is_what_its_grammar_says_or_calls(parser: str, reasoning: str, grammar: Grammar, answers: list[str]):
+    either = answer_or_calls(grammar, TOOL_CALL_PARSERS[parser], TOOLS, True, None, reasoning)
+    assert either is not None
+    before = {"": "", "possible": "<think>hm</think>\n", "begun": "hm</think>"}[reasoning]
+    tokenizer = llguidance.LLTokenizer("byte")
+    for text, good in [(answer, True) for answer in (*answers, ONE_CALL[parser])] + [("nothing like it", False), ("Hm.", False)]:
+        matcher, data = llguidance.LLMatcher(tokenizer, llguidance.LLMatcher.grammar_from_lark(either.text)), list((before + text).encode())
+        assert not matcher.is_error(), matcher.get_error()
+        assert (matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting()) is good, text
+        if good:
+            told = joined(list(before + text), parser, reasoning, alone=True)
+            assert told == joined([before + text], parser, reasoning, alone=True)
+            called = [] if text in answers else [["get_weather", '{"city": "x", "days": 2}']]
+            assert (told.content, told.calls) == ("" if called else text, called)
+    texts = walks(either.text, reasoning, 12)
+    for text in texts:
+        told = joined(list(text), parser, reasoning, alone=True)
+        check_calls(told)
+        if grammar.kind.value.startswith("json") and not told.calls:
+            json.loads(told.content)
+        assert bool(told.calls) != bool(told.content)
+    assert texts
+
+
+def test_what_cannot_stand_beside_calls_stands_alone():
+    for grammar in (Grammar.ebnf('root ::= "a"'), Grammar.structural_tag([{"begin": "<f>", "schema": {}, "end": "</f>"}], ["<f"])):
+        assert answer_or_calls(grammar, TOOL_CALL_PARSERS["hermes"], TOOLS, True, None, "") is None
 
 
 @pytest.mark.parametrize("schema", [{"properties": [1]}, {"properties": 5}, {"required": 5}, {"required": True}])
@@ -291,6 +350,7 @@ def test_reasoning_by_template_and_prompt():
         (Grammar.json_schema({"type": "object", "properties": {"é": {"enum": ["a/b"]}}, "required": ["é"]}), '{"é": "a/b"}', "{}"),
         (Grammar.regex(r"a/b\/[^/]+"), "a/b/c", "a/b//"),
         (Grammar.choice(['say "yes"', "n\no"]), "n\no", "n"),
+        (Grammar.ebnf('start: "a" b\nb: /[{}]/'), "a}", "b"),
     ],
 )
 def test_grammars_after_reasoning(grammar: Grammar, good: str, bad: str):
@@ -303,4 +363,4 @@ def test_grammars_after_reasoning(grammar: Grammar, good: str, bad: str):
             assert not matcher.is_error(), matcher.get_error()
             taken = matcher.try_consume_tokens(list((before + answer).encode())) == len((before + answer).encode())
             assert (taken and matcher.is_accepting()) is expected, (reasoning, answer)
-    assert constrained_answer(Grammar.ebnf("start: 'a'"), "begun") is None
+    assert constrained_answer(Grammar.ebnf("root ::= 'a'"), "begun") is None

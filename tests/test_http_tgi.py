@@ -273,3 +273,18 @@ def test_grammars():
         assert made is not None and made.kind is kind
         if kind is GrammarKind.JSON_SCHEMA:
             assert json.loads(made.text) == schema
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "characters"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "ab"}]}, None),
+        ("/v1/completions", {"prompt": ["ab", "cde"]}, "5"),
+        ("/v1/responses", {"input": "ab"}, None),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "ab"}], "max_tokens": 4}, None),
+    ],
+)
+def test_streams_of_other_apis_have_the_headers_too(front_end: LiveFrontEnd, path: str, body: dict[str, Any], characters: str | None):
+    headers = front_end.client.post(path, json={**body, "stream": True}).headers
+    whole = front_end.client.post(path, json=body).headers["x-compute-characters"]
+    assert (headers["x-compute-type"], headers["x-compute-characters"]) == ("1-double", characters or whole)

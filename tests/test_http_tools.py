@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from live_front_end import LiveFrontEnd
 from tiny_models import write_tokenizer
 
 from jaxserve.chat_output import TOOL_CALL_PARSERS
+from jaxserve.grammar import Grammar, GrammarKind
+from jaxserve.http.conversation import Conversation, Tool, ToolUse
+from jaxserve.request import SamplingParams
 
 CHAT = "/v1/chat/completions"
 TOOLS = [
@@ -188,3 +192,32 @@ def test_openai_sdk_puts_the_stream_together(front_ends: Callable[[str], LiveFro
         assert [call.function.name for call in message.tool_calls or ()] == ["get_weather", "now"]
         assert json.loads((message.tool_calls or [])[0].function.arguments) == {"city": "São Paulo"}
         assert message.content == "Hm."
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_beside_a_response_format_tools_may_be_called(front_ends: Callable[[str], LiveFrontEnd], name: str):
+    """The double writes what it is asked, so this is about the reading; that the grammar allows both, tests/test_chat_output.py shows."""
+    body: dict[str, Any] = {"response_format": {"type": "json_object"}}
+    called = CALLS[name].removeprefix("Hm.\n")
+    message = ask(front_ends(name), called, **body)["choices"][0]["message"]
+    assert functions(message) == [("get_weather", {"city": "São Paulo"}), ("now", {})] and message["content"] is None
+    answer = json.dumps({"a": CALLS["hermes"], "b": CALLS["mistral"]}, ensure_ascii=False)
+    choice = ask(front_ends(name), answer, **body)["choices"][0]
+    assert (choice["message"]["content"], choice["message"].get("tool_calls"), choice["finish_reason"]) == (answer, None, "stop")
+    _, (told,) = stream(front_ends(name), answer, **body)
+    assert (told["content"], told["tool_calls"]) == (answer, [])
+
+
+def test_the_grammar_beside_tools_names_both_fields(front_ends: Callable[[str], LiveFrontEnd]):
+    tools = ToolUse([Tool("now")])
+    params = SamplingParams(grammar=Grammar.json_object())
+    for choice, kind, param in (
+        (tools, GrammarKind.EBNF, "response_format with tools"),
+        (ToolUse(), GrammarKind.JSON_OBJECT, "response_format"),
+    ):
+        _, asked = front_ends("hermes").service.chat_format.answer_format(Conversation([], params, choice), "")
+        assert asked.grammar is not None and (asked.grammar.kind, asked.grammar.param) == (kind, param)
+    told, asked = front_ends("hermes").service.chat_format.answer_format(
+        Conversation([], replace(params, grammar=Grammar.ebnf('root ::= "a"')), tools), ""
+    )
+    assert asked.grammar == Grammar.ebnf('root ::= "a"') and told.tool_format is not None and not told.alone

@@ -12,7 +12,7 @@ from jaxserve.chat_output.formats import (
 )
 from jaxserve.chat_output.message import MessageDelta, ToolCallDelta
 from jaxserve.chat_output.parser import MessageParser
-from jaxserve.chat_output.tool_grammar import tool_grammar
+from jaxserve.chat_output.tool_grammar import answer_or_calls, tool_grammar
 
 __all__ = [
     "REASONING_PARSERS",
@@ -21,6 +21,7 @@ __all__ = [
     "MessageParser",
     "ToolCallDelta",
     "ToolFormat",
+    "answer_or_calls",
     "choose_reasoning_parser",
     "choose_tool_format",
     "constrained_answer",

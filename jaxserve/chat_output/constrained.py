@@ -1,12 +1,14 @@
 """A grammar for what follows the reasoning of a thinking model."""
 
 import json
+import re
 from typing import Any
 
 from jaxserve.grammar import Grammar, GrammarKind
 
 # Between two parts of a JSON text; models have been seen to write nothing but white space for ever.
 _WHITESPACE = r" |\r?\n[ \t]{0,24}"
+_LARK = re.compile(r"(?m)^\s*(%llguidance\b|start\s*:)")
 
 
 def after_reasoning(body: str, reasoning: str) -> str:
@@ -26,21 +28,33 @@ def constrained_answer(grammar: Grammar, reasoning: str) -> Grammar | None:
     """The grammar of a whole answer from that of what follows the reasoning; None where it has a form that cannot be put into another."""
     if not reasoning:
         return grammar
+    body = rule_body(grammar)
+    if body is None:
+        return None
+    return Grammar(GrammarKind.EBNF, f"{after_reasoning('answer', reasoning)}\nanswer: {body}", grammar.param)
+
+
+def rule_body(grammar: Grammar) -> str | None:
+    """A grammar as the right side of a rule in Lark; None where it has a form that cannot be put into another."""
     match grammar.kind:
-        case GrammarKind.JSON_OBJECT:
-            body = _json({"type": "object"})
-        case GrammarKind.JSON_SCHEMA:
-            body = _json(json.loads(grammar.text))
+        case GrammarKind.JSON_OBJECT | GrammarKind.JSON_SCHEMA:
+            return json_body(json_schema(grammar))
         case GrammarKind.REGEX:
-            body = "/" + grammar.text.replace("\\/", "/").replace("/", "\\/") + "/"
+            return "/" + grammar.text.replace("\\/", "/").replace("/", "\\/") + "/"
         case GrammarKind.CHOICE:
-            body = " | ".join(json.dumps(choice) for choice in json.loads(grammar.text))
-        case _:
-            return None
-    return Grammar(GrammarKind.EBNF, after_reasoning("answer", reasoning) + f"\nanswer: {body}", grammar.param)
+            return " | ".join(json.dumps(choice) for choice in json.loads(grammar.text))
+        case GrammarKind.EBNF if _LARK.search(grammar.text):  # GBNF cannot stand inside Lark
+            return f"%lark {{\n{grammar.text}\n}}"
+    return None
 
 
-def _json(schema: Any) -> str:
+def json_schema(grammar: Grammar) -> Any:
+    """The schema of a grammar that is JSON."""
+    return {"type": "object"} if grammar.kind is GrammarKind.JSON_OBJECT else json.loads(grammar.text)
+
+
+def json_body(schema: Any) -> str:
+    """JSON that a schema accepts, as the right side of a rule in Lark."""
     schema = {} if schema is True else schema
     options = {"x-guidance": {"whitespace_pattern": _WHITESPACE}}
     return f"%json {json.dumps({**schema, **options} if isinstance(schema, dict) else schema)}"

@@ -29,17 +29,19 @@ class ToolFormat:
         new_parser: makes a parser of one answer, given the names of the functions that it may call.
         marker: what calls begin with; it may be a special token, and such must then not be skipped.
         new_call_id: makes a call's id.
+        bare: what calls may begin with instead of the marker, at the start of an answer.
     """
 
     name: str
     new_parser: Callable[[MessageWriter, Container[str]], ToolCallParser]
     marker: str = ""
     new_call_id: Callable[[], str] = long_call_id
+    bare: tuple[str, ...] = ()
 
 
 HERMES = ToolFormat("hermes", lambda writer, names: HermesParser(writer), hermes.BEGIN)
-LLAMA3_JSON = ToolFormat("llama3_json", Llama3JsonParser, llama3_json.BEGIN)
-PYTHONIC = ToolFormat("pythonic", PythonicParser, "<|python_start|>")
+LLAMA3_JSON = ToolFormat("llama3_json", Llama3JsonParser, llama3_json.BEGIN, bare=("{", "["))
+PYTHONIC = ToolFormat("pythonic", PythonicParser, "<|python_start|>", bare=("[",))
 MISTRAL = ToolFormat("mistral", lambda writer, names: MistralParser(writer), mistral.BEGIN, _mistral_id)
 
 TOOL_CALL_PARSERS = {"hermes": HERMES, "qwen": HERMES, "llama3_json": LLAMA3_JSON, "pythonic": PYTHONIC, "mistral": MISTRAL}

@@ -12,7 +12,7 @@ from jaxserve.http.body import json_route
 from jaxserve.http.documented import ANTHROPIC_ERRORS
 from jaxserve.http.service import Service
 from jaxserve.http.sse import EventStream
-from jaxserve.http.timing import timing_headers
+from jaxserve.http.timing import stream_headers, timing_headers
 from jaxserve.request import SamplingParams
 
 
@@ -33,7 +33,7 @@ def anthropic_routes(service: Service) -> APIRouter:
         head = message_head(service, message_id)
         headers = {"request-id": message_id, "x-request-id": message_id}
         if body.stream:
-            return EventStream(MessageEvents(service, turn, head), headers)
+            return EventStream(MessageEvents(service, turn, head), {**headers, **stream_headers(service, len(turn.prompt))})
         blocks = MessageBlocks()
         async with aborted_on_disconnect(request.receive, turn.answers):
             while tokens := await turn.read():

@@ -10,6 +10,7 @@ from jaxserve.chat_output import (
     TOOL_CALL_PARSERS,
     MessageParser,
     ToolFormat,
+    answer_or_calls,
     choose_reasoning_parser,
     choose_tool_format,
     constrained_answer,
@@ -90,13 +91,14 @@ class AnswerFormat:
     Attributes:
         tool_format: None where no calls are looked for.
         names: of the functions that may be called.
-        reasoning: see MessageParser.
+        reasoning, parallel, alone: see MessageParser.
     """
 
     tool_format: ToolFormat | None
     names: frozenset[str]
     reasoning: str
     parallel: bool
+    alone: bool = False
 
     @property
     def plain(self) -> bool:
@@ -105,7 +107,7 @@ class AnswerFormat:
 
     def new_parser(self) -> MessageParser:
         """For one answer."""
-        return MessageParser(self.tool_format, self.names, self.reasoning, self.parallel)
+        return MessageParser(self.tool_format, self.names, self.reasoning, self.parallel, self.alone)
 
 
 class ChatFormat:
@@ -158,29 +160,31 @@ class ChatFormat:
             prompt: as rendered.
 
         Raises:
-            InvalidRequest: grammar and required calls exclude each other.
+            InvalidRequest: grammar and required calls exclude each other, or the schema of a function's arguments is none.
         """
         use, params = conversation.tools, conversation.params
         tool_format = self.tool_format if use.tools else None
         state = reasoning_state(self.reasoning_parser, prompt)
         if tool_format is not None and use.required and params.grammar is not None:
             raise InvalidRequest(f"`{params.grammar.param}` and a required tool call exclude each other", params.grammar.param)
+        grammar, alone = params.grammar, False
         if tool_format is not None:
             marker_id = self._tokenizer.special_token_id(tool_format.marker)
             if marker_id is not None:
                 params = replace(params, skip_special_tokens=False)
+            how = (tool_format, [(tool.name, tool.parameters) for tool in use.callable_tools], use.parallel, marker_id, state)
             if use.required:
-                tools = [(tool.name, tool.parameters) for tool in use.callable_tools]
-                text = tool_grammar(tool_format, tools, use.parallel, marker_id, state)
-                params = replace(params, grammar=Grammar.ebnf(text, "tools"))
-        if params.grammar is not None and not use.required:
-            grammar = constrained_answer(params.grammar, state)
-            if grammar is None:
-                state, grammar = "", params.grammar
-            params = replace(params, grammar=grammar)
-            tool_format = None
+                grammar = Grammar.ebnf(tool_grammar(*how), "tools")
+            elif grammar is not None:
+                grammar = answer_or_calls(grammar, *how)
+                alone = grammar is not None
+        elif grammar is not None:
+            grammar = constrained_answer(grammar, state)
+        if grammar is None and params.grammar is not None:  # it says itself what reasoning and calls there are
+            state, grammar = "", params.grammar
+        params = replace(params, grammar=grammar)
         names = frozenset(tool.name for tool in use.callable_tools)
-        return AnswerFormat(tool_format, names, state, use.parallel), params
+        return AnswerFormat(tool_format, names, state, use.parallel, alone), params
 
     def _as_template_takes_it(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         if message["role"] == "developer" and not self._knows_developers:

@@ -16,7 +16,7 @@ from jaxserve.http.openai_rendering import best, chat_body, completion_body, hea
 from jaxserve.http.openai_types import ChatBody, CompletionBody, Prompt
 from jaxserve.http.service import Service
 from jaxserve.http.sse import EventStream
-from jaxserve.http.timing import timing_headers
+from jaxserve.http.timing import stream_headers, timing_headers
 from jaxserve.http.turn_events import TurnEvents
 
 
@@ -65,11 +65,12 @@ def openai_routes(service: Service) -> APIRouter:
         )
         headers = {"x-request-id": request_id}
         goes_on = body.echo and conversation.variables["continue_final_message"]
+        streamed = {**headers, **stream_headers(service, len(turn.prompt))}
         echoes = [(body.messages[-1].content or "") if goes_on else ""] * len(turn.answers.samples)
         if body.stream and turn.plain:
-            return EventStream(ChatEvents(service, turn.answers, head(service, request_id), body, echoes), headers)
+            return EventStream(ChatEvents(service, turn.answers, head(service, request_id), body, echoes), streamed)
         if body.stream:
-            return EventStream(TurnEvents(service, turn, head(service, request_id), body, echoes), headers)
+            return EventStream(TurnEvents(service, turn, head(service, request_id), body, echoes), streamed)
         async with aborted_on_disconnect(request.receive, turn.answers):
             messages = await turn.collect()
         for message in messages:
@@ -97,14 +98,15 @@ def openai_routes(service: Service) -> APIRouter:
         request_id = f"cmpl-{uuid.uuid4().hex}"
         headers = {"x-request-id": request_id}
         answers = service.answers(request_id, [(token_ids, params) for token_ids in prompts], arrived, cache_salt=body.cache_salt or "")
+        characters = sum(len(prompt) for prompt in body.prompt)
         if body.stream:
-            return EventStream(CompletionEvents(service, answers, head(service, request_id), body, echoes), headers)
+            events = CompletionEvents(service, answers, head(service, request_id), body, echoes)
+            return EventStream(events, {**headers, **stream_headers(service, characters)})
         async with aborted_on_disconnect(request.receive, answers):
             results = await answers.collect()
         if body.picks:
             results = best(results, params.n, body.n or 1)
         told = completion_body(head(service, request_id), answers, results, echoes, body, service.tokenizer)
-        characters = sum(len(prompt) for prompt in body.prompt)
         return JSONResponse(told, headers={**headers, **timing_headers(service, answers, characters)})
 
     @router.post("/embeddings", response_model=None)

@@ -18,7 +18,7 @@ from jaxserve.http.response_store import ResponseStore, StoredResponse
 from jaxserve.http.responses_types import ResponsesBody, messages_of
 from jaxserve.http.service import Service
 from jaxserve.http.sse import EventStream
-from jaxserve.http.timing import timing_headers
+from jaxserve.http.timing import stream_headers, timing_headers
 
 
 def responses_routes(service: Service) -> APIRouter:
@@ -56,7 +56,7 @@ def responses_routes(service: Service) -> APIRouter:
 
         headers = {"x-request-id": response_id}
         if body.stream:
-            return EventStream(ResponseEvents(service, turn, head, keep), headers)
+            return EventStream(ResponseEvents(service, turn, head, keep), {**headers, **stream_headers(service, len(turn.prompt))})
         items = ResponseItems()
         async with aborted_on_disconnect(request.receive, turn.answers):
             while tokens := await turn.read():
