@@ -193,7 +193,7 @@ def test_a_grammar_that_nobody_waits_for_any_more_is_not_compiled(engine: Engine
     waiting = dict(engine._constraints._compiling)
     engine.abort("a")
     engine.abort("alone")
-    assert waiting["alone"].compiled.cancelled() and not waiting["b"].compiled.cancelled()
+    assert waiting["alone"].compilation.future.cancelled() and not waiting["b"].compilation.future.cancelled()
     ends = finish(engine)
     assert ends["b", 0][-1].finish_reason in (FinishReason.EOS, FinishReason.STOP)
     engine.check_integrity()

@@ -1,8 +1,7 @@
 """Constraints: the grammars of the samples that run, and what each allows next."""
 
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,9 +9,9 @@ import numpy as np
 from jaxserve.errors import InvalidRequest
 from jaxserve.request import FinishReason, Request, TokenOutput
 from jaxserve.scheduler import Sample, ScheduledBatch, ScheduledRow
-from jaxserve.structured import GrammarCompiler, MaskFiller, Matcher
+from jaxserve.structured import Compilation, GrammarCompiler, MaskFiller, Matcher
 
-COMPILE_TIME_LIMIT = 60.0  # seconds, waiting for others included; a grammar alone takes a few at most
+COMPILE_TIME_LIMIT = 60.0  # seconds, without waiting for others; a grammar takes a few at most
 
 
 @dataclass(slots=True)
@@ -28,8 +27,7 @@ class Constrained:
     """A constrained request: its compiled grammar, once it is, and its samples that were scheduled and are not finished."""
 
     request: Request
-    compiled: Future[Matcher]
-    added_at: float
+    compilation: Compilation
     unfinished: set[int]
     progress: dict[int, Progress] = field(default_factory=dict)
 
@@ -63,21 +61,20 @@ class Constraints:
     def add(self, request: Request) -> None:
         """Start compiling the grammar of a request; take_compiled() tells when it is done."""
         assert request.params.grammar is not None
-        compiled = self._compiler.compile(request.params.grammar)
-        constrained = Constrained(request, compiled, time.monotonic(), set(range(request.params.n)))
+        constrained = Constrained(request, self._compiler.compile(request.params.grammar), set(range(request.params.n)))
         self._requests[request.request_id] = self._compiling[request.request_id] = constrained
 
     def wait(self, timeout: float) -> None:
         """Wait until a grammar is compiled, or `timeout` seconds."""
-        wait([constrained.compiled for constrained in self._compiling.values()], timeout, FIRST_COMPLETED)
+        wait([constrained.compilation.future for constrained in self._compiling.values()], timeout, FIRST_COMPLETED)
 
     def take_compiled(self) -> tuple[list[str], list[TokenOutput]]:
         """Return the ids of requests that may be scheduled now, and the last outputs of those whose grammar cannot be compiled."""
         ready, outputs = [], []
         for request_id, constrained in list(self._compiling.items()):
-            if constrained.compiled.done():
-                error = constrained.compiled.exception()
-            elif time.monotonic() - constrained.added_at > COMPILE_TIME_LIMIT:
+            if constrained.compilation.future.done():
+                error = constrained.compilation.future.exception()
+            elif constrained.compilation.own_seconds() > COMPILE_TIME_LIMIT:
                 error = InvalidRequest(f"it took longer than {COMPILE_TIME_LIMIT:g} s")
             else:
                 continue
@@ -127,9 +124,8 @@ class Constraints:
 
     def _cancel(self, constrained: Constrained) -> None:
         """Spare the compiler the grammar of a request that has ended, unless another one waits for it."""
-        grammar = constrained.request.params.grammar
-        if grammar is not None and all(other.compiled is not constrained.compiled for other in self._compiling.values()):
-            self._compiler.cancel(grammar, constrained.compiled)
+        if all(other.compilation is not constrained.compilation for other in self._compiling.values()):
+            self._compiler.cancel(constrained.compilation)
 
     def _constrained_rows(self, batch: ScheduledBatch) -> Iterator[tuple[int, ScheduledRow, Progress]]:
         """Rows whose token must obey a grammar, with their places; not those whose sample has ended meanwhile."""
@@ -141,7 +137,7 @@ class Constraints:
             if constrained is None or sample.index not in constrained.unfinished:
                 continue
             if (progress := constrained.progress.get(sample.index)) is None:
-                progress = constrained.progress[sample.index] = Progress(constrained.compiled.result().copy())
+                progress = constrained.progress[sample.index] = Progress(constrained.compilation.future.result().copy())
             yield place, row, progress
 
     def _end(self, sample: Sample, num_output_tokens: int, matcher: Matcher, mask: np.ndarray) -> list[TokenOutput]:

@@ -1,10 +1,12 @@
 """The process in which grammars are tried first; started by GrammarExaminer.
 
-It reads one question a line on stdin (JSON {"kind", "text"}) and answers each with a line (JSON {"grammars"} or {"error"}).
+It reads one question a line on stdin (JSON {"kind", "text", "seconds"}, the last of CPU time that it may take) and answers each with a line
+(JSON {"grammars"} or {"error"}).
 """
 
 import json
 import resource
+import signal
 import sys
 
 from llguidance import LLMatcher
@@ -28,16 +30,16 @@ def examine(kind: str, text: str) -> dict[str, object]:
 
 
 def main() -> None:
-    """Answer until stdin ends. Argument: seconds of CPU that one grammar may take."""
-    limit = int(sys.argv[1])
+    """Answer until stdin ends."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for line in sys.stdin.buffer:
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        # The kernel ends a process that passes it, wherever it is.
-        resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 1 + limit, resource.RLIM_INFINITY))
         question = json.loads(line)
-        sys.stdout.buffer.write(json.dumps(examine(question["kind"], question["text"])).encode() + b"\n")
+        # SIGPROF ends the process, wherever it is: Python handles it no more than llguidance does.
+        signal.setitimer(signal.ITIMER_PROF, question["seconds"])
+        answer = examine(question["kind"], question["text"])
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+        sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
         sys.stdout.buffer.flush()
 
 
