@@ -3,7 +3,7 @@
 import time
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from operator import attrgetter
 
@@ -14,6 +14,7 @@ from jaxserve.scheduler.config import KVGroupPages, SchedulerConfig
 from jaxserve.scheduler.outputs import error_output, receive
 from jaxserve.scheduler.page_pool import PageEvent
 from jaxserve.scheduler.page_tables import PageTables
+from jaxserve.scheduler.prefill_budget import MAX_LOOKED_AT, PrefillBudget
 from jaxserve.scheduler.sample import NEVER, Sample, SampleState
 from jaxserve.step import StepResult
 
@@ -26,7 +27,7 @@ ARRIVAL = attrgetter("order")
 
 
 class Scheduler:
-    """First come, first served, under a token budget a step and the pages there are.
+    """First come, first served, under a token budget a step and the pages there are; a part of it is for short prompts (PrefillBudget).
 
     There is no prefill phase and no decode phase: a sample's num_computed_tokens catches up with its num_tokens, by one token a step
     once it has caught up, by chunks before. Running samples come before waiting ones. A waiting sample is passed by later ones only
@@ -128,9 +129,9 @@ class Scheduler:
         rows, behind = self._schedule_decodes()
         num_decodes = len(rows)
         budget = self._without_padding(self._prefill_budget(num_decodes), num_decodes, behind)
-        chunks = self._schedule_chunks(behind, budget)
-        budget -= sum(row.num_tokens for row in chunks)
-        admitted, page_copies = self._admit_waiting(budget)
+        shared = PrefillBudget(budget, self._needs(behind))
+        chunks = self._schedule_chunks(behind, shared)
+        admitted, page_copies = self._admit_waiting(shared)
         chunks += admitted
         if not rows and not chunks:
             return None
@@ -267,31 +268,45 @@ class Scheduler:
         most_padding = total // 16 if num_decodes else MOST_PADDING_ALONE
         return smaller if padding > most_padding and smaller > (total - num_decodes) // 2 else budget
 
-    def _schedule_chunks(self, behind: Iterable[Sample], budget: int) -> list[ScheduledRow]:
+    def _needs(self, behind: list[Sample]) -> Iterator[int]:
+        """Yield how many tokens each prompt still needs: of those that run, then of those that may be admitted."""
+        yield from (sample.num_behind for sample in behind)
+        if len(self._free_slots) > (not behind):  # the first one that waits takes one
+            # One that lacks memory cannot use what is held for it; siblings share the first one's prompt.
+            for sample in self._waiting:
+                if sample.ready and sample.lacking is None:
+                    yield sample.num_tokens if sample.index == 0 else 1
+
+    def _schedule_chunks(self, behind: Iterable[Sample], budget: PrefillBudget) -> list[ScheduledRow]:
         """Return rows for the running samples that are behind, the earliest first, until the budget is used up."""
         rows = []
         for sample in behind:
-            if budget == 0:
-                break
+            num_behind = sample.num_behind
             # It may have been preempted for one before it.
-            if sample.state is RUNNING and (num_tokens := self._make_room(sample, min(budget, sample.num_behind))):
+            if sample.state is RUNNING and (most := budget.most(num_behind)) and (num_tokens := self._make_room(sample, most)):
                 rows.append(self._take(sample, num_tokens))
-                budget -= num_tokens
+                budget.take(num_behind, num_tokens)
         return rows
 
-    def _admit_waiting(self, budget: int) -> tuple[list[ScheduledRow], list[tuple[int, int, int]]]:
+    def _admit_waiting(self, budget: PrefillBudget) -> tuple[list[ScheduledRow], list[tuple[int, int, int]]]:
         """Admit waiting samples while there are slots, budget and memory; return their rows and the pages to copy."""
         rows, page_copies = [], []
         put_back, skipped, num_passed = [], [], 0
-        while self._waiting and self._free_slots and budget > 0:
+        while self._waiting and self._free_slots and budget.left > 0 and len(put_back) < MAX_LOOKED_AT:
             sample = self._waiting.popleft()
+            if budget.most(sample.num_tokens) == 0:  # what is left is for short ones
+                put_back.append(sample)
+                if sample.num_passed >= MAX_PASSED:
+                    break
+                continue
             source = self._prompt_source(sample)
             # A page each is left for the running ones, so that what is admitted now is not preempted at once.
             if self._must_wait(sample, source):
                 put_back.append(sample)
             elif self._tables.admit(sample, source, len(self._running), page_copies):
-                rows.append(self._start(sample, budget))
-                budget -= rows[-1].num_tokens
+                num_behind = sample.num_behind  # fewer than before, where a part is cached
+                rows.append(self._start(sample, budget.most(num_behind)))
+                budget.take(num_behind, rows[-1].num_tokens)
                 num_passed = len(skipped)
             else:
                 put_back.append(sample)
@@ -319,14 +334,14 @@ class Scheduler:
         prompt_is_coming = source is not None and source.prompt_step in (NEVER, self._step)
         return prompt_is_coming or not sample.ready or sample.num_in_flight > 0  # preempted, and its last token is not known yet
 
-    def _start(self, sample: Sample, budget: int) -> ScheduledRow:
+    def _start(self, sample: Sample, most: int) -> ScheduledRow:
         """Let an admitted sample run; return its first row."""
         sample.state = RUNNING
         sample.slot = self._free_slots.pop()
         insort(self._running, sample, key=ARRIVAL)
         if sample.queue_time < 0:
             self._count_start(sample)
-        num_tokens = self._tables.grow(sample, min(budget, sample.num_behind))
+        num_tokens = self._tables.grow(sample, min(most, sample.num_behind))
         return self._take(sample, num_tokens, new_slot=True)
 
     def _take(self, sample: Sample, num_tokens: int, new_slot: bool = False) -> ScheduledRow:
