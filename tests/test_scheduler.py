@@ -115,13 +115,12 @@ def test_the_earliest_prompt_gets_the_budget_first():
     assert shape(step(scheduler)[0]) == [("a", 16, 4), ("b", 0, 12)]
 
 
-def test_short_prompts_do_not_wait_for_long_ones():
-    """A quarter of the budget is held for them, as long as there are any, and all of it goes to the long ones otherwise."""
+def test_short_prompts_do_not_wait_for_long_ones_that_are_scored():
+    """A quarter of the budget is held for them, as long as there are any; prompts that are not scored are served as they come."""
     scheduler = make_scheduler(max_batch_tokens=16, max_batch_size=8)
     for name in "ab":
-        scheduler.add(request(name, 40), 0.0)
-    batch, _ = step(scheduler)
-    assert shape(batch) == [("a", 0, 16)]
+        scheduler.add(request(name, 40, prompt_logprobs=1), 0.0)
+    assert shape(step(scheduler)[0]) == [("a", 0, 16)]
     for name in "cde":
         scheduler.add(request(name, 3, 1), 0.0)
     scheduler.add(request("f", 5, 1), 0.0)  # more than a quarter
@@ -129,19 +128,23 @@ def test_short_prompts_do_not_wait_for_long_ones():
     assert taken[0] == {("a", 16, 12), ("c", 0, 3), ("d", 0, 1)}
     assert taken[1] == {("a", 28, 12), ("d", 1, 2), ("e", 0, 2)}
     assert taken[2] >= {("e", 2, 1), ("b", 0, 14)}  # and a decodes
+    scheduler = make_scheduler(max_batch_tokens=16, max_batch_size=8)
+    scheduler.add(request("a", 40), 0.0)
+    scheduler.add(request("b", 3), 0.0)
+    assert shape(step(scheduler)[0]) == [("a", 0, 16)]
 
 
 def test_nothing_is_held_for_a_short_prompt_that_cannot_run():
     scheduler = make_scheduler(max_batch_tokens=16, max_batch_size=8, num_pages=14)
-    scheduler.add(request("a", 40), 0.0)
+    scheduler.add(request("a", 40, prompt_logprobs=0), 0.0)
     scheduler.add(request("b", 3), 0.0, ready=False)
     assert shape(step(scheduler)[0]) == [("a", 0, 16)]
     scheduler.add(request("c", 3), 0.0)
     scheduler._waiting[1].lacking = (0, 999)
     assert shape(step(scheduler)[0]) == [("a", 16, 16)]
     scheduler = make_scheduler(max_batch_tokens=16, max_batch_size=1)
-    for name, length in (("a", 40), ("b", 3)):
-        scheduler.add(request(name, length), 0.0)
+    scheduler.add(request("a", 40, prompt_logprobs=0), 0.0)
+    scheduler.add(request("b", 3), 0.0)
     assert shape(step(scheduler)[0]) == [("a", 0, 16)]
 
 

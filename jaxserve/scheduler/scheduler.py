@@ -27,7 +27,7 @@ ARRIVAL = attrgetter("order")
 
 
 class Scheduler:
-    """First come, first served, under a token budget a step and the pages there are; a part of it is for short prompts (PrefillBudget).
+    """First come, first served, under a token budget a step and the pages there are. (While a long prompt is scored see PrefillBudget.)
 
     There is no prefill phase and no decode phase: a sample's num_computed_tokens catches up with its num_tokens, by one token a step
     once it has caught up, by chunks before. Running samples come before waiting ones. A waiting sample is passed by later ones only
@@ -129,7 +129,7 @@ class Scheduler:
         rows, behind = self._schedule_decodes()
         num_decodes = len(rows)
         budget = self._without_padding(self._prefill_budget(num_decodes), num_decodes, behind)
-        shared = PrefillBudget(budget, self._needs(behind))
+        shared = PrefillBudget(budget, self._needs(behind) if self._num_scoring else ())
         chunks = self._schedule_chunks(behind, shared)
         admitted, page_copies = self._admit_waiting(shared)
         chunks += admitted
@@ -268,14 +268,14 @@ class Scheduler:
         most_padding = total // 16 if num_decodes else MOST_PADDING_ALONE
         return smaller if padding > most_padding and smaller > (total - num_decodes) // 2 else budget
 
-    def _needs(self, behind: list[Sample]) -> Iterator[int]:
-        """Yield how many tokens each prompt still needs: of those that run, then of those that may be admitted."""
-        yield from (sample.num_behind for sample in behind)
+    def _needs(self, behind: list[Sample]) -> Iterator[tuple[int, bool]]:
+        """Yield what PrefillBudget must know of each prompt: of those that run, then of those that may be admitted."""
+        yield from ((sample.num_behind, sample.scores_prompt) for sample in behind)
         if len(self._free_slots) > (not behind):  # the first one that waits takes one
             # One that lacks memory cannot use what is held for it; siblings share the first one's prompt.
             for sample in self._waiting:
                 if sample.ready and sample.lacking is None:
-                    yield sample.num_tokens if sample.index == 0 else 1
+                    yield sample.num_tokens if sample.index == 0 else 1, sample.scores_prompt
 
     def _schedule_chunks(self, behind: Iterable[Sample], budget: PrefillBudget) -> list[ScheduledRow]:
         """Return rows for the running samples that are behind, the earliest first, until the budget is used up."""
@@ -283,7 +283,7 @@ class Scheduler:
         for sample in behind:
             num_behind = sample.num_behind
             # It may have been preempted for one before it.
-            if sample.state is RUNNING and (most := budget.most(num_behind)) and (num_tokens := self._make_room(sample, most)):
+            if sample.state is RUNNING and (most := budget.most(num_behind, sample.scores_prompt)) and (num_tokens := self._make_room(sample, most)):
                 rows.append(self._take(sample, num_tokens))
                 budget.take(num_behind, num_tokens)
         return rows
@@ -294,7 +294,7 @@ class Scheduler:
         put_back, skipped, num_passed = [], [], 0
         while self._waiting and self._free_slots and budget.left > 0 and len(put_back) < MAX_LOOKED_AT:
             sample = self._waiting.popleft()
-            if budget.most(sample.num_tokens) == 0:  # what is left is for short ones
+            if budget.most(sample.num_tokens, sample.scores_prompt) == 0:  # what is left is for short ones
                 put_back.append(sample)
                 if sample.num_passed >= MAX_PASSED:
                     break
@@ -305,7 +305,7 @@ class Scheduler:
                 put_back.append(sample)
             elif self._tables.admit(sample, source, len(self._running), page_copies):
                 num_behind = sample.num_behind  # fewer than before, where a part is cached
-                rows.append(self._start(sample, budget.most(num_behind)))
+                rows.append(self._start(sample, budget.most(num_behind, sample.scores_prompt)))
                 budget.take(num_behind, rows[-1].num_tokens)
                 num_passed = len(skipped)
             else:
