@@ -287,6 +287,7 @@ class EngineInfo:
         device: for people, "cpu" or "NVIDIA H200".
         defaults: sampling defaults of generation_config.json (only the fields present), e.g. {"temperature": 0.6}.
         no_grammars: why SamplingParams.grammar is refused, "" where it is not.
+        deterministic: a request gets the same tokens to the bit, whatever else runs.
     """
 
     model_id: str
@@ -303,6 +304,7 @@ class EngineInfo:
     device: str
     defaults: Mapping[str, float]
     no_grammars: str = ""
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, slots=True)

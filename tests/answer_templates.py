@@ -10,6 +10,7 @@ TEMPLATES = {
     "pythonic": ANSWER + "{# tools [func_name1(...)] #}",
     "mistral": ANSWER + "{# tools [TOOL_CALLS] #}",
     "unknown": ANSWER + "{# tools #}",
+    "ipython": ANSWER + "{# message.role == 'ipython' #}",
     "plain": CHAT_TEMPLATE,
     "json": "{{ messages | tojson }}{{ tools | tojson }}{# <tool_call> #}",
 }

@@ -52,6 +52,8 @@ OPENAI_BAD: list[tuple[str, dict[str, Any], str | None, str]] = [
     (CHAT, {"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "max_completion_tokens"),
     (CHAT, {"max_tokens": 5000}, "max_tokens", "2048"),
     (CHAT, {"n": 0}, "n", "n"),
+    (CHAT, {"messages": [{"role": "alien", "content": "a"}]}, "messages", "alien"),
+    (COMPLETIONS, {"prompt": ["a"] * 9, "n": 128}, "n", "1024"),
     (CHAT, {"n": 10**6}, "n", "128"),
     (CHAT, {"seed": 2**64}, "seed", "seed"),
     (CHAT, {"seed": 0.5}, "seed", "integer"),

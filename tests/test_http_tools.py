@@ -221,3 +221,20 @@ def test_the_grammar_beside_tools_names_both_fields(front_ends: Callable[[str], 
         Conversation([], replace(params, grammar=Grammar.ebnf('root ::= "a"')), tools), ""
     )
     assert asked.grammar == Grammar.ebnf('root ::= "a"') and told.tool_format is not None and not told.alone
+
+
+def test_a_schema_under_tgis_name_of_it(front_ends: Callable[[str], LiveFrontEnd]):
+    schema = {"type": "object", "properties": {"zone": {"type": "string"}}}
+    tools = [{"type": "function", "function": {"name": "now", "arguments": schema}}]
+    body = {"messages": [{"role": "user", "content": "x"}], "tools": tools}
+    text = front_ends("json").client.post("/chat_tokenize", json=body).json()["templated_text"]
+    assert f'"parameters": {json.dumps(schema)}' in text
+
+
+def test_roles_are_openais_and_the_templates(front_ends: Callable[[str], LiveFrontEnd]):
+    def told(name: str, role: str) -> int:
+        body = {"messages": [{"role": role, "content": "x"}], "temperature": 3, "max_tokens": 2}
+        return front_ends(name).client.post(CHAT, json=body).status_code
+
+    assert [told("json", role) for role in ("user", "developer", "tool", "function", "alien", "ipython")] == [200] * 4 + [400] * 2
+    assert told("ipython", "ipython") == 200

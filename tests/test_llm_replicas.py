@@ -76,7 +76,7 @@ def test_a_script_with_two_replicas(tiny_checkpoint: Callable[[str], Path], tmp_
 
 
 def test_replicas_that_cannot_start_are_one_line(tiny_checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(StartupError, match="the mesh needs 16 devices, there are 8") as error:
+    with pytest.raises(StartupError, match="needs 16 devices; there are 8") as error:
         LLM(str(tiny_checkpoint("llama")), mesh="2x16")
     assert "\n" not in str(error.value)
     with pytest.raises(StartupError, match="--mesh 1x1"):

@@ -114,7 +114,9 @@ def test_rejections_keep_their_class(error: Exception):
 
 
 def test_info_and_stats_round_trip():
-    info = EngineInfo("m", "main", "/x", 10, 20, 19, (1, 2), 16, 5, "1x2", "float32", "cpu", {"temperature": 0.6, "top_k": 20})
+    info = EngineInfo(
+        "m", "main", "/x", 10, 20, 19, (1, 2), 16, 5, "1x2", "float32", "cpu", {"temperature": 0.6, "top_k": 20}, deterministic=True
+    )
     read = wire.info_from(wire.info_message(info))
     assert read == info
     SamplingParams(**read.defaults).validate(info.vocab_size)  # type: ignore[arg-type]

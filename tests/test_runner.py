@@ -238,7 +238,7 @@ def test_no_program_copies_the_cache(runner: ModelRunner):
 
 
 def test_a_mesh_larger_than_the_devices_is_one_line():
-    with pytest.raises(DeviceError, match=r"^the mesh needs 16 devices, there are 8 \(cpu\)$"):
+    with pytest.raises(DeviceError, match=r"^replica 1 of 8 devices \(--mesh Dx8, --num-shard 8\) needs 16 devices; there are 8 \(cpu\)$"):
         make_mesh(8, 1)
     assert [device.id for device in make_mesh(2, 3).devices.flat] == [6, 7]
 

@@ -112,7 +112,10 @@ def test_hub_models(hub: str, tmp_path: Path) -> None:
     assert cached == found
     assert unknown == "ModelNotFound: tiny/other is not complete in the local cache, and HF_HUB_OFFLINE forbids to download it"
     unreachable = resolve(["tiny/other -"], tmp_path / "cache", HF_ENDPOINT="http://127.0.0.1:9")
-    assert unreachable == ["ModelNotFound: tiny/other is not complete in the local cache, and the hub cannot be reached"]
+    assert unreachable == [
+        "ModelNotFound: tiny/other is not complete in the local cache, and the hub cannot be reached;"
+        " a folder or a .gguf file can be served without it"
+    ]
 
 
 @pytest.fixture

@@ -52,9 +52,9 @@ REFUSED = (
     Foreign("kv-cache-dtype", "FP8 KV caches come later; the KV cache has the dtype of the model", ("", "auto")),
     Foreign("speculate", "speculative decoding comes later", _NONE),
     Foreign("lora-adapters", "LoRA adapters come later", _NONE),
-    Foreign("ngrok", "tunnels are not supported (in TGI 3 neither)", _NONE),
-    Foreign("ngrok-authtoken", "tunnels are not supported (in TGI 3 neither)"),
-    Foreign("ngrok-edge", "tunnels are not supported (in TGI 3 neither)"),
+    Foreign("ngrok", "tunnels are not supported, in TGI 3 neither", _NONE),
+    Foreign("ngrok-authtoken", "tunnels are not supported, in TGI 3 neither"),
+    Foreign("ngrok-edge", "tunnels are not supported, in TGI 3 neither"),
 )
 # TGI's limits where jaxserve allows more: --tgi-strict takes them, unless others are given.
 STRICT_LIMITS = {"max_concurrent_requests": 128, "max_stop_sequences": 4, "max_top_n_tokens": 5, "max_client_batch_size": 4}
@@ -63,9 +63,10 @@ _DEST = "tgi:"
 
 def add_tgi_flags(parser: argparse.ArgumentParser) -> None:
     """Add TGI's other spellings, shown in --help, and the unneeded and refused flags, hidden but for their names."""
+    reasons = "; ".join(map(_with_reason, dict.fromkeys(flag.why for flag in REFUSED)))
     told = (
         f"Accepted without effect: {', '.join('--' + flag.name for flag in UNNEEDED)}.",
-        f"Refused, as jaxserve does not have the feature: {', '.join('--' + flag.name for flag in REFUSED)}.",
+        f"Refused, unless they say that the feature is not wanted: {reasons}.",
     )
     group = parser.add_argument_group("TGI", "\n".join(textwrap.fill(line, 114, break_on_hyphens=False) for line in told))
     group.add_argument("--num-shard", metavar="N", type=whole_number, help="Devices a replica: the same as --mesh 1xN.")
@@ -108,6 +109,11 @@ def apply_strict_limits(arguments: argparse.Namespace, environment: Mapping[str,
     for name, limit in STRICT_LIMITS.items():
         if not hasattr(arguments, name) and not environment.get(name.upper()):
             setattr(arguments, name, limit)
+
+
+def _with_reason(why: str) -> str:
+    """The refused flags that have a reason in common, and the reason."""
+    return f"{', '.join('--' + flag.name for flag in REFUSED if flag.why == why)} ({why})"
 
 
 def _refuse(parser: argparse.ArgumentParser, flag: Foreign, told: str, values: list[str]) -> None:

@@ -167,6 +167,7 @@ def _info(source: ModelSource, options: EngineOptions, model: Model, runner: Mod
         mesh=options.mesh,
         dtype=str(model.dtype),
         device=device,
+        deterministic=options.deterministic,
         defaults={name: int(value) if name == "top_k" else value for name, value in model.config.defaults},
     )
 

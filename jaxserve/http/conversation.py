@@ -24,6 +24,8 @@ from jaxserve.http.tool_messages import with_tools_told
 from jaxserve.request import SamplingParams
 from jaxserve.tokenizer import Tokenizer
 
+# Any template is shown these; others (ipython, observation, ...) only where it names them: it would write any word as a role.
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # Templates that write something else for an assistant's message without content than for an empty one.
 _TELLS_NO_CONTENT = re.compile(r"content['\"]?\]? is (?:not )?none")
 
@@ -126,7 +128,7 @@ class ChatFormat:
         template = tokenizer.chat_template(with_tools=True)
         self._takes_tools = takes_tools(template)
         self._tells_no_content = _TELLS_NO_CONTENT.search(template) is not None
-        self._knows_developers = "developer" in template
+        self._template = template
         if tool_call_parser not in ("auto", "none", *TOOL_CALL_PARSERS):
             raise StartupError(f"--tool-call-parser: there is no parser named {tool_call_parser}")
         if reasoning_parser not in ("auto", "none", *REASONING_PARSERS):
@@ -143,7 +145,8 @@ class ChatFormat:
 
         Raises:
             ContextTooLong: there are more.
-            InvalidRequest: the template refuses the conversation, or tools are there for a model whose format is not known.
+            InvalidRequest: the template refuses the conversation, a role is unknown, or tools are there for a model whose format is not
+                known.
         """
         tools = [tool.as_template_value() for tool in conversation.tools.tools]
         if tools and self.tool_format is None:
@@ -187,7 +190,12 @@ class ChatFormat:
         return AnswerFormat(tool_format, names, state, use.parallel, alone), params
 
     def _as_template_takes_it(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
-        if message["role"] == "developer" and not self._knows_developers:
+        role = message["role"]
+        if role not in ROLES and not re.search(rf"\b{re.escape(role)}\b", self._template):
+            raise InvalidRequest(
+                f"`role` must be one of {', '.join(ROLES)}, or one that the model's template names. Given: {role}", "messages"
+            )
+        if role == "developer" and role not in self._template:
             message = {**message, "role": "system"}
         if message.get("content") is None and not self._tells_no_content:
             message = {**message, "content": ""}

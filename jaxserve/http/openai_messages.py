@@ -3,7 +3,7 @@
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AliasChoices, BeforeValidator, Field
 
 from jaxserve.errors import InvalidRequest
 from jaxserve.http.body import Body, Unsupported
@@ -84,11 +84,14 @@ class Message(Body):
 
 
 class Function(Body):
-    """A function that the model may call. `strict` is held to where a call is required; it changes nothing else."""
+    """A function that the model may call. `strict` is held to where a call is required; it changes nothing else.
+
+    TGI's own name of `parameters` is `arguments`, and its clients may use it.
+    """
 
     name: Name
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: dict[str, Any] | None = Field(None, validation_alias=AliasChoices("parameters", "arguments"))
     strict: bool | None = None
 
     def as_tool(self) -> Tool:

@@ -19,6 +19,8 @@ from jaxserve.http.sse import EventStream
 from jaxserve.http.timing import stream_headers, timing_headers
 from jaxserve.http.turn_events import TurnEvents
 
+MAX_COMPLETIONS = 1024  # samples that one request may ask for, of all its prompts
+
 
 class EmbeddingBody(Body):
     """POST /v1/embeddings."""
@@ -89,6 +91,9 @@ def openai_routes(service: Service) -> APIRouter:
         params.validate(service.info.vocab_size)
         if len(body.prompt) > (most := service.options.max_client_batch_size):
             raise InvalidRequest(f"`prompt` supports up to {most} prompts. Given: {len(body.prompt)}", "prompt")
+        most_samples = max(MAX_COMPLETIONS, service.options.max_client_batch_size)
+        if (count := len(body.prompt) * params.n) > most_samples:
+            raise InvalidRequest(f"prompts times samples of each must be <= {most_samples}. Given: {count}", "n" if body.n else "best_of")
         special = body.add_special_tokens is not False
         whole = body.truncate_prompt_tokens is None
         encoded = [await service.encode(prompt, special, limited=whole) if isinstance(prompt, str) else prompt for prompt in body.prompt]

@@ -25,5 +25,8 @@ def make_mesh(tensor_size: int, data_index: int = 0, devices: Sequence[Any] | No
     mine = devices[data_index * tensor_size : (data_index + 1) * tensor_size]
     if len(mine) < tensor_size:
         needed, there = (data_index + 1) * tensor_size, len(devices)
-        raise DeviceError(f"the mesh needs {needed} devices, there {'is' if there == 1 else 'are'} {there} ({devices[0].device_kind})")
+        raise DeviceError(
+            f"replica {data_index} of {tensor_size} devices (--mesh Dx{tensor_size}, --num-shard {tensor_size}) needs {needed} devices;"
+            f" there {'is' if there == 1 else 'are'} {there} ({devices[0].device_kind})"
+        )
     return Mesh(np.array(mine, dtype=object).reshape(1, tensor_size), ("data", "tensor"))

@@ -281,9 +281,11 @@ class Scheduler:
         """Return rows for the running samples that are behind, the earliest first, until the budget is used up."""
         rows = []
         for sample in behind:
+            if sample.state is not RUNNING:  # preempted for one before it
+                continue
             num_behind = sample.num_behind
-            # It may have been preempted for one before it.
-            if sample.state is RUNNING and (most := budget.most(num_behind, sample.scores_prompt)) and (num_tokens := self._make_room(sample, most)):
+            most = budget.most(num_behind, sample.scores_prompt)
+            if most and (num_tokens := self._make_room(sample, most)):
                 rows.append(self._take(sample, num_tokens))
                 budget.take(num_behind, num_tokens)
         return rows

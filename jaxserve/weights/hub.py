@@ -38,7 +38,7 @@ def fetch_model(model_id: str, revision: str | None, with_weights: bool) -> Path
         if constants.HF_HUB_OFFLINE:
             reason = "is not complete in the local cache, and HF_HUB_OFFLINE forbids to download it"
         else:
-            reason = "is not complete in the local cache, and the hub cannot be reached"
+            reason = "is not complete in the local cache, and the hub cannot be reached; a folder or a .gguf file can be served without it"
     except (errors.HfHubHTTPError, OSError, ValueError) as error:
         reason = f"cannot be downloaded: {next(iter(str(error).splitlines()), type(error).__name__)}"
     raise ModelNotFound(f"{model_id} {reason}")
