@@ -11,6 +11,7 @@ import json
 import os
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.pallas_kernels.quantized_matmul.many_tokens import eight_bit_matmul, widened_matmul
+from jaxserve.pallas_kernels.quantized_matmul.many_tokens import eight_bit_matmul, sum_of_parts, widened_matmul
+from jaxserve.pallas_kernels.quantized_matmul.mosaic import MosaicQuantizedConfig, quantized_matmul_mosaic
 from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfig, quantized_matmul_triton
 from jaxserve.pallas_kernels.quantized_matmul.weights import EightBitWeight, FourBitWeight
 
@@ -60,6 +62,39 @@ def triton(case: Case, *cut: int) -> Contender:
     """The Triton kernel: rows and tokens of a tile, blocks a step, splits, warps, stages."""
     config = TritonQuantizedConfig(*cut)
     return Contender(case, f"triton {cut}", functools.partial(quantized_matmul_triton, out_dtype=BF16, config=config))
+
+
+def mosaic(case: Case, *cut: int) -> Contender:
+    """The Mosaic kernel: warpgroups, splits, stages, blocks of threads."""
+    config = MosaicQuantizedConfig(*cut)
+
+    def multiply(x: jax.Array, weight: FourBitWeight) -> jax.Array:
+        return sum_of_parts(quantized_matmul_mosaic(x, weight, config=config), BF16)
+
+    return Contender(case, f"mosaic {cut}", multiply)
+
+
+def _by_mosaic(kind: str) -> Iterator[Contender]:
+    for tokens in (1, 16):
+        for cut in ((4, 1, 8, 132), (2, 1, 8, 264), (2, 1, 16, 132), (2, 1, 5, 264), (4, 1, 6, 132), (1, 1, 6, 528)):
+            yield mosaic(Case(kind, "gate_up", tokens), *cut)
+        for cut in ((2, 4, 16, 132), (4, 8, 8, 132), (2, 8, 8, 264)):
+            yield mosaic(Case(kind, "down", tokens), *cut)
+        for cut in ((3, 4, 8, 132), (4, 4, 8, 132), (2, 2, 16, 132), (2, 4, 8, 264)):
+            yield mosaic(Case(kind, "qkv", tokens), *cut)
+        for cut in ((2, 4, 8, 132), (4, 8, 4, 132), (2, 8, 4, 264)):
+            yield mosaic(Case(kind, "o", tokens), *cut)
+        yield mosaic(Case(kind, "head", tokens), 4, 1, 8, 132)
+    for cut in ((2, 1, 8, 132), (4, 1, 5, 132), (1, 1, 5, 264), (2, 1, 4, 264)):
+        yield mosaic(Case(kind, "gate_up", 64), *cut)
+    for shape, cut in (
+        ("down", (2, 4, 8, 132)),
+        ("down", (4, 8, 6, 132)),
+        ("qkv", (3, 4, 7, 132)),
+        ("o", (2, 4, 8, 132)),
+        ("head", (2, 1, 8, 132)),
+    ):
+        yield mosaic(Case(kind, shape, 64), *cut)
 
 
 def _few_tokens(kind: str) -> Iterator[Contender]:
@@ -122,13 +157,15 @@ def _many_tokens() -> Iterator[Contender]:
 
 def contenders() -> list[Contender]:
     """Everything that is measured, the most important first."""
-    found = [*_few_tokens("w4"), *_a_batch("w4"), *_many_tokens(), *_few_tokens("fp8"), *_a_batch("fp8")]
+    found = [*_by_mosaic("w4"), *_few_tokens("w4"), *_a_batch("w4"), *_many_tokens(), *_few_tokens("fp8"), *_a_batch("fp8")]
     for tokens in (16, 64):
         for shape in ("gate_up", "down", "qkv", "o"):
             found.append(Contender(Case("fp8", shape, tokens), "8 bit", lambda x, weight: eight_bit_matmul(x, weight, BF16)))
     for kind in ("w4z", "w4g32", "int8"):
         found += [triton(Case(kind, "gate_up", tokens), 64, 16, 1, 1, 2, 4) for tokens in (1, 16)]
         found += [triton(Case(kind, "gate_up", 64), *cut) for cut in ((128, 64, 1, 1, 8, 4), (64, 64, 1, 1, 4, 4))]
+    for tokens, cut in ((1, (4, 1, 8, 132)), (16, (4, 1, 8, 132)), (64, (2, 1, 8, 132))):
+        found.append(mosaic(Case("w4g32", "gate_up", tokens), *cut))
     for tokens in (1, 16, 64):
         found += [Contender(Case("bf16", shape, tokens), "cublas", lambda x, weight: multiply_bf16(x, weight)) for shape in SHAPES]
     return found
@@ -228,23 +265,32 @@ def main() -> None:
             f"{sum(f.done() and not f.cancelled() for f in futures)} of {len(wanted)} compiled at {time.perf_counter() - started:.0f} s",
             flush=True,
         )
-        figures = measure_all(wanted, futures, started + arguments.seconds)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1))
-    print_table(figures)
-    sys.stdout.flush()
-    os._exit(1 if any(figure["wrong"] for figure in figures) else 0)  # not waiting for what still compiles
+        figures: list[dict[str, Any]] = []
+
+        def end() -> None:
+            if arguments.json:
+                arguments.json.write_text(json.dumps(figures, indent=1))
+            print_table(list(figures))
+            sys.stdout.flush()
+            os._exit(1 if any(figure["wrong"] for figure in figures) else 0)  # not waiting for what still compiles or hangs
+
+        watchdog = threading.Timer(started + arguments.seconds + 8 - time.perf_counter(), end)
+        watchdog.daemon = True
+        watchdog.start()
+        measure_all(wanted, futures, started + arguments.seconds, figures)
+        end()
 
 
-def measure_all(wanted: list[Contender], futures: list[Any], deadline: float) -> list[dict[str, Any]]:
-    """A row a contender that compiled; weights are made once for each kind and shape."""
-    figures: list[dict[str, Any]] = []
+def measure_all(wanted: list[Contender], futures: list[Any], deadline: float, figures: list[dict[str, Any]]) -> None:
+    """Append a row a contender that compiled to figures; weights are made once for each kind and shape."""
     seed = time.time_ns() % 2**30
     weights: list[Any] = []
     made_for: tuple[str, str] | None = None
-    order = sorted(range(len(wanted)), key=lambda i: (wanted[i].case.kind, wanted[i].case.shape, wanted[i].case.tokens))
+    # A kernel that hangs must not keep the older ones from being measured.
+    order = sorted(range(len(wanted)), key=lambda i: (wanted[i].name.startswith("mosaic"), str(wanted[i].case)))
     for i in order:
         case, future = wanted[i].case, futures[i]
+        running = f"{case.kind} {case.shape} T={case.tokens} {wanted[i].name}"
         if time.perf_counter() > deadline:
             print("out of time", flush=True)
             break
@@ -253,7 +299,7 @@ def measure_all(wanted: list[Contender], futures: list[Any], deadline: float) ->
         compiled = future.result()
         if isinstance(compiled, Exception):
             reason = f"{type(compiled).__name__} {' '.join(str(compiled).split())[:160]}"
-            print(f"{case.kind} {case.shape} T={case.tokens} {wanted[i].name}: {reason}")
+            print(f"{running}: {reason}")
             continue
         count = products_in_a_jit(case)
         size, depth = SHAPES[case.shape]
@@ -266,12 +312,12 @@ def measure_all(wanted: list[Contender], futures: list[Any], deadline: float) ->
         rows = np.random.default_rng(seed).integers(0, size, 256)
         matrix = weights[0][rows] if case.kind == "bf16" else weights[0].rows(jnp.asarray(rows), jnp.float32)
         expected = np.asarray(xs[0][:64], np.float32) @ np.asarray(matrix, np.float32).T
+        print(f"{running}", end="\r", file=sys.stderr, flush=True)  # the last of these is what hung
         seconds, error = measure(compiled, xs, weights[:count], expected, rows)
         bound = {"8 bit": 0.04 if case.kind == "fp8" else 0.02}.get(wanted[i].name, 4e-3)
         floor = case.floor(weight_bytes(case.kind, case.shape))
         row = dict(kind=case.kind, shape=case.shape, tokens=case.tokens, name=wanted[i].name, us=seconds * 1e6, floor_us=floor * 1e6)
         figures.append(row | dict(error=error, wrong=not error < bound))
-    return figures
 
 
 def print_table(figures: list[dict[str, Any]]) -> None:

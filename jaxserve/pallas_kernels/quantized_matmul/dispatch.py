@@ -9,9 +9,9 @@ from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfi
 from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, EightBitWeight, FourBitWeight
 
 # At most so many tokens go to the kernel that widens codes in registers; more are cuBLAS's, with a weight that was widened before.
-_MOST_KERNEL_TOKENS = 192
+_MOST_KERNEL_TOKENS = 256
 # From so many on, 8-bit products win where activations may be rounded.
-_LEAST_EIGHT_BIT_TOKENS = 65
+_LEAST_EIGHT_BIT_TOKENS = 33
 _LEAST_SPLIT_BLOCKS = 4  # blocks of 128 columns in a share
 
 
@@ -28,9 +28,14 @@ def triton_config(x: jax.Array, weight: FourBitWeight | EightBitWeight, gpu: Gpu
     (num_tokens, depth), size = x.shape, weight.shape[0]
     if num_tokens > _MOST_KERNEL_TOKENS or x.dtype not in (jnp.bfloat16, jnp.float16):
         return None
-    tokens = min(64, max(16, pl.next_power_of_2(num_tokens)))
-    few = tokens <= 16
-    tile, num_warps, num_stages, programs_a_multiprocessor = (64, 2, 4, 3) if few else (128, 8, 4, 1)
+    tokens = min(64 if num_tokens <= 128 else 128, max(16, pl.next_power_of_2(num_tokens)))
+    tile, num_warps, num_stages, programs_a_multiprocessor = (64, 2, 4, 2.9) if tokens == 16 else (128, 8, 4, 1.4)
+    blocks = 1
+    if isinstance(weight, FourBitWeight) and size >= programs_a_multiprocessor * gpu.num_multiprocessors * tile:
+        # The columns need not be cut: more work in a step.
+        tile, blocks, num_stages = (64, 2, 3) if tokens == 16 else (256, 1, 3)
+    if tokens == 128:
+        tile, num_stages = 128, 3
     while tile > 16 and size % tile and size < tile * gpu.num_multiprocessors:
         tile //= 2
     num_warps = min(num_warps, max(1, tile // 16))
@@ -39,4 +44,4 @@ def triton_config(x: jax.Array, weight: FourBitWeight | EightBitWeight, gpu: Gpu
     splits = 1
     while programs * splits < programs_a_multiprocessor * gpu.num_multiprocessors and 2 * splits <= most:
         splits *= 2
-    return TritonQuantizedConfig(tile, tokens, 1, splits, num_warps, num_stages)
+    return TritonQuantizedConfig(tile, tokens, blocks, splits, num_warps, num_stages)

@@ -51,20 +51,29 @@ def four_bit_numbers(
     if values is not None:
         return _looked_up(words, plane, values, dtype, interpret)
     magic = _Magic.of(dtype)
-    # One register holds the codes of two words: shifted into place, cut out and put into the mantissas by one instruction.
     if not isinstance(zeros, int):
         zeros = -(zeros.astype(jnp.float32) + magic.base).astype(dtype)
         zeros = jnp.broadcast_to(zeros[:, None], words.shape)
     if interpret:
         codes = _codes(words, plane).astype(dtype)
         return codes - zeros if isinstance(zeros, int) else (codes + magic.base) + zeros
+    if isinstance(zeros, int):
+        return _asm(four_bit_asm(plane, zeros, dtype), [words], dtype, 2)
+    return _asm(four_bit_asm(plane, None, dtype), [words, zeros], dtype, 2)
+
+
+def four_bit_asm(plane: int, zero: int | None, dtype: jnp.dtype) -> str:
+    """PTX for codes `plane` of two words, $1, less their zero, in $0; without a zero, $2 is what to add to a code and its base, twice.
+
+    The codes are shifted into place, cut out and put into the mantissas by one instruction.
+    """
+    magic = _Magic.of(dtype)
     shift = f"shr.u32 t, $1, {4 * plane};" if plane else "mov.b32 t, $1;"
-    taken, arguments, less = ("z", [words], zeros) if isinstance(zeros, int) else ("$2", [words, zeros], 0)
-    code = (
-        f"{{ .reg .b32 t, o, z; {shift} mov.b32 o, {_pair(1, dtype)}; mov.b32 z, {_pair(-magic.base - less, dtype)};"
-        f" lop3.b32 t, t, 0x000f000f, {_pair(magic.base, dtype)}, 0xEA; fma.rn.{magic.suffix} $0, t, o, {taken}; }}"
+    added = "mov.b32 z, $2;" if zero is None else f"mov.b32 z, {_pair(-magic.base - zero, dtype)};"
+    return (
+        f"{{ .reg .b32 t, o, z; {shift} {added} mov.b32 o, {_pair(1, dtype)};"
+        f" lop3.b32 t, t, 0x000f000f, {_pair(magic.base, dtype)}, 0xEA; fma.rn.{magic.suffix} $0, t, o, z; }}"
     )
-    return _asm(code, arguments, dtype, 2)
 
 
 def _codes(words: jax.Array, plane: int) -> jax.Array:
