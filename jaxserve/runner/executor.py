@@ -25,6 +25,7 @@ from jaxserve.runner.programs import TRITON_PRODUCTS, ProgramKey, SamplerForm, m
 from jaxserve.runner.sampling_rows import neutral_columns
 from jaxserve.runner.state import allocate_state
 
+_MOST_RECORDED_TOKENS = 1024
 RECOMPILE = "recompile"  # stands where the name of a program stands
 
 
@@ -149,13 +150,17 @@ class Executor:
         self._rehearse()
 
     def _rehearse(self) -> None:
-        """Run what the first requests would otherwise be the first to run. A GPU records a program's CUDA graph in its second run."""
+        """Run what the first requests would otherwise be the first to run.
+
+        A GPU records a program's CUDA graph in its second run. That takes milliseconds, which only small steps must be spared.
+        """
         on_cpu = self._platform == "cpu"
         packer = BatchPacker(self._config.max_batch_size, len(self._plan.num_pages), self._config.page_size)
         forwards = [(key, key.shape) for key in self._compiled if isinstance(key.shape, Bucket)]
         samplers = {form.num_rows: key for key in reversed(self._compiled) if isinstance(form := key.shape, SamplerForm)}
         last = None
-        for key, bucket in forwards[:1] if on_cpu else forwards * 2:
+        again = [(key, bucket) for key, bucket in forwards if bucket.num_tokens <= _MOST_RECORDED_TOKENS]
+        for key, bucket in forwards[:1] if on_cpu else forwards + again:
             self._run(key, [packer.padding(BatchLayout.of(bucket, len(self._plan.num_pages), self._config.page_size))])
             last = jax.block_until_ready(self._run(samplers[self._logits[0].shape[0]], []))
         for _ in range(1 if on_cpu else 2):

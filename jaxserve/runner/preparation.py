@@ -42,8 +42,8 @@ class Preparation:
     Where an earlier start left lowered programs in the compilation cache, nothing is traced: they are compiled, or taken from XLA's
     cache, while the weights are loaded. Otherwise they are lowered by other processes where there is a GPU to wait for, else in a thread.
 
-    The plan needs the temporaries of the largest program, which are known once it was compiled. On a cold start that waits for plan(), so
-    that nothing is autotuned between weights that are being loaded, where it would leave holes.
+    The plan needs the temporaries of the largest program, which are known once it was compiled: on a cold start it is the first, in this
+    process, while the others begin. The weights may be loaded meanwhile: nothing is autotuned, which would leave holes between them.
 
     Where the mesh spans hosts, the leader alone compiles, and the others take what it compiled: autotuned apart, their programs could give
     other bits for what all devices compute alike, and in the end other tokens. The cache is as large as the host with the least memory
@@ -90,7 +90,7 @@ class Preparation:
         self._futures: dict[ProgramKey, Future[Future[Compiled]]] = {}
         self._compile_seconds: dict[str, float] = {}
         self._programs: Programs | None = None
-        self._trial: Future[bytes] | None = None
+        self._trial: Future[int] | None = None
         self._sharing: Future[None] | None = None
         self._num_shared = 0
         self._bytes_left = smallest(hosts, "bytes for the KV cache", kv_cache_bytes(mesh, config.kv_bytes, weights_to_come))
@@ -105,14 +105,13 @@ class Preparation:
         temporaries = self._leaders("temporaries", self._store.read(self._temporaries_file()) or b"")
         self._plan = self._begin(int(temporaries)) if temporaries else None
         if self._plan is None and self._leads:
-            self._trial = self._started_lowering(len([*self._one_request])).submit(
-                self._lower, self._one_request, self._one_request.largest()
-            )
+            self._started_lowering(len([*self._one_request]))
+            self._trial = self._compiling.submit(self._try)
 
     def plan(self) -> KVCachePlan:
         """The sizes of the KV cache. To be called when the weights are loaded."""
+        temporaries = 0 if self._trial is None else self._trial.result()
         if self._plan is None:
-            temporaries = self._tried() if self._leads else 0
             self._plan = self._begin(int(self._leaders("temporaries of a trial", str(temporaries).encode())))
         return self._plan
 
@@ -224,14 +223,15 @@ class Preparation:
         """The leader's value, a number or nothing."""
         return value if self._hosts is None else self._hosts.gather(topic, value.decode())[0].encode()
 
-    def _tried(self) -> int:
-        """Bytes of the largest program's temporaries, by compiling it."""
-        assert self._trial is not None, "begun in __init__ where there is no plan"
+    def _try(self) -> int:
+        """Compile the largest program and return the bytes of its temporaries; where no other host has to hear of them, begin with all."""
         program = self._one_request[self._one_request.largest()]
-        analysis = self._compile(self._trial.result(), program).memory_analysis()
+        analysis = self._compile(lower(program, self._one_request.blueprint.platform), program).memory_analysis()
         assert analysis is not None, "XLA tells no memory analysis"
         self._store.write(self._temporaries_file(), str(analysis.temp_size_in_bytes).encode())
         logger.info("the largest program was compiled for its temporaries, %.2f GiB", analysis.temp_size_in_bytes / 2**30)
+        if self._hosts is None:
+            self._plan = self._begin(analysis.temp_size_in_bytes)
         return analysis.temp_size_in_bytes
 
     def _lower(self, programs: Programs, key: ProgramKey) -> bytes:

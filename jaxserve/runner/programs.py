@@ -27,8 +27,10 @@ from jaxserve.runner.state import STATE_SPEC, DeviceState, abstract_state
 
 PAGE_COPIES = 16  # a call
 PAGE_ENTRIES = 1024  # a call
-_MOST_TUNED_TOKENS = 1
-# XLA's options for products by Triton alone: each tile of a result is computed by the same code in the same order.
+# XLA's options for products. Its autotuner compiles dozens of Triton kernels for each, which is most of a cold start, and picks worse ones
+# of cuBLAS's algorithms than cuBLAS itself does: it times them on a GPU that other programs' compilation keeps busy.
+PRODUCTS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
+# The same for products by Triton alone: each tile of a result is computed by the same code in the same order.
 TRITON_PRODUCTS = {"xla_gpu_enable_triton_gemm": True, "xla_gpu_triton_gemm_any": True, "xla_gpu_cublas_fallback": False}
 
 _EVERYWHERE = PartitionSpec()
@@ -137,8 +139,8 @@ class Programs:
             return DeviceState(kv, tables, state.sampling, hidden), logits, columns
 
         specs = self.architecture.specs, STATE_SPEC, _EVERYWHERE
-        arguments, options = (self.leaves, self.state, self._ints(layout.size)), _product_options(layout.bucket.num_tokens)
-        return self._program(forward, arguments, specs, (STATE_SPEC, _EVERYWHERE, _EVERYWHERE), donated=1, options=options)
+        arguments = self.leaves, self.state, self._ints(layout.size)
+        return self._program(forward, arguments, specs, (STATE_SPEC, _EVERYWHERE, _EVERYWHERE), donated=1, options=PRODUCTS)
 
     def sample(self, num_rows: int, *, masked: bool, logprobs: bool) -> Program:
         """(logits, sampling state, columns[, masks]) -> (sampling state, what unpack_sampled() reads)."""
@@ -165,7 +167,7 @@ class Programs:
         num_tokens = num_scored_a_call(self.blueprint.device_platform)
         specs = self.architecture.specs, _EVERYWHERE, _EVERYWHERE
         arguments = self.leaves, self.state.hidden, self._ints(2, num_tokens)
-        return self._program(score, arguments, specs, _EVERYWHERE, donated=(), options=_product_options(num_tokens))
+        return self._program(score, arguments, specs, _EVERYWHERE, donated=(), options=PRODUCTS)
 
     def copy_pages(self) -> Program:
         """(state, int32 [groups, 2, PAGE_COPIES]) -> state with pages [g, 0] copied to [g, 1]; a target out of range is dropped."""
@@ -225,13 +227,6 @@ class Programs:
 
     def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, _EVERYWHERE))
-
-
-def _product_options(num_tokens: int) -> dict[str, Any]:
-    """XLA's options for products with so many tokens."""
-    # For one token XLA's Triton products are the best there are. Beyond, its autotuner compiles dozens of kernels a product, picks cuBLAS,
-    # and of cuBLAS's algorithms a worse one than cuBLAS itself does: it times them on a GPU that other programs' compilation keeps busy.
-    return {} if num_tokens <= _MOST_TUNED_TOKENS else {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 
 
 def logprob_forms(platform: str) -> tuple[bool, ...]:
