@@ -28,6 +28,9 @@ def matmul(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
     def product(left: jax.Array, right: jax.Array) -> jax.Array:
         return jax.lax.dot_general(left, right, (((1,), (1,)), ((), ())), precision, out_dtype)
 
+    if gpu is not None and x.shape[0] == 1 and out_dtype != x.dtype:
+        # Of one token XLA would make a product of matrix and vector, and for that write the whole weight anew in float32.
+        return product(jnp.pad(x, ((0, 1), (0, 0))), weight)[:1]
     if x.shape[0] not in _SWAPPED_TOKENS:
         return product(x, weight)
     return jax.lax.platform_dependent(x, weight, cpu=lambda x, weight: product(weight, x).T, default=product)
