@@ -1,6 +1,6 @@
 """Every setting of jaxserve, declared once.
 
-Three frozen dataclasses, split by who reads them. A field's metadata carries its help text; the command line makes the
+Four frozen dataclasses, split by who reads them. A field's metadata carries its help text; the command line makes the
 flag from the field's name (`max_batch_size` -> `--max-batch-size`) and the environment variable too (`MAX_BATCH_SIZE`).
 Flags keep TGI's names and meaning where TGI has the flag. Nothing writes to a config after it is made.
 """
@@ -119,6 +119,32 @@ class ServerOptions:
     prometheus_port: int | None = option(None, "A second port for /metrics alone. It is at the HTTP port anyway.", low=0, high=65535)
     validation_workers: int = option(2, "Threads of an HTTP process that tokenize.", low=1, high=64)
     tgi_strict: bool = option(False, "Do what TGI does where jaxserve does better, see docs/tgi.md.")
+
+
+@dataclass(frozen=True, slots=True)
+class HostOptions:
+    """The hosts that serve one model together. `hosts.discover` fills in what Kubernetes or Slurm know."""
+
+    coordinator: str | None = option(
+        None, "Address of host 0 on the cluster's network. PORT+1 is taken too.", metavar="HOST:PORT"
+    )
+    num_hosts: int | None = option(
+        None, "Hosts that the mesh spans. Default: as LeaderWorkerSet or Slurm say, else 1.", low=1, high=4096
+    )
+    host_index: int | None = option(None, "Which of them this is, from 0 on. Host 0 serves HTTP.", metavar="I", low=0)
+    cluster_secret: str | None = option(
+        None, "All hosts must know it; better given as variable CLUSTER_SECRET. Needed but on loopback.", metavar="SECRET"
+    )
+
+    @property
+    def span_hosts(self) -> bool:
+        """Whether there are other hosts."""
+        return (self.num_hosts or 1) > 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this host schedules and serves HTTP."""
+        return not self.host_index
 
 
 def parse_mesh(text: str) -> tuple[int, int]:

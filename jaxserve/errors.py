@@ -11,6 +11,7 @@ JaxserveError
 ├── Overloaded            no permit left: 429 with Retry-After
 ├── EngineUnavailable     the engine process is down or coming back: 503 with Retry-After
 └── GenerationFailed      a request that was accepted could not be finished
+    └── HostsFailed       another host of the mesh is lost or cannot go on
 """
 
 
@@ -83,3 +84,7 @@ class EngineUnavailable(JaxserveError):
 
 class GenerationFailed(JaxserveError):
     """An accepted request could not be finished (the engine died or the step failed)."""
+
+
+class HostsFailed(GenerationFailed):
+    """Another host of the mesh is lost, or told why it cannot go on."""

@@ -1,0 +1,35 @@
+"""How two hosts prove to each other that they know the cluster's secret, without telling it to whoever listens.
+
+Each answers a random challenge of the other's by an HMAC (RFC 2104) over both challenges, keyed by the secret. Who proves what is in it, so
+that no proof can be sent back as another.
+"""
+
+import hashlib
+import hmac
+import secrets
+
+CHALLENGE_SIZE = 32  # bytes
+MIN_SECRET_LENGTH = 16  # characters: whoever overhears a proof can try out secrets
+
+
+def new_challenge() -> bytes:
+    """A challenge that nobody can foretell."""
+    return secrets.token_bytes(CHALLENGE_SIZE)
+
+
+def proof(secret: str | None, prover: int, host_index: int, workers_challenge: bytes, leaders_challenge: bytes) -> bytes:
+    """What shows that a host knows the secret.
+
+    Args:
+        secret: None, on loopback alone, counts as an empty one.
+        prover: index of the host that proves.
+        host_index: of the worker that joins.
+        workers_challenge, leaders_challenge: of this connection.
+    """
+    said = b"jaxserve hosts" + prover.to_bytes(4) + host_index.to_bytes(4) + workers_challenge + leaders_challenge
+    return hmac.digest((secret or "").encode(), said, hashlib.sha256)
+
+
+def is_proof(digest: bytes, expected: bytes) -> bool:
+    """Whether a proof is right, in a time that tells nothing."""
+    return hmac.compare_digest(digest, expected)
