@@ -125,12 +125,8 @@ class ServerOptions:
 class HostOptions:
     """The hosts that serve one model together. `hosts.discover` fills in what Kubernetes or Slurm know."""
 
-    coordinator: str | None = option(
-        None, "Address of host 0 on the cluster's network. PORT+1 is taken too.", metavar="HOST:PORT"
-    )
-    num_hosts: int | None = option(
-        None, "Hosts that the mesh spans. Default: as LeaderWorkerSet or Slurm say, else 1.", low=1, high=4096
-    )
+    coordinator: str | None = option(None, "Address of host 0 on the cluster's network. PORT+1 is taken too.", metavar="HOST:PORT")
+    num_hosts: int | None = option(None, "Hosts that the mesh spans. Default: as LeaderWorkerSet or Slurm say, else 1.", low=1, high=4096)
     host_index: int | None = option(None, "Which of them this is, from 0 on. Host 0 serves HTTP.", metavar="I", low=0)
     cluster_secret: str | None = option(
         None, "All hosts must know it; better given as variable CLUSTER_SECRET. Needed but on loopback.", metavar="SECRET"

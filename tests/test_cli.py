@@ -10,7 +10,7 @@ import pytest
 from jaxserve import cli
 from jaxserve.cli.serve import read_options
 from jaxserve.cli.tgi import REFUSED, UNNEEDED
-from jaxserve.config import EngineOptions, ModelOptions, ServerOptions
+from jaxserve.config import EngineOptions, HostOptions, ModelOptions, ServerOptions
 from jaxserve.errors import StartupError
 
 OPTIONS = (ModelOptions, EngineOptions, ServerOptions)
@@ -27,7 +27,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], environmen
 
 
 def test_defaults_are_the_fields_own() -> None:
-    assert read_options([], {}) == (ModelOptions(), EngineOptions(), ServerOptions())
+    assert read_options([], {}) == (ModelOptions(), EngineOptions(), ServerOptions(), HostOptions(num_hosts=1))
 
 
 EXAMPLES = {tuple: ("one", ("one",)), int: ("7", 7), float: ("0.5", 0.5), str: ("some", "some"), bool: ("true", True)}
@@ -92,7 +92,7 @@ def test_hostname_variable_counts_only_as_an_address() -> None:
 
 def test_a_tgi_command_line_works(capsys: pytest.CaptureFixture[str]) -> None:
     line = "--model-id m --num-shard 4 --sharded true -p 8080 --max-input-length 1000 --max-total-tokens 2000 --cuda-memory-fraction 0.8"
-    model, engine, server = read_options(line.split(), {})
+    model, engine, server, _ = read_options(line.split(), {})
     assert (model.model_id, engine.mesh, server.port, engine.max_input_tokens) == ("m", "1x4", 8080, 1000)
     assert capsys.readouterr().err == ""
     assert read_options([], {"NUM_SHARD": "2", "MAX_INPUT_LENGTH": "9"})[1] == EngineOptions(mesh="1x2", max_input_tokens=9)
@@ -107,7 +107,7 @@ def test_values_that_ask_for_nothing_are_no_refusal(capsys: pytest.CaptureFixtur
 
 
 def test_strict_takes_tgis_limits_where_none_are_given() -> None:
-    _, engine, server = read_options(["--tgi-strict", "--max-top-n-tokens", "9"], {"MAX_STOP_SEQUENCES": "8"})
+    _, engine, server, _ = read_options(["--tgi-strict", "--max-top-n-tokens", "9"], {"MAX_STOP_SEQUENCES": "8"})
     assert (engine.max_concurrent_requests, server.max_client_batch_size) == (128, 4)
     assert (server.max_top_n_tokens, server.max_stop_sequences) == (9, 8)
 
@@ -121,7 +121,7 @@ def test_sagemaker() -> None:
         "PORT": "80",
         "HF_API_TOKEN": "t",
     }
-    model, engine, server = read_options([], environment)
+    model, engine, server, _ = read_options([], environment)
     assert (model.model_id, model.revision, engine.mesh, server.port) == ("m", "r", "1x2", 8080)
     assert environment["HF_TOKEN"] == "t"
     assert read_options([], {"SAGEMAKER_BIND_TO_PORT": "81"})[2].port == 81

@@ -28,18 +28,19 @@ ALLOWED: dict[str, set[str]] = {
     "scheduler": PLAIN | {"step", "page_key"},
     "tokenizer": {"errors", "request", "gguf_header"},
     "structured": {"errors", "grammar"},
+    "hosts": {"errors", "config"},
     "metrics": {"errors", "request"},
     "rpc": {"errors", "request", "grammar", "page_key", "engine"},
     "chat_output": {"grammar", "errors"},
     "http": PLAIN | {"rpc", "tokenizer", "chat_output", "metrics"},
-    "launcher": PLAIN | {"rpc", "http", "metrics", "engine"},
+    "launcher": PLAIN | {"rpc", "http", "metrics", "engine", "hosts"},
     # device half
     "pallas_kernels": set(),
     "models": {"errors", "pallas_kernels"},
     "weights": {"errors", "config", "gguf_header", "pallas_kernels", "models"},
     "runner": PLAIN | {"step", "pallas_kernels", "models", "weights"},
     # where they meet
-    "engine": PLAIN | {"step", "scheduler", "structured", "tokenizer", "models", "weights", "runner"},
+    "engine": PLAIN | {"step", "hosts", "scheduler", "structured", "tokenizer", "models", "weights", "runner"},
     "llm": PLAIN | {"engine", "launcher", "tokenizer", "weights"},
     # what people start
     "client": {"errors"},
@@ -47,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "watermark": set(),
     "batch": PLAIN | {"llm", "tokenizer", "http"},
     "bench": PLAIN | {"llm", "tokenizer", "weights", "client", "environment"},
-    "cli": PLAIN | {"llm", "batch", "bench", "chat", "launcher", "engine", "environment"},
+    "cli": PLAIN | {"llm", "batch", "bench", "chat", "launcher", "engine", "environment", "hosts"},
     "__main__": {"cli"},
     "__init__": {"request", "llm"},
 }
@@ -69,6 +70,9 @@ WITHOUT_JAX = (
     "jaxserve.launcher",
     "jaxserve.launcher.http_process",
     "jaxserve.launcher.engine_process",
+    "jaxserve.launcher.host_process",
+    "jaxserve.hosts.leader",
+    "jaxserve.hosts.worker",
     "jaxserve.bench.serve",
 )
 # Formats that run code of whoever wrote them: on no wire and in no cache.

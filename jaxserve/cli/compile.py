@@ -17,7 +17,9 @@ def run(arguments: Sequence[str]) -> int:
     parser = Parser("jaxserve compile", usage="jaxserve compile [flags of jaxserve serve]", description=DESCRIPTION)
     add_all_flags(parser)
     environment = dict(os.environ)
-    model, engine, _ = read_options(arguments, environment, parser)
+    model, engine, _, hosts = read_options(arguments, environment, parser)
+    if hosts.span_hosts:
+        parser.error("a mesh over several hosts is compiled at its start, by host 0 for all of them")
     from jaxserve.launcher.devices import device_environment
 
     # The devices that the server's first replica will see.

@@ -8,9 +8,10 @@ from jaxserve.cli import COMMANDS
 from jaxserve.cli.flags import Parser, add_flags, parse, read_flags
 from jaxserve.cli.platforms import apply_platforms
 from jaxserve.cli.tgi import add_tgi_flags, apply_strict_limits, apply_tgi_flags
-from jaxserve.config import EngineOptions, ModelOptions, ServerOptions, parse_mesh
+from jaxserve.config import EngineOptions, HostOptions, ModelOptions, ServerOptions, parse_mesh
 from jaxserve.environment import describe_environment, versions
 from jaxserve.errors import StartupError
+from jaxserve.hosts.discovery import discover
 
 DESCRIPTION = """\
 Serve a language model over HTTP, with OpenAI's and TGI's APIs. Without --model-id: the demo model.
@@ -22,7 +23,7 @@ HOSTNAME counts only where it is an IP address, because shells and containers se
 
 def read_options(
     arguments: Sequence[str], environment: dict[str, str], parser: Parser | None = None
-) -> tuple[ModelOptions, EngineOptions, ServerOptions]:
+) -> tuple[ModelOptions, EngineOptions, ServerOptions, HostOptions]:
     """Options from flags and environment.
 
     Args:
@@ -51,7 +52,11 @@ def read_options(
     _check_together(parser, model, engine)
     if server.otlp_endpoint is not None and importlib.util.find_spec("opentelemetry.exporter.otlp") is None:
         parser.error("--otlp-endpoint needs OpenTelemetry's packages: pip install jaxserve[otlp]")
-    return model, engine, server
+    try:
+        hosts = discover(read_flags(parser, parsed, HostOptions, environment), engine, environment)
+    except StartupError as error:
+        parser.error(str(error))
+    return model, engine, server, hosts
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -61,11 +66,11 @@ def run(arguments: Sequence[str]) -> int:
         the launcher's exit code.
     """
     environment = dict(os.environ)  # read and changed as a whole before anything of this process or its children sees it
-    model, engine, server = read_options(arguments, environment)
+    model, engine, server, hosts = read_options(arguments, environment)
     os.environ.update(environment)
     from jaxserve.launcher import launch  # late: --help and a wrong flag answer at once
 
-    return launch(model, engine, server)
+    return launch(model, engine, server, hosts=hosts)
 
 
 def _parser() -> Parser:
@@ -88,6 +93,7 @@ def add_all_flags(parser: Parser) -> None:
     """Every option of the server, and TGI's spellings."""
     add_flags(parser, ModelOptions, "model")
     add_flags(parser, EngineOptions, "engine")
+    add_flags(parser, HostOptions, "hosts (docs/multi_host.md)")
     add_flags(parser, ServerOptions, "server", short={"port": "-p", "graceful_termination_timeout": "-g"})
     add_tgi_flags(parser)
 

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,12 +47,14 @@ class AsyncEngine:
     Args:
         engine: used by no one else from now on.
         max_concurrent_requests: permits; a request holds one from submit() until its last output or its abort.
+        why_failed: asked where a step raised: a better reason than the error, or None.
     """
 
-    def __init__(self, engine: Engine, max_concurrent_requests: int):
+    def __init__(self, engine: Engine, max_concurrent_requests: int, why_failed: Callable[[], str | None] | None = None):
         self.info: EngineInfo = engine.info
         self.failure: str | None = None  # why the engine's thread ended, where a step raised
         self._engine = engine
+        self._why_failed = why_failed
         self._max_concurrent_requests = max_concurrent_requests
         self._wake = threading.Condition()
         # Guarded by _wake.
@@ -123,6 +126,14 @@ class AsyncEngine:
         with self._wake:
             return self._wake.wait_for(lambda: not self._permits or self.failure is not None, timeout)
 
+    def fail(self, reason: str) -> None:
+        """Give up for a reason that the engine's thread cannot see, as it may hang in a step; what was accepted ends with it."""
+        with self._wake:
+            if self.failure is not None:
+                return
+            self.failure = reason
+        self._end_all()
+
     def close(self) -> None:
         """Stop accepting, end what runs and join the thread."""
         with self._wake:
@@ -136,9 +147,12 @@ class AsyncEngine:
                 self._deliver(self._engine.step())
             self._engine.close()
         except Exception as error:  # A step that raised took the device state with it: nothing can go on.
+            if self._why_failed is not None and (reason := self._why_failed()) is not None:
+                self.fail(reason)
+                return
             logger.exception("the engine's step failed")
-            with self._wake:
-                self.failure = f"{type(error).__name__}: {error}".splitlines()[0]
+            self.fail(f"{type(error).__name__}: {error}".splitlines()[0])
+            return
         self._end_all()
 
     def _take_inbox(self) -> bool:

@@ -1,30 +1,23 @@
-"""From options to an engine that is ready: files, mesh, weights, programs, scheduler."""
+"""From options to an engine that is ready: a start, a runner, a scheduler."""
 
-import logging
-import os
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 
 from jaxserve.config import EngineOptions, ModelOptions
 from jaxserve.engine.async_engine import AsyncEngine
 from jaxserve.engine.constraints import Constraints
 from jaxserve.engine.decode_gap import DecodeGap
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.start import begin_start
 from jaxserve.errors import StartupError
-from jaxserve.models import Model, ModelConfig, check_attention
+from jaxserve.models import Model, ModelConfig
 from jaxserve.request import EngineInfo
-from jaxserve.runner import ModelRunner, Preparation, RunnerConfig, make_mesh
+from jaxserve.runner import Hosts, ModelRunner, RunnerConfig
 from jaxserve.scheduler import KVGroupPages, Scheduler, SchedulerConfig
 from jaxserve.structured import GrammarCompiler, read_tokens
 from jaxserve.tokenizer import Tokenizer, load_pipeline
-from jaxserve.weights import ModelSource, resolve_model
-from jaxserve.weights.demo import cache_folder
-from jaxserve.weights.loader import open_model, read_config, resolve_dtype
-
-logger = logging.getLogger(__name__)
+from jaxserve.weights import ModelSource
 
 
 def build_engine(
@@ -34,6 +27,7 @@ def build_engine(
     *,
     source: ModelSource | None = None,
     tokenizer: Tokenizer | None = None,
+    hosts: Hosts | None = None,
 ) -> Engine:
     """Load a model on its devices and compile every program that a legal request can hit.
 
@@ -41,36 +35,20 @@ def build_engine(
         replica: the engine takes the devices from replica * tensor size on.
         source: the model's files, where they were found already.
         tokenizer: the model's, where it was loaded already.
+        hosts: those that the mesh spans, where they are several; this one leads them.
 
     Raises:
         StartupError: one line says why.
     """
-    _check_deterministic(engine_options)
-    source = source or resolve_model(model_options)
-    limit_gpu_memory(engine_options)
-    mesh = make_mesh(engine_options.tensor_size, replica)
-    platform = mesh.devices.flat[0].platform
-    logger.info("devices: %d x %s", mesh.size, mesh.devices.flat[0].device_kind)
-    attention = engine_options.attention
-    if attention != "auto":  # before the weights, which take long
-        shape = read_config(source)
-        dtype = resolve_dtype(model_options.dtype, shape, platform)
-        check_attention(shape, attention, dtype, engine_options.page_size, engine_options.tensor_size)
-    opened = open_model(source, model_options, mesh, attention=attention)
-    config = RunnerConfig.from_options(engine_options, platform, str(compilation_cache(engine_options)))
-    nbytes = opened.nbytes(engine_options.tensor_size)
-    with (
-        closing(Preparation(opened.architecture, opened.dtype, mesh, config, weights_to_come=nbytes)) as preparation,
-        ThreadPoolExecutor(1, "grammars") as thread,
-    ):
+    start = begin_start(model_options, engine_options, replica, source, hosts)
+    source, mesh, opened = start.source, start.mesh, start.opened
+    with closing(start.preparation) as preparation, ThreadPoolExecutor(1, "grammars") as thread:
         compiler = thread.submit(_grammar_compiler, source, opened.architecture.config, engine_options, tokenizer)
-        begin = time.monotonic()
-        model = opened.load(mesh)
-        logger.info("%.1f GiB of weights after %.1f s", model.nbytes / 2**30, time.monotonic() - begin)
-        runner = ModelRunner(model, mesh, config, preparation)
+        model = start.load()
+        runner = ModelRunner(model, mesh, start.config, preparation, hosts)
         runner.warmup()
     info = _info(source, engine_options, model, runner, mesh.devices.flat[0].device_kind)
-    return join(runner, config, engine_options, info, compiler.result())
+    return join(runner, start.config, engine_options, info, compiler.result())
 
 
 def join(
@@ -104,39 +82,20 @@ def join(
     return Engine(runner, scheduler, info, sync=options.sync, decode_gap=gap, constraints=constraints)
 
 
-def compilation_cache(options: EngineOptions) -> Path:
-    """The folder of compiled programs."""
-    return Path(options.compilation_cache_dir or cache_folder() / "xla")
-
-
-def build_async_engine(model_options: ModelOptions, engine_options: EngineOptions, replica: int = 0) -> AsyncEngine:
+def build_async_engine(
+    model_options: ModelOptions, engine_options: EngineOptions, replica: int = 0, hosts: Hosts | None = None
+) -> AsyncEngine:
     """`build_engine` in a thread of its own.
 
     Args:
         replica: as for build_engine(); 0 where the process sees only its own devices.
+        hosts: as for build_engine().
 
     Raises:
         StartupError: one line says why.
     """
-    return AsyncEngine(build_engine(model_options, engine_options, replica), engine_options.max_concurrent_requests)
-
-
-def _check_deterministic(options: EngineOptions) -> None:
-    """Refuse what --deterministic cannot go with.
-
-    Raises:
-        StartupError: naming the other flag.
-    """
-    if not options.deterministic:
-        return
-    if options.attention == "mosaic":
-        raise StartupError(
-            "--deterministic needs its own attention kernel, of Triton: --attention must be auto, triton or xla. Given: mosaic"
-        )
-    if options.max_decode_gap_ms is not None:
-        raise StartupError(
-            "--max-decode-gap-ms does nothing under --deterministic: its steps all take as long. Set --max-batch-prefill-tokens"
-        )
+    engine = build_engine(model_options, engine_options, replica, hosts=hosts)
+    return AsyncEngine(engine, engine_options.max_concurrent_requests, None if hosts is None else hosts.why_failed)
 
 
 def _grammar_compiler(
@@ -170,9 +129,3 @@ def _info(source: ModelSource, options: EngineOptions, model: Model, runner: Mod
         deterministic=options.deterministic,
         defaults={name: int(value) if name == "top_k" else value for name, value in model.config.defaults},
     )
-
-
-def limit_gpu_memory(options: EngineOptions) -> None:
-    """Tell JAX its share of a GPU; heeded only before the process has used one. A user's own variable goes before the flag."""
-    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
-        os.environ["XLA_CLIENT_MEM_FRACTION"] = str(options.cuda_memory_fraction)

@@ -7,7 +7,8 @@ from pathlib import Path
 from jax import monitoring
 
 from jaxserve.config import EngineOptions, ModelOptions
-from jaxserve.engine.build import build_engine, compilation_cache
+from jaxserve.engine.build import build_engine
+from jaxserve.engine.start import compilation_cache
 
 _COMPILED_EVENT = "/jax/compilation_cache/cache_misses"
 _FOUND_EVENT = "/jax/compilation_cache/cache_hits"

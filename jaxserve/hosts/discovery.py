@@ -1,11 +1,7 @@
 """Which hosts serve together: by flags, else as Kubernetes' LeaderWorkerSet or Slurm say in the environment."""
 
 import ipaddress
-import socket
 from collections.abc import Mapping
-from dataclasses import replace
-
-import psutil
 
 from jaxserve.config import EngineOptions, HostOptions
 from jaxserve.errors import StartupError
@@ -31,7 +27,7 @@ def discover(options: HostOptions, engine: EngineOptions, environment: Mapping[s
     """
     if options.num_hosts == 1:
         return HostOptions(num_hosts=1)
-    found, by = replace(options), "--num-hosts"
+    found, by = options, "--num-hosts"
     for who, look in (("LeaderWorkerSet", _leader_worker_set), ("Slurm", _slurm)):
         if options.num_hosts is None and (seen := look(environment)) is not None:
             found, by = _beside(options, seen), who
@@ -68,34 +64,6 @@ def split_address(coordinator: str) -> tuple[str, int]:
     if host in ("0.0.0.0", "::", "*"):
         raise StartupError(f"--coordinator must be an address that the other hosts can reach. Given: {coordinator}")
     return host, int(port)
-
-
-def resolve(coordinator: str) -> tuple[str, int]:
-    """The IP address and the port of "HOST:PORT".
-
-    Raises:
-        StartupError: nobody knows the name.
-    """
-    host, port = split_address(coordinator)
-    try:
-        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0], port  # pyright: ignore[reportReturnType]
-    except OSError as error:
-        raise StartupError(f"--coordinator {coordinator}: {error.strerror}") from None
-
-
-def interface_to(address: str, port: int) -> str | None:
-    """The name of the interface by which this host reaches an address, as NCCL_SOCKET_IFNAME wants it; None where there is no telling."""
-    family = socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((address, port))  # sends nothing
-        except OSError:
-            return None
-        own = probe.getsockname()[0]
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(each.address.partition("%")[0] == own for each in addresses):
-            return name
-    return None
 
 
 def _beside(given: HostOptions, seen: HostOptions) -> HostOptions:

@@ -1,10 +1,13 @@
 """Group: what a leader and a worker have in common: topics that wait until all hosts have told theirs, and the first failure of all."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import Future
 
 from jaxserve.errors import HostsFailed
+from jaxserve.hosts.addresses import join_address
+from jaxserve.hosts.wire import LOSS_TIME
 
 
 class Group:
@@ -15,17 +18,21 @@ class Group:
     Args:
         index: this host's.
         count: of hosts.
+        address, port: an IP address of host 0 and where it listens.
 
     Attributes:
+        jax_coordinator: "ADDRESS:PORT" of host 0, where JAX's coordinator listens.
         failure: why the hosts cannot go on together, one line; None while they can.
         failed: set with it.
     """
 
-    def __init__(self, index: int, count: int):
+    def __init__(self, index: int, count: int, address: str, port: int):
         self.index = index
         self.count = count
+        self.jax_coordinator = join_address(address, port + 1)
         self.failure: str | None = None
         self.failed = asyncio.Event()
+        self._why: Future[str] = Future()
         self._gathered: dict[str, Future[list[str]]] = {}
         self._loop = asyncio.get_running_loop()
 
@@ -46,6 +53,15 @@ class Group:
             return future
 
         return self._in_loop(tell).result()
+
+    def why_failed(self) -> str | None:
+        """Why the hosts cannot go on together; None if nothing of the kind turns out before long (any thread but the event loop's).
+
+        Where a host is lost its peers' collectives fail too, and say less.
+        """
+        with contextlib.suppress(TimeoutError):
+            return self._why.result(LOSS_TIME)
+        return None
 
     def _tell(self, topic: str, text: str) -> None:
         raise NotImplementedError
@@ -80,6 +96,7 @@ class Group:
             return False
         self.failure = reason
         self.failed.set()
+        self._why.set_result(reason)
         for future in self._gathered.values():
             if not future.done():
                 future.set_exception(HostsFailed(reason))

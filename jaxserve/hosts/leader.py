@@ -1,7 +1,6 @@
 """Leader: host 0's end of the streams to the workers."""
 
 import asyncio
-import ipaddress
 import json
 import logging
 from collections.abc import AsyncIterator, Sequence
@@ -14,9 +13,10 @@ import numpy as np
 
 from jaxserve.errors import HostsFailed, StartupError
 from jaxserve.hosts import worker_pb2 as pb
+from jaxserve.hosts.addresses import join_address
 from jaxserve.hosts.group import Group
 from jaxserve.hosts.secret import is_proof, new_challenge, proof
-from jaxserve.hosts.wire import CHANNEL_OPTIONS, JOIN_TIME, METHOD, call_message
+from jaxserve.hosts.wire import CHANNEL_OPTIONS, JOIN_TIME, METHOD, call_message, own_version
 
 logger = logging.getLogger(__name__)
 
@@ -34,20 +34,19 @@ class Leader(Group):
         address, port: where it listens: an IP address of this host, on the cluster's network.
         count: of hosts, itself among them.
         secret: of the cluster; None on loopback alone.
-        version: of jaxserve; workers must have the same.
     """
 
-    def __init__(self, address: str, port: int, count: int, secret: str | None, version: str):
-        super().__init__(0, count)
-        self._listening = f"[{address}]:{port}" if ipaddress.ip_address(address).version == 6 else f"{address}:{port}"
+    def __init__(self, address: str, port: int, count: int, secret: str | None):
+        super().__init__(0, count, address, port)
+        self._listening = join_address(address, port)
         self._secret = secret
-        self._version = version
+        self._version = own_version()
         self._streams: dict[int, _Stream] = {}
         self._told: dict[str, dict[int, str]] = {}
         self._ending = False
         self._all_here: Future[None] = Future()
-        pings = ("grpc.http2.min_recv_ping_interval_without_data_ms", 500), ("grpc.so_reuseport", 0)
-        self._server = grpc.aio.server(options=[*CHANNEL_OPTIONS, *pings, ("grpc.max_receive_message_length", MAX_MESSAGE)])
+        options = ("grpc.http2.max_ping_strikes", 0), ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE)
+        self._server = grpc.aio.server(options=[*CHANNEL_OPTIONS, *options])
         # Messages are made by whoever sends them: what goes to all is made once.
         handler = grpc.stream_stream_rpc_method_handler(self._join, pb.WorkerMessage.FromString, None)
         service, method = METHOD.strip("/").split("/")

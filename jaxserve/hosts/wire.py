@@ -1,6 +1,8 @@
 """Calls of programs to and from the messages of worker.proto, and what both ends of the stream tell gRPC."""
 
+import contextlib
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 
@@ -24,6 +26,13 @@ CHANNEL_OPTIONS = (
 
 _DTYPES = {"int32": pb.Array.INT32, "uint32": pb.Array.UINT32}
 _FROM_WIRE = {pb.Array.INT32: np.dtype("<i4"), pb.Array.UINT32: np.dtype("<u4")}
+
+
+def own_version() -> str:
+    """The version of jaxserve, which all hosts must have."""
+    with contextlib.suppress(PackageNotFoundError):
+        return version("jaxserve")
+    return "unknown"
 
 
 def call_message(program: str, arrays: Sequence[np.ndarray]) -> pb.LeaderMessage:

@@ -14,9 +14,10 @@ import numpy as np
 
 from jaxserve.errors import HostsFailed, StartupError
 from jaxserve.hosts import worker_pb2 as pb
+from jaxserve.hosts.addresses import join_address
 from jaxserve.hosts.group import Group
 from jaxserve.hosts.secret import is_proof, new_challenge, proof
-from jaxserve.hosts.wire import CHANNEL_OPTIONS, JOIN_TIME, METHOD, call_from
+from jaxserve.hosts.wire import CHANNEL_OPTIONS, JOIN_TIME, METHOD, call_from, own_version
 
 logger = logging.getLogger(__name__)
 
@@ -30,28 +31,27 @@ class Worker(Group):
     Methods that are said to wait are for other threads.
 
     Args:
-        coordinator: "HOST:PORT" of the leader.
+        address, port: an IP address of the leader and where it listens.
         index, count: which host this is, of how many.
         secret: of the cluster; None on loopback alone.
-        version: of jaxserve.
 
     Attributes:
         calls: what the leader tells to run, as (program, arrays); None once nothing more will come.
         dismissed: whether the leader said that it is over, and nothing failed.
     """
 
-    def __init__(self, coordinator: str, index: int, count: int, secret: str | None, version: str):
-        super().__init__(index, count)
+    def __init__(self, address: str, port: int, index: int, count: int, secret: str | None):
+        super().__init__(index, count, address, port)
         self.calls: SimpleQueue[tuple[str, list[np.ndarray]] | None] = SimpleQueue()
         self.dismissed = False
-        self._coordinator = coordinator
+        self._coordinator = join_address(address, port)
         self._secret = secret
-        self._version = version
+        self._version = own_version()
         self._files: dict[str, SimpleQueue[pb.File | None]] = {}
         self._pending: asyncio.Queue[pb.WorkerMessage] = asyncio.Queue()
         reconnect = ("initial", "min", "max")
         self._channel = grpc.aio.insecure_channel(
-            coordinator,
+            self._coordinator,
             options=[
                 *CHANNEL_OPTIONS,
                 *((f"grpc.{which}_reconnect_backoff_ms", RECONNECT_INTERVAL) for which in reconnect),

@@ -5,6 +5,7 @@ The end of the socket tells a child that the launcher is gone, however it died: 
 
 import ctypes
 import json
+import logging
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
-from jaxserve.config import EngineOptions, ModelOptions, ServerOptions
+from jaxserve.config import EngineOptions, HostOptions, ModelOptions, ServerOptions
 from jaxserve.errors import GenerationFailed, StartupError
 from jaxserve.launcher.logs import set_up_logging
 
@@ -23,6 +24,7 @@ PR_SET_PDEATHSIG = 1
 EXIT_STARTUP_ERROR = 3  # the reason was told; starting again would not help
 EXIT_FAILED = 4  # the reason was told; starting again may help
 EXIT_ORPHANED = 5
+ONE_HOST = HostOptions(num_hosts=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,7 @@ class ChildOptions:
     Attributes:
         run_folder: sockets and metrics.
         index: replica of an engine, number of an http process.
+        hosts: all of them, as discovered.
     """
 
     run_folder: str
@@ -39,6 +42,7 @@ class ChildOptions:
     model: ModelOptions
     engine: EngineOptions
     server: ServerOptions
+    hosts: HostOptions = ONE_HOST
 
     def to_json(self) -> bytes:
         """One line."""
@@ -55,6 +59,7 @@ class ChildOptions:
             ModelOptions(**values["model"]),
             EngineOptions(**values["engine"]),
             ServerOptions(**server),
+            HostOptions(**values["hosts"]),
         )
 
 
@@ -81,6 +86,10 @@ class Control:
     def tell_ready(self, **news: Any) -> None:
         """The process can do its work."""
         self._tell(event="ready", **news)
+
+    def tell_dismissed(self) -> None:
+        """The process ends because its work is done."""
+        self._tell(event="dismissed")
 
     def tell_failed(self, reason: str) -> None:
         """The process cannot start or go on; one line."""
@@ -118,15 +127,20 @@ def run_child(arguments: Sequence[str], run: Callable[[Control], None]) -> int:
     control = Control(int(arguments[0]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_up_logging(control.options.server.json_output, control.options.server.log_level)
+    code = 0
     try:
         run(control)
     except StartupError as error:
         control.tell_failed(" ".join(str(error).split()))
-        return EXIT_STARTUP_ERROR
+        code = EXIT_STARTUP_ERROR
     except GenerationFailed as error:
         control.tell_failed(" ".join(str(error).split()))
-        return EXIT_FAILED
-    return 0
+        code = EXIT_FAILED
+    if control.options.hosts.span_hosts:
+        # JAX would wait for the other hosts, and a thread may hang in a step that they have left.
+        logging.shutdown()
+        os._exit(code)
+    return code
 
 
 def die_with_parent() -> None:

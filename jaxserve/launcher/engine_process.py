@@ -69,6 +69,15 @@ def _run(control: Control, build: BuildEngine) -> None:
 async def _serve(control: Control, engine: RunningEngine) -> None:
     told_to_end = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_end.set)
+    await serve(control, engine, told_to_end)
+
+
+async def serve(control: Control, engine: RunningEngine, told_to_end: asyncio.Event) -> None:
+    """Serve an engine until the process is told to end.
+
+    Raises:
+        GenerationFailed: the engine failed.
+    """
     server = EngineServer(engine, engine_socket(Path(control.options.run_folder), control.options.index))
     await server.start()
     control.tell_ready()

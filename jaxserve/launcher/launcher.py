@@ -13,9 +13,9 @@ from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxserve.config import EngineOptions, ModelOptions, ServerOptions
+from jaxserve.config import EngineOptions, HostOptions, ModelOptions, ServerOptions
 from jaxserve.errors import StartupError
-from jaxserve.launcher.child import ChildOptions
+from jaxserve.launcher.child import ONE_HOST, ChildOptions
 from jaxserve.launcher.devices import device_environment
 from jaxserve.launcher.listening import listen
 from jaxserve.launcher.logs import set_up_logging
@@ -33,13 +33,21 @@ END_TIME = 10.0  # seconds an engine has to end
 EXTRA_TIME = 5.0  # seconds beyond the graceful termination timeout before http processes are killed
 
 ENGINE_COMMAND = (sys.executable, "-m", "jaxserve.launcher.engine_process")
+HOST_COMMAND = (sys.executable, "-m", "jaxserve.launcher.host_process")
 HTTP_COMMAND = (sys.executable, "-m", "jaxserve.launcher.http_process")
 
 
-def launch(model: ModelOptions, engine: EngineOptions, server: ServerOptions, engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
+def launch(
+    model: ModelOptions,
+    engine: EngineOptions,
+    server: ServerOptions,
+    engine_command: Sequence[str] = ENGINE_COMMAND,
+    hosts: HostOptions = ONE_HOST,
+) -> int:
     """Serve until told to stop.
 
     Args:
+        hosts: that serve together, as discovered; another host than 0 runs a worker, and serves no HTTP.
         engine_command: what runs an engine process.
 
     Returns:
@@ -47,17 +55,21 @@ def launch(model: ModelOptions, engine: EngineOptions, server: ServerOptions, en
         where a second one cut the end short.
     """
     set_up_logging(server.json_output, server.log_level)
+    listening: list[socket.socket] = []
+    metrics: socket.socket | None = None
     try:
-        listening = listen(server.hostname, server.port, server.http_workers)
-        # One process answers for all of them.
-        metrics = None if server.prometheus_port is None else listen(server.hostname, server.prometheus_port, 1)[0]
+        if hosts.leads:
+            listening = listen(server.hostname, server.port, server.http_workers)
+            # One process answers for all of them.
+            metrics = None if server.prometheus_port is None else listen(server.hostname, server.prometheus_port, 1)[0]
         environments = [device_environment(engine, replica, os.environ) for replica in range(engine.data_size)]
     except StartupError as error:
         return _fail(str(error))
     folder, lock = make_run_folder()
     try:
         metrics_folder(folder).mkdir()
-        return asyncio.run(_Launcher(folder, listening, metrics, model, engine, server, engine_command, environments).run())
+        command = HOST_COMMAND if hosts.span_hosts else engine_command
+        return asyncio.run(_Launcher(folder, listening, metrics, model, engine, server, hosts, command, environments).run())
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
@@ -72,30 +84,38 @@ class _Launcher:
         model: ModelOptions,
         engine: EngineOptions,
         server: ServerOptions,
+        hosts: HostOptions,
         engine_command: Sequence[str],
         engine_environments: Sequence[dict[str, str]],
     ):
         self._started_at = time.monotonic()
         self._listening = [*listening, *([] if metrics is None else [metrics])]
         self._server = server
+        self._hosts = hosts
         self._mesh = engine.mesh
         self._http = [
             ChildProcess(
                 f"http process {index}",
                 HTTP_COMMAND,
-                ChildOptions(str(folder), index, model, engine, server),
+                ChildOptions(str(folder), index, model, engine, server, hosts),
                 {"PROMETHEUS_MULTIPROC_DIR": str(metrics_folder(folder))},
                 [each.fileno()] if index or metrics is None else [each.fileno(), metrics.fileno()],
             )
             for index, each in enumerate(listening)
         ]
         self._engines = [
-            ChildProcess(f"engine {replica}", engine_command, ChildOptions(str(folder), replica, model, engine, server), environment)
+            ChildProcess(
+                f"engine {replica}" if hosts.leads else "worker",
+                engine_command,
+                ChildOptions(str(folder), replica, model, engine, server, hosts),
+                environment,
+            )
             for replica, environment in enumerate(engine_environments)
         ]
         self._signals: list[signal.Signals] = []
         self._signalled = asyncio.Event()
         self._gave_up = asyncio.Event()
+        self._dismissed = asyncio.Event()
         self._reason = ""
 
     async def run(self) -> int:
@@ -107,13 +127,17 @@ class _Launcher:
         tasks = [asyncio.create_task(self._supervise(child)) for child in children]
         tasks.append(asyncio.create_task(self._tell_ready()))
         try:
-            await _first(self._signalled.wait(), self._gave_up.wait())
+            await _first(self._signalled.wait(), self._gave_up.wait(), self._dismissed.wait())
+            if self._dismissed.is_set():
+                return 0
             if self._gave_up.is_set():
                 self._accept_no_more()
                 await _all_ended(self._http, FAREWELL_TIME)
                 return _fail(self._reason)
             self._signalled.clear()
-            await _first(self._drain(), self._signalled.wait())
+            await _first(self._drain(), self._signalled.wait(), self._gave_up.wait())
+            if self._gave_up.is_set():
+                return _fail(self._reason)
             return 128 + self._signals[1] if self._signalled.is_set() else 0
         finally:
             for task in tasks[len(children) :]:
@@ -143,7 +167,11 @@ class _Launcher:
             each.close()
 
     async def _drain(self) -> None:
-        """Accept no more, let what runs finish, then end the engines."""
+        """Accept no more, let what runs finish, then end the engines. A worker ends when host 0 does."""
+        if not self._hosts.leads:
+            logger.info("ending: as soon as host 0 ends")
+            await _all_ended(self._engines, self._server.graceful_termination_timeout + EXTRA_TIME + END_TIME)
+            return
         logger.info("ending: no more requests are accepted; those that run may take %d s", self._server.graceful_termination_timeout)
         self._accept_no_more()
         await _all_ended(self._http, self._server.graceful_termination_timeout + EXTRA_TIME)
@@ -163,6 +191,11 @@ class _Launcher:
                 fate = await child.run()
             except OSError as error:
                 fate = f"cannot be started: {error}"
+            if child.dismissed:
+                return self._dismissed.set()
+            if self._hosts.span_hosts and child in self._engines and not (self._ending and self._hosts.leads):
+                # The others cannot go on without it: whatever started all of them has to start them anew.
+                return self._give_up(fate if child.told_reason else self._fate_among_hosts(child, fate))
             if self._ending:
                 return
             if not child.ever_ready:
@@ -175,6 +208,10 @@ class _Launcher:
             logger.error("%s %s; it is started again in %.1f s", child.name, fate, backoff)
             await asyncio.sleep(backoff)
 
+    def _fate_among_hosts(self, child: ChildProcess, fate: str) -> str:
+        jax_does = "; JAX does that where another host is lost" if fate.endswith("SIGABRT") else ""
+        return f"{child.name} {fate}{jax_does}"
+
     def _another_replica_serves(self, child: ChildProcess) -> bool:
         return child in self._engines and any(engine.ready.is_set() for engine in self._engines if engine is not child)
 
@@ -185,12 +222,16 @@ class _Launcher:
     async def _tell_ready(self) -> None:
         for child in [*self._engines, *self._http]:
             await child.ready.wait()
+        seconds = time.monotonic() - self._started_at
+        if not self._http:
+            logger.info("ready: host %d of %d after %.1f s; host 0 serves", self._hosts.host_index, self._hosts.num_hosts, seconds)
+            return
         news = self._http[0].news
         host, port = self._listening[0].getsockname()[:2]
         logger.info(
             "ready: %s on %s (mesh %s, %s) at http://%s:%d after %.1f s",
             *(news["model"], news["device"], self._mesh, news["dtype"], f"[{host}]" if ":" in host else host, port),
-            time.monotonic() - self._started_at,
+            seconds,
         )
 
 

@@ -26,6 +26,7 @@ class ChildProcess:
         ready: set while the process says that it is; unset again when it ends.
         ever_ready: whether any process here got ready.
         news: what it told when it got ready.
+        dismissed: whether the last process ended because its work was done.
         told_reason: whether the last process told itself why it ended.
         ended: set while no process runs.
     """
@@ -43,6 +44,7 @@ class ChildProcess:
         self.ever_ready = False
         self.news: dict[str, Any] = {}
         self.told_reason = False
+        self.dismissed = False
         self.ended = asyncio.Event()
         self.ended.set()
         self._command = tuple(command)
@@ -99,6 +101,9 @@ class ChildProcess:
         """Take what the process tells; returns the reason where it cannot go on."""
         if news["event"] == "failed":
             return news["reason"]
+        if news["event"] == "dismissed":
+            self.dismissed = True
+            return ""
         self.news = news
         self.ever_ready = True
         self.ready.set()

@@ -106,6 +106,13 @@ class Blueprint:
         return hashlib.sha256("\n".join((_versions(), self.to_json(), name)).encode()).hexdigest()
 
 
+def code_versions() -> dict[str, str]:
+    """By their names, the versions of all code that has a part in lowering."""
+    sources = digest_sources(Path(__file__).parents[1])
+    versions = {"the version of JAX": jax.__version__, "the version of jaxlib": version("jaxlib")}
+    return {**versions, "the version of Python": platform.python_version(), "jaxserve's own code": sources}
+
+
 def digest_sources(package: Path) -> str:
     """A digest of jaxserve's code that has a part in lowering: what the runner may import, see tests/test_imports.py."""
     sources = hashlib.sha256()
@@ -137,5 +144,4 @@ def _read(kind: Any, value: Any) -> Any:
 @functools.cache
 def _versions() -> str:
     """Of all code that has a part in lowering."""
-    sources = digest_sources(Path(__file__).parents[1])
-    return json.dumps([jax.__version__, version("jaxlib"), platform.python_version(), sources])
+    return json.dumps(list(code_versions().values()))

@@ -1,9 +1,13 @@
 """XLA's persistent cache, and counting what is compiled after the start."""
 
+import threading
+
 import jax
 from jax import monitoring
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+CACHE_MISS_EVENT = "/jax/compilation_cache/cache_misses"
 
 
 def use_compilation_cache(folder: str) -> None:
@@ -29,3 +33,30 @@ class CompileEvents:
 
     def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         self.count += event == COMPILE_EVENT
+
+
+class CacheMisses:
+    """Counts what was looked for in XLA's persistent cache and was not there, from start() to stop().
+
+    Args:
+        threads: how the names of the threads begin that count.
+    """
+
+    def __init__(self, threads: str) -> None:
+        self.count = 0
+        self._threads = threads
+        self._listening = False
+
+    def start(self) -> None:
+        """Begin to count."""
+        monitoring.register_event_listener(self._listen)
+        self._listening = True
+
+    def stop(self) -> None:
+        """End it, where it has begun."""
+        if self._listening:
+            monitoring.unregister_event_listener(self._listen)
+            self._listening = False
+
+    def _listen(self, event: str, **kwargs: str | int) -> None:
+        self.count += event == CACHE_MISS_EVENT and threading.current_thread().name.startswith(self._threads)

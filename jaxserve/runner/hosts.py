@@ -30,6 +30,11 @@ class Hosts(Protocol):
         """All of them."""
         ...
 
+    @property
+    def jax_coordinator(self) -> str:
+        """ADDRESS:PORT of host 0 for JAX's coordinator."""
+        ...
+
     def gather(self, topic: str, text: str) -> list[str]:
         """What each host has to tell on a topic, by its index, once all have told it."""
         ...
@@ -42,16 +47,20 @@ class Hosts(Protocol):
         """Have all others replay a call (the leader alone)."""
         ...
 
+    def why_failed(self) -> str | None:
+        """Why the hosts cannot go on together, where that is so or turns out to be soon; called where a step raised."""
+        ...
 
-def start_jax(hosts: Hosts, coordinator: str) -> None:
-    """Make the devices of all hosts one; to be called before JAX has touched a device.
 
-    Args:
-        coordinator: "ADDRESS:PORT" of host 0, where JAX's coordinator listens: there and nowhere else.
+def start_jax(hosts: Hosts) -> None:
+    """Have JAX know the devices of all hosts; to be called before it has touched a device. Its coordinator listens at its address alone.
 
     Raises:
         StartupError: one line.
     """
+    coordinator = hosts.jax_coordinator
+    jax.config.update("jax_check_proxy_envs", False)  # hosts.addresses sees to it
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     try:
         jax.distributed.initialize(
             coordinator,

@@ -17,7 +17,7 @@ from jax.stages import Compiled
 
 from jaxserve.models import Architecture
 from jaxserve.runner.blueprint import Blueprint
-from jaxserve.runner.compile import use_compilation_cache
+from jaxserve.runner.compile import CacheMisses, use_compilation_cache
 from jaxserve.runner.config import RunnerConfig
 from jaxserve.runner.hosts import Hosts, smallest
 from jaxserve.runner.kv_cache import KVCachePlan, plan_kv_cache
@@ -30,6 +30,7 @@ from jaxserve.runner.programs import Program, ProgramKey, Programs
 logger = logging.getLogger(__name__)
 
 LOWERED_FOLDER = "lowered"  # in the compilation cache's
+_COMPILE_THREADS = "compile"
 _SLOWEST_TOLD = 5  # programs
 _SECONDS_UNTOLD = 10.0
 HOSTS_FOLDER = "hosts"  # in the compilation cache's, with a folder for each set of programs
@@ -45,9 +46,9 @@ class Preparation:
     The plan needs the temporaries of the largest program, which are known once it was compiled: on a cold start it is the first, in this
     process, while the others begin. The weights may be loaded meanwhile: nothing is autotuned, which would leave holes between them.
 
-    Where the mesh spans hosts, the leader alone compiles, and the others take what it compiled: autotuned apart, their programs could give
-    other bits for what all devices compute alike, and in the end other tokens. The cache is as large as the host with the least memory
-    allows.
+    Where the mesh spans hosts, the KV cache is as large as the one with the least memory allows. On GPUs the leader alone compiles, and the
+    others take what it compiled: autotuned apart, their programs could give other bits for what all devices compute alike, and in the end
+    other tokens.
 
     Args:
         architecture, dtype: of the model.
@@ -72,27 +73,29 @@ class Preparation:
         hosts: Hosts | None = None,
     ):
         self._architecture, self._dtype, self._mesh, self._config = architecture, dtype, mesh, config
-        self._hosts = hosts
+        self._hosts, self._num_hosts = hosts, 1 if hosts is None else hosts.count
+        self._shares = hosts is not None and mesh.devices.flat[0].platform == "gpu"
         folder = None
         if config.compilation_cache_dir is not None:
             self._cache = Path(config.compilation_cache_dir)
             folder = self._cache / LOWERED_FOLDER
-            if hosts is not None:
+            if self._shares:
                 # A folder of its own: what is in it is what the other hosts need.
-                what = repr((architecture.config, architecture.attention, str(dtype), mesh.shape, config, hosts.count))
+                what = repr((architecture.config, architecture.attention, str(dtype), mesh.shape, config, self._num_hosts))
                 self._cache = self._cache / HOSTS_FOLDER / hashlib.sha256(what.encode()).hexdigest()[:16]
             use_compilation_cache(str(self._cache))
         self._store = ProgramStore(folder)
         self._num_processes = num_processes
         self._processes: LoweringProcesses | None = None
         self._lowering: ThreadPoolExecutor | None = None
-        self._compiling = ThreadPoolExecutor(_cores(), thread_name_prefix="compile")
+        self._compiling = ThreadPoolExecutor(_cores(), thread_name_prefix=_COMPILE_THREADS)
         self._futures: dict[ProgramKey, Future[Future[Compiled]]] = {}
         self._compile_seconds: dict[str, float] = {}
         self._programs: Programs | None = None
         self._trial: Future[int] | None = None
         self._sharing: Future[None] | None = None
         self._num_shared = 0
+        self._misses = CacheMisses(_COMPILE_THREADS)
         self._bytes_left = smallest(hosts, "bytes for the KV cache", kv_cache_bytes(mesh, config.kv_bytes, weights_to_come))
         if config.kv_bytes is not None:
             self._plan = self._begin(0)
@@ -124,6 +127,8 @@ class Preparation:
             compiled = self._results(lowered)
             if self._sharing is not None:
                 self._sharing.result()
+                if not self._leads and (missed := self._misses.count):
+                    logger.warning("%d programs had to be compiled here: XLA did not take host 0's", missed)
             slowest = sorted(self._compile_seconds.items(), key=lambda item: -item[1])[:_SLOWEST_TOLD]
             logger.info("slowest to compile: %s", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in slowest))
             return compiled
@@ -159,6 +164,7 @@ class Preparation:
 
     def close(self) -> None:
         """End its threads and processes, whatever they do."""
+        self._misses.stop()
         for threads in (self._lowering, self._compiling):
             if threads is not None:
                 threads.shutdown(wait=False, cancel_futures=True)
@@ -175,8 +181,9 @@ class Preparation:
         lowering = self._started_lowering(missing)
         for key in sorted(stored, key=lambda key: stored[key] is None):  # a stable sort
             self._futures[key] = lowering.submit(self._make_ready, programs, key, stored[key])
-        if self._hosts is not None:
+        if self._shares:
             self._sharing = Future()
+            self._misses.start()
             threading.Thread(target=self._share_programs, args=(self._sharing,), name="share", daemon=True).start()
         return blueprint.plan
 
@@ -194,7 +201,7 @@ class Preparation:
         return compiled
 
     def _compile(self, lowered: bytes, program: Program) -> Compiled:
-        if self._hosts is not None and self._mesh.devices.flat[0].platform == "gpu":
+        if self._shares:
             # Otherwise the leader would wait until other hosts autotune a part of what it compiles alone.
             program = program._replace(options={**program.options, "xla_gpu_shard_autotuning": False})
         return compile_lowered(lowered, program, self._mesh)
@@ -212,7 +219,7 @@ class Preparation:
     def _share(self) -> None:
         """Give the other hosts what this one compiled, or take it."""
         self._num_shared += 1
-        if self._hosts is not None:
+        if self._shares and self._hosts is not None:
             self._hosts.share_files(f"programs {self._num_shared}", self._cache)
 
     @property

@@ -1,0 +1,141 @@
+"""The start of a host: from options to files, a mesh, and programs that are being prepared; then its weights.
+
+Where a mesh spans hosts, all of them start alike, and hold on the way what they were told against each other.
+"""
+
+import logging
+import os
+import time
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from jaxserve.config import EngineOptions, ModelOptions
+from jaxserve.errors import StartupError
+from jaxserve.hosts.agreement import agree
+from jaxserve.models import Model, check_attention
+from jaxserve.runner import Executor, Hosts, Preparation, RunnerConfig, code_versions, make_mesh, start_jax
+from jaxserve.weights import ModelSource, resolve_model
+from jaxserve.weights.demo import cache_folder
+from jaxserve.weights.fingerprint import fingerprint
+from jaxserve.weights.loader import OpenModel, open_model, read_config, resolve_dtype
+
+logger = logging.getLogger(__name__)
+
+# Flags that name a host's own folders, or that only host 0 heeds.
+_OWN_FLAGS = {"compilation_cache_dir", "weights_cache_override", "tokenizer_config_path"}
+
+
+@dataclass(frozen=True)
+class Start:
+    """A start that has begun.
+
+    Attributes:
+        source: the model's files.
+        mesh: the devices.
+        opened: the model, without its weights.
+        config: of the runner.
+        preparation: of the programs; to be closed.
+    """
+
+    source: ModelSource
+    mesh: Mesh
+    opened: OpenModel
+    config: RunnerConfig
+    preparation: Preparation
+
+    def load(self) -> Model:
+        """Load the weights, of which each host reads what its own devices hold."""
+        begin = time.monotonic()
+        model = self.opened.load(self.mesh)
+        logger.info("%.1f GiB of weights after %.1f s", model.nbytes / 2**30, time.monotonic() - begin)
+        return model
+
+
+def begin_start(
+    model_options: ModelOptions, engine_options: EngineOptions, replica: int, source: ModelSource | None, hosts: Hosts | None
+) -> Start:
+    """Find the model and the devices, and begin to prepare the programs.
+
+    Args:
+        replica, source, hosts: as for build_engine(); of these hosts this one may be any.
+
+    Raises:
+        StartupError: one line says why.
+    """
+    _check_deterministic(engine_options)
+    if hosts is not None:
+        agree(hosts, "flags", _flags(model_options, engine_options))
+    source = source or resolve_model(model_options)
+    limit_gpu_memory(engine_options)
+    if hosts is not None:
+        files = fingerprint(source, with_weights=model_options.load_format != "dummy")
+        agree(hosts, "code", {**code_versions(), "the model's files": files})
+        start_jax(hosts)
+        agree(hosts, "devices", {"the kind of devices": jax.local_devices()[0].device_kind})
+    mesh = make_mesh(engine_options.tensor_size, replica, num_hosts=1 if hosts is None else hosts.count)
+    platform = mesh.devices.flat[0].platform
+    logger.info("devices: %d x %s", mesh.size, mesh.devices.flat[0].device_kind)
+    attention = engine_options.attention
+    if attention != "auto":  # before the weights, which take long
+        shape = read_config(source)
+        dtype = resolve_dtype(model_options.dtype, shape, platform)
+        check_attention(shape, attention, dtype, engine_options.page_size, engine_options.tensor_size)
+    opened = open_model(source, model_options, mesh, attention=attention)
+    config = RunnerConfig.from_options(engine_options, platform, str(compilation_cache(engine_options)))
+    nbytes = opened.nbytes(engine_options.tensor_size)
+    return Start(
+        source, mesh, opened, config, Preparation(opened.architecture, opened.dtype, mesh, config, weights_to_come=nbytes, hosts=hosts)
+    )
+
+
+def build_worker(model_options: ModelOptions, engine_options: EngineOptions, hosts: Hosts) -> Executor:
+    """Make a host ready to replay what the engine of host 0 runs.
+
+    Raises:
+        StartupError: one line says why.
+    """
+    start = begin_start(model_options, engine_options, 0, None, hosts)
+    with closing(start.preparation) as preparation:
+        executor = Executor(start.load(), start.mesh, start.config, preparation, hosts)
+        executor.warmup()
+    return executor
+
+
+def compilation_cache(options: EngineOptions) -> Path:
+    """The folder of compiled programs."""
+    return Path(options.compilation_cache_dir or cache_folder() / "xla")
+
+
+def _flags(model_options: ModelOptions, engine_options: EngineOptions) -> dict[str, object]:
+    """What hosts must have been told alike, by its name on the command line."""
+    given = asdict(model_options) | asdict(engine_options)
+    flags: dict[str, object] = {"--" + name.replace("_", "-"): value for name, value in given.items() if name not in _OWN_FLAGS}
+    return flags | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
+
+
+def _check_deterministic(options: EngineOptions) -> None:
+    """Refuse what --deterministic cannot go with.
+
+    Raises:
+        StartupError: naming the other flag.
+    """
+    if not options.deterministic:
+        return
+    if options.attention == "mosaic":
+        raise StartupError(
+            "--deterministic needs its own attention kernel, of Triton: --attention must be auto, triton or xla. Given: mosaic"
+        )
+    if options.max_decode_gap_ms is not None:
+        raise StartupError(
+            "--max-decode-gap-ms does nothing under --deterministic: its steps all take as long. Set --max-batch-prefill-tokens"
+        )
+
+
+def limit_gpu_memory(options: EngineOptions) -> None:
+    """Tell JAX its share of a GPU; heeded only before the process has used one. A user's own variable goes before the flag."""
+    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = str(options.cuda_memory_fraction)

@@ -1,0 +1,68 @@
+"""Addresses of hosts, and the network interface that leads to them."""
+
+import asyncio
+import ipaddress
+import os
+import socket
+
+import psutil
+
+from jaxserve.errors import StartupError
+from jaxserve.hosts.discovery import split_address
+from jaxserve.hosts.wire import JOIN_TIME
+
+RESOLVE_INTERVAL = 0.5  # seconds
+
+
+def join_address(address: str, port: int) -> str:
+    """ "ADDRESS:PORT" of an IP address."""
+    return f"[{address}]:{port}" if ipaddress.ip_address(address).version == 6 else f"{address}:{port}"
+
+
+async def resolve(coordinator: str) -> tuple[str, int]:
+    """The IP address and the port of "HOST:PORT"; a name that nobody knows yet, as of a pod that is being started, is waited for.
+
+    Raises:
+        StartupError: nobody knows it in time.
+    """
+    host, port = split_address(coordinator)
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + JOIN_TIME
+    while True:
+        try:
+            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            return str(found[0][4][0]), port
+        except OSError as error:
+            if loop.time() > deadline:
+                raise StartupError(f"--coordinator {coordinator}: {error.strerror}") from None
+        await asyncio.sleep(RESOLVE_INTERVAL)
+
+
+def use_interface_to(address: str, port: int) -> None:
+    """Have NCCL and JAX's coordinator use the network by which this host reaches an address, and no proxy; by variables of this process.
+
+    NCCL_SOCKET_IFNAME is left as it is where it is set.
+    """
+    if (interface := _interface_to(address, port)) is not None:
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+    name = "no_grpc_proxy"  # as gRPC has it, in small letters
+    unproxied = os.environ.get(name) or os.environ.get("no_proxy") or ""
+    os.environ[name] = ",".join(filter(None, [unproxied, address]))
+
+
+def _interface_to(address: str, port: int) -> str | None:
+    """The name of the interface by which this host reaches an address; None where there is no telling.
+
+    NCCL takes names by their beginning, and whole after "=".
+    """
+    family = socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, port))  # sends nothing
+        except OSError:
+            return None
+        own = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address.partition("%")[0] == own for each in addresses):
+            return f"={name}"
+    return None
