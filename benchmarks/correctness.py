@@ -20,7 +20,8 @@ from benchmarks.logits import MAX_REFERENCE_ERROR, Reference, check_logits
 from benchmarks.plain_llama import GOLDEN_LAYERS
 from benchmarks.under_load import check_under_load
 from jaxserve.config import EngineOptions, ModelOptions
-from jaxserve.engine.build import compilation_cache, join, limit_gpu_memory
+from jaxserve.engine.build import join
+from jaxserve.engine.start import compilation_cache, limit_gpu_memory
 from jaxserve.request import EngineInfo
 from jaxserve.runner import ModelRunner, RunnerConfig, make_mesh
 from jaxserve.weights import ModelSource
