@@ -93,6 +93,7 @@ class Worker(Group):
             pass
         finally:
             writing.cancel()
+            self._stream.cancel()
             self._fail(reason)
             self.calls.put(None)
             for files in self._files.values():

@@ -1,0 +1,272 @@
+"""Several hosts: who they are, that they agree, and the stream between leader and workers; no JAX and no processes."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxserve.config import EngineOptions, HostOptions
+from jaxserve.errors import HostsFailed, StartupError
+from jaxserve.hosts.agreement import agree
+from jaxserve.hosts.discovery import discover
+from jaxserve.hosts.leader import Leader
+from jaxserve.hosts.worker import Worker
+from jaxserve.weights import ModelSource
+from jaxserve.weights.fingerprint import fingerprint
+
+SECRET = "sixteen characters"
+MESH = EngineOptions(mesh="1x4")
+LWS = {"LWS_LEADER_ADDRESS": "llm-0.llm", "LWS_GROUP_SIZE": "2", "LWS_WORKER_INDEX": "1"}
+SLURM = {
+    "SLURM_JOB_ID": "70001",
+    "SLURM_PROCID": "3",
+    "SLURM_STEP_NUM_NODES": "4",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NODELIST": "gpu[007-009,12],login",
+}
+
+
+def test_hosts_are_discovered():
+    alone = HostOptions(num_hosts=1)
+    secret = HostOptions(cluster_secret=SECRET)
+    assert discover(HostOptions(), MESH, {}) == alone
+    assert discover(HostOptions(), MESH, LWS | {"LWS_GROUP_SIZE": "1"}) == alone
+    assert discover(HostOptions(num_hosts=1), MESH, LWS) == alone
+    assert discover(secret, MESH, LWS) == HostOptions("llm-0.llm:29400", 2, 1, SECRET)
+    assert discover(secret, MESH, SLURM) == HostOptions("gpu007:61442", 4, 3, SECRET)
+    assert discover(secret, MESH, SLURM | {"SLURM_STEP_NODELIST": "a,b,c,d"}).coordinator == "a:61442"
+    assert discover(secret, MESH, SLURM | {"SLURM_STEP_NODELIST": "r[1-2]n,b,c"}).coordinator == "r1n:61442"
+    given = HostOptions("127.0.0.1:5000", 2, 0)
+    assert discover(given, MESH, SLURM) == given
+    assert discover(HostOptions("10.0.0.1:5000", cluster_secret=SECRET), MESH, LWS) == HostOptions("10.0.0.1:5000", 2, 1, SECRET)
+
+
+@pytest.mark.parametrize(
+    ("options", "mesh", "environment", "told"),
+    [
+        (HostOptions("127.0.0.1:5000", 2), "1x4", {}, "--num-hosts 2 needs --coordinator and --host-index"),
+        (HostOptions("127.0.0.1:5000"), "1x4", {}, "--coordinator and --host-index need --num-hosts"),
+        (HostOptions("127.0.0.1:5000", 2, 2), "1x4", {}, r"--host-index must be less than --num-hosts \(2\). Given: 2"),
+        (HostOptions("127.0.0.1", 2, 0), "1x4", {}, "--coordinator must be HOST:PORT, with a port from 1 to 65534. Given: 127.0.0.1"),
+        (HostOptions("127.0.0.1:65535", 2, 0), "1x4", {}, "--coordinator must be HOST:PORT"),
+        (HostOptions("0.0.0.0:5000", 2, 0, SECRET), "1x4", {}, "an address that the other hosts can reach"),
+        (HostOptions("10.0.0.1:5000", 2, 0), "1x4", {}, r"need --cluster-secret \(or the variable CLUSTER_SECRET\)$"),
+        (HostOptions("10.0.0.1:5000", 2, 0, "short"), "1x4", {}, "--cluster-secret must have at least 16 characters. Given: 5"),
+        (HostOptions("127.0.0.1:5000", 3, 0), "1x4", {}, "--mesh 1x4: 3 hosts cannot share 4 devices evenly"),
+        (HostOptions("127.0.0.1:5000", 2, 0), "2x2", {}, "--mesh 2x2 over 2 hosts: one replica may span hosts"),
+        (HostOptions(), "1x4", LWS, "LeaderWorkerSet says that there are other hosts, --num-hosts 1 serves without them"),
+        (HostOptions(), "1x4", SLURM | {"SLURM_STEP_NUM_TASKS": "8"}, "this Slurm step has 8 tasks on 4 nodes"),
+    ],
+)
+def test_hosts_that_cannot_be(options: HostOptions, mesh: str, environment: dict[str, str], told: str):
+    with pytest.raises(StartupError, match=told):
+        discover(options, EngineOptions(mesh=mesh), environment)
+
+
+class Gathered:
+    """Hosts that have all told their part."""
+
+    def __init__(self, *others: str):
+        self._others = others
+
+    def gather(self, topic: str, text: str) -> list[str]:
+        return [text, *self._others]
+
+
+def test_hosts_that_disagree():
+    agree(Gathered('{"--dtype": "auto", "--sync": false}'), "flags", {"--dtype": "auto", "--sync": False})
+    with pytest.raises(StartupError, match=r"^the hosts disagree on --sync: false on host 0, true on host 2$"):
+        agree(Gathered('{"--sync": false}', '{"--sync": true}'), "flags", {"--sync": False})
+    with pytest.raises(StartupError, match=r"^the hosts disagree on --revision: nothing on host 0, v2 on host 1$"):
+        agree(Gathered('{"--revision": "v2"}'), "flags", {"--revision": None})
+
+
+def test_another_model_has_another_fingerprint(tiny_checkpoint: Callable[[str], Path], tmp_path: Path):
+    source = ModelSource("tiny", "", tiny_checkpoint("llama"))
+    copy = ModelSource("tiny", "", tmp_path)
+    for path in source.path.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert fingerprint(copy) == fingerprint(source)
+    weights = bytearray((tmp_path / "model.safetensors").read_bytes())
+    weights[len(weights) // 2] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    assert fingerprint(copy) != fingerprint(source)
+    assert fingerprint(copy, with_weights=False) == fingerprint(source, with_weights=False)
+    (tmp_path / "config.json").write_text("{}")
+    assert fingerprint(copy, with_weights=False) != fingerprint(source, with_weights=False)
+
+
+def free_port() -> int:
+    """A port that is free, as is the next."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as probe, socket.socket() as beside:
+            port = probe.getsockname()[1]
+            try:
+                beside.bind(("127.0.0.1", port + 1))
+            except (OSError, OverflowError):
+                continue
+            return port
+
+
+class Hosts:
+    """A leader, and workers that have joined it."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self.port = free_port()
+        self.leader = Leader("127.0.0.1", self.port, count, SECRET)
+        self.workers: dict[int, Worker] = {}
+        self.listening: dict[int, asyncio.Task[None]] = {}
+
+    def worker(self, index: int, count: int | None = None, secret: str | None = SECRET) -> Worker:
+        return Worker("127.0.0.1", self.port, index, count or self.count, secret)
+
+    async def join(self, index: int) -> Worker:
+        self.workers[index] = self.worker(index)
+        await self.workers[index].join()
+        self.listening[index] = asyncio.create_task(self.workers[index].listen())
+        return self.workers[index]
+
+    async def everywhere(self, call: Callable[[Any], Any]) -> list[Any]:
+        """Call on all hosts, each in a thread of its own, and wait for all."""
+        return await asyncio.gather(*(asyncio.to_thread(call, host) for host in (self.leader, *self.workers.values())))
+
+
+@asynccontextmanager
+async def hosts_of(count: int) -> AsyncIterator[Hosts]:
+    hosts = Hosts(count)
+    await hosts.leader.start()
+    try:
+        yield hosts
+    finally:
+        await hosts.leader.end()
+        await asyncio.gather(*hosts.listening.values(), return_exceptions=True)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def test_what_hosts_tell_each_other(tmp_path: Path):
+    async def run() -> None:
+        async with hosts_of(3) as hosts:
+            await asyncio.gather(hosts.join(1), hosts.join(2))
+            await asyncio.to_thread(hosts.leader.wait_for_all)
+            for topic in ("a", "b"):
+                told = await hosts.everywhere(lambda host, topic=topic: host.gather(topic, f"{topic}{host.index}"))
+                assert told == [[f"{topic}0", f"{topic}1", f"{topic}2"]] * 3
+
+            # Workers take what they lack, and keep what they have.
+            folders = [tmp_path / str(index) for index in range(3)]
+            folders[0].mkdir()
+            folders[1].mkdir()
+            for name in ("x", "y"):
+                (folders[0] / name).write_text(f"the leader's {name}")
+            (folders[1] / "x").write_text("the same by its name")
+            await hosts.everywhere(lambda host: host.share_files("files", folders[host.index]))
+            assert {path.name: path.read_text() for path in folders[1].iterdir()} == {"x": "the same by its name", "y": "the leader's y"}
+            assert {path.name: path.read_text() for path in folders[2].iterdir()} == {"x": "the leader's x", "y": "the leader's y"}
+
+            packed, masks = np.arange(-3, 3, dtype=np.int32).reshape(2, 3), np.array([[0xFFFFFFFF, 7]], np.uint32)
+            hosts.leader.tell("forward", [packed])
+            hosts.leader.tell("sample", [masks])
+            hosts.leader.tell("sample", [])
+            for worker in hosts.workers.values():
+                calls = [await asyncio.to_thread(worker.calls.get) for _ in range(3)]
+                assert [call[0] for call in calls if call] == ["forward", "sample", "sample"]
+                for array, expected in zip([array for call in calls if call for array in call[1]], [packed, masks], strict=True):
+                    np.testing.assert_array_equal(array, expected, strict=True)
+            workers = list(hosts.workers.values())
+        for worker in workers:
+            assert worker.dismissed and worker.calls.get() is None
+
+    asyncio.run(run())
+
+
+def test_strangers_do_not_join():
+    """The wrong secret is told by the worker, and does not disturb the leader; nor does it teach who asks."""
+
+    async def run() -> None:
+        async with hosts_of(2) as hosts:
+            stranger = hosts.worker(1, secret="another secret of mine")
+            with pytest.raises(StartupError, match=r"^host 0 \(127.0.0.1:\d+\) has another --cluster-secret$"):
+                await stranger.join()
+            # One that does not care for the leader's proof is refused by the leader.
+            from jaxserve.hosts import worker as module
+
+            trusting = hosts.worker(1, secret="another secret of mine")
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(StartupError, match="has another --cluster-secret"):
+                patch.setattr(module, "is_proof", lambda digest, expected: True)
+                await trusting.join()
+            await hosts.join(1)
+            await asyncio.to_thread(hosts.leader.wait_for_all)
+            # Once all are there, one more is turned away.
+            with pytest.raises(StartupError, match="there are two hosts with --host-index 1"):
+                await hosts.worker(1).join()
+            assert hosts.leader.failure is None
+
+    asyncio.run(run())
+
+
+def test_hosts_that_were_started_otherwise():
+    async def run() -> None:
+        async with hosts_of(2) as hosts:
+            told = "the hosts disagree on --num-hosts: 2 on host 0, 3 on host 1"
+            with pytest.raises(StartupError, match=told):
+                await hosts.worker(1, count=3).join()
+            with pytest.raises(HostsFailed, match=told):
+                await asyncio.to_thread(hosts.leader.wait_for_all)
+        async with hosts_of(2) as hosts:
+            older = hosts.worker(1)
+            older._version = "0.0.1"
+            with pytest.raises(StartupError, match=r"the hosts disagree on jaxserve's version: .* on host 0, 0\.0\.1 on host 1"):
+                await older.join()
+
+    asyncio.run(run())
+
+
+def test_a_lost_host_is_known_to_all():
+    async def run() -> None:
+        async with hosts_of(3) as hosts:
+            await asyncio.gather(hosts.join(1), hosts.join(2))
+            waiting = asyncio.create_task(asyncio.to_thread(hosts.leader.gather, "never", ""))
+            await asyncio.sleep(0)
+            await hosts.workers[1]._channel.close()
+            with pytest.raises(HostsFailed, match=r"^host 1 was lost \(ipv4:127.0.0.1:\d+\)$"):
+                await waiting
+            assert hosts.leader.why_failed() == hosts.leader.failure
+            await hosts.leader.end(hosts.leader.failure or "")
+            await hosts.listening[2]
+            assert hosts.workers[2].failure == hosts.leader.failure and not hosts.workers[2].dismissed
+            with pytest.raises(HostsFailed, match="host 1 was lost"):
+                await asyncio.to_thread(hosts.workers[2].gather, "after it", "")
+
+    asyncio.run(run())
+
+
+def test_a_host_that_cannot_go_on_says_why():
+    async def run() -> None:
+        async with hosts_of(2) as hosts:
+            worker = await hosts.join(1)
+            await worker.fail("its disk is full")
+            await until(lambda: hosts.leader.failure is not None)
+            assert hosts.leader.failure == "host 1: its disk is full"
+
+    asyncio.run(run())
+
+
+def test_a_port_that_is_taken_is_one_line():
+    async def run() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            leader = Leader("127.0.0.1", taken.getsockname()[1], 2, SECRET)
+            with pytest.raises(StartupError, match=r"^cannot listen on 127.0.0.1:\d+: --coordinator must be an address of host 0"):
+                await leader.start()
+
+    asyncio.run(run())
