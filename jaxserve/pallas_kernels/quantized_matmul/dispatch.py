@@ -30,9 +30,8 @@ def triton_config(x: jax.Array, weight: FourBitWeight | EightBitWeight, gpu: Gpu
         return None
     tokens = min(64 if num_tokens <= 128 else 128, max(16, pl.next_power_of_2(num_tokens)))
     tile, num_warps, num_stages, programs_a_multiprocessor = (64, 2, 4, 2.9) if tokens == 16 else (128, 8, 4, 1.4)
-    blocks = 1
-    if isinstance(weight, FourBitWeight) and size >= programs_a_multiprocessor * gpu.num_multiprocessors * tile:
-        # The columns need not be cut: more work in a step.
+    blocks, uncut = 1, isinstance(weight, FourBitWeight) and size >= programs_a_multiprocessor * gpu.num_multiprocessors * tile
+    if uncut:  # more work in a step
         tile, blocks, num_stages = (64, 2, 3) if tokens == 16 else (256, 1, 3)
     if tokens == 128:
         tile, num_stages = 128, 3
@@ -42,6 +41,6 @@ def triton_config(x: jax.Array, weight: FourBitWeight | EightBitWeight, gpu: Gpu
     programs = pl.cdiv(size, tile) * pl.cdiv(num_tokens, tokens)
     most = max(1, pl.cdiv(depth, BLOCK) // _LEAST_SPLIT_BLOCKS)
     splits = 1
-    while programs * splits < programs_a_multiprocessor * gpu.num_multiprocessors and 2 * splits <= most:
+    while not uncut and programs * splits < programs_a_multiprocessor * gpu.num_multiprocessors and 2 * splits <= most:
         splits *= 2
     return TritonQuantizedConfig(tile, tokens, blocks, splits, num_warps, num_stages)

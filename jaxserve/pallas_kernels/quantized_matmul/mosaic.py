@@ -1,8 +1,9 @@
-"""Few tokens times a weight of 4 bits for sm_90 (Hopper), in Pallas Mosaic GPU: as fast as the codes can be read.
+"""Few tokens times a weight of 4 or 8 bits for sm_90 (Hopper), in Pallas Mosaic GPU: as fast as the codes can be read.
 
 As matmul/mosaic.py: a warpgroup fetches by TMA and runs ahead over the borders of tiles, the others compute. Each of those takes 64 rows
 of the tile, makes its codes 16 bits wide in registers, in the very places where wgmma wants its left operand, and multiplies the float32
-product of each group by the group's scale.
+product of each group by the group's scale. Four codes of 8 bits that lie together are two pairs of wgmma's operand, 8 columns apart: the
+tokens' columns are put into that order before.
 """
 
 import functools
@@ -17,13 +18,14 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.utils import bitcast
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
+from jaxlib.mlir.dialects import arith, llvm
 
 from jaxserve.pallas_kernels.paged_attention.mosaic_decode import swizzled
-from jaxserve.pallas_kernels.quantized_matmul.upcast import four_bit_asm
-from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, FourBitWeight
+from jaxserve.pallas_kernels.quantized_matmul.upcast import eight_bit_asm, four_bit_asm, zero_pair_asm
+from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, EightBitWeight, FourBitWeight
 
 HEIGHT = 64  # of a wgmma
+_PIECE = 32  # columns that are widened and multiplied at once
 
 
 @dataclass(frozen=True)
@@ -44,31 +46,49 @@ class MosaicQuantizedConfig:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))
-def quantized_matmul_mosaic(x: jax.Array, weight: FourBitWeight, *, config: MosaicQuantizedConfig, interpret: bool = False) -> jax.Array:
-    """x [T, K], bfloat16 or float16, times the transposed weight [N, K]; the same bits in every run.
+def quantized_matmul_mosaic(
+    x: jax.Array, weight: FourBitWeight | EightBitWeight, *, config: MosaicQuantizedConfig, interpret: bool = False
+) -> jax.Array:
+    """x [T, K], bfloat16 or float16, times the transposed weight [N, K] without minima, an EightBitWeight's zeros; no table of values.
 
-    The weight has neither zeros nor minima nor values; N is a multiple of 64 * warpgroups, K / 128 of splits.
+    N is a multiple of 64 * warpgroups, K of 128 * splits; x has as many columns. The same bits in every run.
 
     Returns:
         [P, T, N] in x's dtype, parts whose sum is the product: one, or two for each split, as matmul_mosaic's.
     """
-    num_tokens, size = x.shape[0], weight.shape[0]
+    num_tokens, (size, depth) = x.shape[0], weight.shape
     lanes = pl.cdiv(num_tokens, 8) * 8
-    blocks = weight.codes.shape[0]
-    parts = BLOCK // weight.group
+    blocks = depth // BLOCK
     heights, teams = size // HEIGHT, config.warpgroups
     chunks = heights // teams * config.splits
     workers = pl.cdiv(chunks, pl.cdiv(chunks, config.num_blocks))
     planes = 1 if config.splits == 1 else 2
+    x = jnp.pad(x, ((0, lanes - num_tokens), (0, 0)))
+    if isinstance(weight, FourBitWeight):
+        codes, zeros = weight.codes.reshape(blocks, heights, HEIGHT, _PIECE), weight.zeros
+        codes_smem = plgpu.SMEM((config.num_stages, teams, HEIGHT, _PIECE), codes.dtype, transforms=swizzled(_PIECE, codes.dtype))
+    else:
+        codes, zeros = weight.codes.reshape(heights, HEIGHT, depth), None
+        if not interpret:
+            x = x.reshape(lanes, depth // 16, 4, 2, 2).swapaxes(2, 3).reshape(lanes, depth)
+        codes_smem = plgpu.SMEM((config.num_stages, teams, HEIGHT, BLOCK), codes.dtype, transforms=swizzled(BLOCK, codes.dtype))
+    # A scale a row is read once at the end.
+    per_row = weight.scales.shape[0] == 1
+    parts = 1 if per_row else max(1, BLOCK // weight.group)
+    scales = weight.scales.reshape(-1, heights, HEIGHT)
+    scales_smem = plgpu.SMEM((config.num_stages, parts, teams, HEIGHT), scales.dtype)
     sums = plgpu.kernel(
-        functools.partial(_quantized_matmul_kernel, config=config, parts=parts, chunks=chunks, workers=workers, interpret=interpret),
+        functools.partial(
+            _quantized_matmul_kernel, config=config, per_row=per_row, group=weight.group, chunks=chunks, workers=workers, interpret=interpret
+        ),
         out_type=jax.ShapeDtypeStruct((config.splits * planes, lanes, size), x.dtype),
         scratch_types=(
-            plgpu.SMEM((config.num_stages, teams, HEIGHT, BLOCK // 4), jnp.uint16, transforms=swizzled(BLOCK // 4, jnp.uint16)),
-            plgpu.SMEM((config.num_stages, lanes, BLOCK), x.dtype, transforms=swizzled(BLOCK // parts, x.dtype)),
-            plgpu.SMEM((config.num_stages, parts, teams, HEIGHT), weight.scales.dtype),
+            codes_smem,
+            plgpu.SMEM((config.num_stages, lanes, BLOCK), x.dtype, transforms=swizzled(_PIECE, x.dtype)),
+            scales_smem,
+            None if zeros is None else plgpu.SMEM((config.num_stages, parts, teams, HEIGHT), zeros.dtype),
             plgpu.SMEM((teams, planes, lanes, HEIGHT), x.dtype, transforms=swizzled(HEIGHT // 2, x.dtype)),
-            plgpu.Barrier(num_arrivals=3, num_barriers=config.num_stages),
+            plgpu.Barrier(num_arrivals=2 + (not per_row) + (zeros is not None), num_barriers=config.num_stages),
             plgpu.Barrier(num_arrivals=teams, num_barriers=config.num_stages),
         ),
         grid=(workers,),
@@ -78,22 +98,19 @@ def quantized_matmul_mosaic(x: jax.Array, weight: FourBitWeight, *, config: Mosa
         # Lane semantics lower in half the time of the default's, which infers layouts first.
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(
-        jnp.pad(x, ((0, lanes - num_tokens), (0, 0))),
-        weight.codes.reshape(blocks, heights, HEIGHT, BLOCK // 4),
-        weight.scales.reshape(blocks * parts, heights, HEIGHT),
-    )
+    )(x, codes, scales, None if zeros is None else zeros.reshape(-1, heights, HEIGHT))
     return sums[:, :num_tokens]
 
 
 def _quantized_matmul_kernel(
-    x_ref, codes_ref, scales_ref, sums_ref, codes_smem, x_smem, scales_smem, out_smem, filled, emptied,
-    *, config: MosaicQuantizedConfig, parts: int, chunks: int, workers: int, interpret: bool,
+    x_ref, codes_ref, scales_ref, zeros_ref, sums_ref, codes_smem, x_smem, scales_smem, zeros_smem, out_smem, filled, emptied,
+    *, config: MosaicQuantizedConfig, per_row: bool, group: int, chunks: int, workers: int, interpret: bool,
 ):  # fmt: skip
     teams, stages, splits, planes = config.warpgroups, config.num_stages, jnp.int32(config.splits), out_smem.shape[1]
-    lanes = x_ref.shape[0]
-    steps = codes_ref.shape[0] // config.splits
-    width = BLOCK // parts
+    lanes, depth = x_ref.shape
+    four_bit = codes_ref.dtype == jnp.uint16
+    parts = scales_smem.shape[1]
+    steps = depth // BLOCK // config.splits
     worker = lax.axis_index("worker")
     warpgroup = lax.axis_index("warpgroup")
     begin, end = lax.div(worker * chunks, jnp.int32(workers)), lax.div((worker + 1) * chunks, jnp.int32(workers))
@@ -113,9 +130,14 @@ def _quantized_matmul_kernel(
                 # Blocks of threads start at different columns: together at the same ones they would crowd some of the memory's channels.
                 block = lax.rem(chunk, splits) * steps + lax.rem(i + worker, jnp.int32(steps))
                 columns = pl.ds(pl.multiple_of(block * BLOCK, BLOCK), BLOCK)
-                plgpu.copy_gmem_to_smem(codes_ref.at[block, heights], codes_smem.at[slot], filled.at[slot])
+                codes = codes_ref.at[block, heights] if four_bit else codes_ref.at[heights, :, columns]
+                plgpu.copy_gmem_to_smem(codes, codes_smem.at[slot], filled.at[slot])
                 plgpu.copy_gmem_to_smem(x_ref.at[:, columns], x_smem.at[slot], filled.at[slot])
-                plgpu.copy_gmem_to_smem(scales_ref.at[pl.ds(block * parts, parts), heights], scales_smem.at[slot], filled.at[slot])
+                groups = pl.ds(block * parts if group <= BLOCK else lax.div(block * BLOCK, jnp.int32(group)), parts)
+                if not per_row:
+                    plgpu.copy_gmem_to_smem(scales_ref.at[groups, heights], scales_smem.at[slot], filled.at[slot])
+                if zeros_ref is not None:
+                    plgpu.copy_gmem_to_smem(zeros_ref.at[groups, heights], zeros_smem.at[slot], filled.at[slot])
                 return count + 1
 
             return lax.fori_loop(0, steps, step, count)
@@ -129,34 +151,77 @@ def _quantized_matmul_kernel(
 
     @pl.when(warpgroup < teams)
     def _compute():
-        def product(numbers, slot, part):
-            tokens = x_smem.at[slot, :, pl.ds(part * width, width)]
-            if interpret:  # the interpreter's wgmma takes no registers
-                return lax.dot_general(numbers.astype(jnp.float32), tokens[...].astype(jnp.float32), (((1,), (1,)), ((), ())))
+        def multiply(sums, slot, part, codes):
+            """Adds a group's product to sums, wgmma's accumulator; in the interpreter returns it, whose wgmma takes no registers."""
+            products = []
+            for piece in range(part * 4 // parts, (part + 1) * 4 // parts):
+                zeros = None if zeros_ref is None else plgpu.load(zeros_smem.at[slot, part, warpgroup], layout=_ROW)
+                numbers = _numbers(codes, piece, zeros, x_ref.dtype, interpret)
+                tokens = x_smem.at[slot, :, pl.ds(piece * _PIECE, _PIECE)]
+                if interpret:
+                    operands = numbers.astype(jnp.float32), tokens[...].astype(jnp.float32)
+                    products.append(lax.dot_general(*operands, (((1,), (1,)), ((), ()))))
+                else:
+                    plgpu.wgmma(sums, numbers, tokens.transpose((1, 0)))
+            if interpret:
+                return sum(products)
+            plgpu.wgmma_wait(0)
+            return None
 
-            def multiply(sums):
-                plgpu.wgmma(sums, numbers, tokens.transpose((1, 0)))
-                plgpu.wgmma_wait(0)
-                return sums[...]
+        def in_accumulator(body):
+            return pl.run_scoped(body, plgpu.WGMMAAccumulatorRef((HEIGHT, lanes), jnp.float32))
 
-            return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((HEIGHT, lanes), jnp.float32))
+        def read(count):
+            slot = lax.rem(count, jnp.int32(stages))
+            plgpu.barrier_wait(filled.at[slot])
+            return slot, plgpu.load(codes_smem.at[slot, warpgroup], layout=plgpu.Layout.WGMMA if four_bit else plgpu.Layout.WGMMA_8BIT)
 
-        def compute_chunk(chunk, count):
+        def across(scales):
+            return lax.broadcast_in_dim(scales.astype(jnp.float32), (HEIGHT, lanes), (0,))
+
+        def sum_by_rows(chunk, count):
+            def step(i, carry, sums=None):
+                del i
+                count, total = carry
+                slot, codes = read(count)
+                product = multiply(sums, slot, 0, codes)
+                plgpu.barrier_arrive(emptied.at[slot])
+                return count + 1, total if product is None else total + product
+
+            def sum_all(sums):
+                count_after, _ = lax.fori_loop(0, steps, functools.partial(step, sums=sums), (count, jnp.float32(0)))
+                return count_after, sums[...]
+
+            if interpret:
+                count, total = lax.fori_loop(0, steps, step, (count, jnp.zeros((HEIGHT, lanes), jnp.float32)))
+            else:
+                count, total = in_accumulator(sum_all)
+            scales = plgpu.load(scales_ref.at[0, lax.div(chunk, splits) * teams + warpgroup], layout=_ROW, optimized=False)
+            return count, total * across(scales)
+
+        def sum_by_groups(chunk, count):
+            del chunk
+
             def step(i, carry):
                 del i
                 count, total = carry
-                slot = lax.rem(count, jnp.int32(stages))
-                plgpu.barrier_wait(filled.at[slot])
-                words = plgpu.load(codes_smem.at[slot, warpgroup], layout=plgpu.Layout.WGMMA)
-                scales = [plgpu.load(scales_smem.at[slot, part, warpgroup], layout=_ROW) for part in range(parts)]
-                for part, numbers in enumerate(_numbers(words, parts, x_ref.dtype, interpret)):
-                    scale = lax.broadcast_in_dim(scales[part].astype(jnp.float32), (HEIGHT, lanes), (0,))
-                    total = total + product(numbers, slot, part) * scale
+                slot, codes = read(count)
+                for part in range(parts):
+
+                    def product(sums, slot=slot, part=part, codes=codes):
+                        multiply(sums, slot, part, codes)
+                        return sums[...]
+
+                    sums = multiply(None, slot, part, codes) if interpret else in_accumulator(product)
+                    total = total + sums * across(plgpu.load(scales_smem.at[slot, part, warpgroup], layout=_ROW))
                 plgpu.barrier_arrive(emptied.at[slot])
                 return count + 1, total
 
             total = plgpu.layout_cast(jnp.zeros((HEIGHT, lanes), jnp.float32), plgpu.Layout.WGMMA)
-            count, rest = lax.fori_loop(0, steps, step, (count, total))
+            return lax.fori_loop(0, steps, step, (count, total))
+
+        def compute_chunk(chunk, count):
+            count, rest = sum_by_rows(chunk, count) if per_row else sum_by_groups(chunk, count)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for plane in range(planes):
                 part = rest.astype(sums_ref.dtype)
@@ -178,31 +243,44 @@ def _quantized_matmul_kernel(
 _ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
-def _numbers(words: jax.Array, parts: int, dtype: jnp.dtype, interpret: bool) -> list[jax.Array]:
-    """The numbers of uint16 words [64, 32] in dtype, one [64, 128 / parts] for each group."""
-    each = 4 // parts
+def _numbers(codes: jax.Array, piece: int, zeros: jax.Array | None, dtype: jnp.dtype, interpret: bool) -> jax.Array:
+    """Numbers [64, 32] of a block's codes, uint16 [64, 32] or of 8 bits [64, 128], in dtype; less their zeros, uint8 [64], or 8 of 4 bits."""
+    four_bit, codes_dtype = codes.dtype == jnp.uint16, codes.dtype
     if interpret:
-        planes = [((words >> jnp.uint16(4 * plane)) & jnp.uint16(15)).astype(dtype) - 8 for plane in range(4)]
-        return [jnp.concatenate(planes[part * each : (part + 1) * each], axis=1) for part in range(parts)]
-    result = plgpu.ShapeDtypeStruct((HEIGHT, BLOCK // parts), dtype, layout=plgpu.Layout.WGMMA)
+        if not four_bit:
+            return codes[:, piece * _PIECE : (piece + 1) * _PIECE].astype(dtype)
+        numbers = ((codes >> jnp.uint16(4 * piece)) & jnp.uint16(15)).astype(dtype)
+        return numbers - (8 if zeros is None else lax.broadcast_in_dim(zeros.astype(dtype), numbers.shape, (0,)))
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=[result] * parts)
-    def unpacked(ctx, words):
+    layout = plgpu.Layout.WGMMA if four_bit else plgpu.Layout.WGMMA_8BIT
+    result = plgpu.ShapeDtypeStruct((HEIGHT, _PIECE), dtype, layout=plgpu.Layout.WGMMA)
+    more = () if zeros is None else (_ROW,)
+
+    @plgpu.inline_mgpu(arg_types=(layout, *more), return_type=result)
+    def widened(ctx, codes, zeros=None):
         del ctx
         pair = ir.VectorType.get((2,), ir.BF16Type.get() if dtype == jnp.bfloat16 else ir.F16Type.get())
         word = ir.IntegerType.get_signless(32)
+        # The second axis of the registers are tiles of 8 columns (16, if of 8 bits), the fifth the upper and lower 8 rows.
+        if four_bit:
+            registers = np.empty_like(codes.registers)
+            for place, register in np.ndenumerate(codes.registers):
+                arguments, code = [bitcast(register, word)], four_bit_asm(piece, 8, dtype)
+                if zeros is not None:
+                    zero = arith.extui(word, bitcast(zeros.registers.flat[place[4]], ir.IntegerType.get_signless(8)))
+                    twice = llvm.inline_asm(word, [zero], zero_pair_asm(dtype), "=r,r")
+                    arguments, code = [*arguments, twice], four_bit_asm(piece, None, dtype)
+                constraints = ",".join(["=r", "r", "r"][: len(arguments) + 1])
+                registers[place] = bitcast(llvm.inline_asm(word, arguments, code, constraints), pair)
+        else:
+            tiles = codes.registers[:, 2 * piece : 2 * piece + 2]
+            registers = np.empty((tiles.shape[0], 4, *tiles.shape[2:]), dtype=object)
+            both = llvm.StructType.get_literal([word, word])
+            for place, register in np.ndenumerate(tiles):
+                halves = llvm.inline_asm(both, [bitcast(register, word)], eight_bit_asm(codes_dtype, dtype), "=r,=r,r")
+                for half in range(2):
+                    number = llvm.extractvalue(word, halves, [half])
+                    registers[(place[0], 2 * place[1] + half, *place[2:])] = bitcast(number, pair)
+        return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
 
-        def plane_of(register, plane):
-            return bitcast(llvm.inline_asm(word, [bitcast(register, word)], four_bit_asm(plane, 8, dtype), "=r,r"), pair)
-
-        planes = []
-        for plane in range(4):
-            registers = np.empty_like(words.registers)
-            for place, register in np.ndenumerate(words.registers):
-                registers[place] = plane_of(register, plane)
-            planes.append(registers)
-        # Tiles of 8 columns are the second axis of the registers.
-        joined = [np.concatenate(planes[part * each : (part + 1) * each], axis=1) for part in range(parts)]
-        return [mgpu.FragmentedArray(_registers=registers, _layout=words.layout, _is_signed=None) for registers in joined]
-
-    return unpacked(words)
+    return widened(codes, *(() if zeros is None else (zeros,)))

@@ -24,6 +24,11 @@ class _Magic:
     float8_shift: int
     float8_factor: float
 
+    @property
+    def less_base(self) -> int:
+        """The bits of -base."""
+        return 0xC300 if self.suffix == "bf16x2" else 0xE400
+
     @classmethod
     def of(cls, dtype: jnp.dtype) -> "_Magic":
         if dtype == jnp.bfloat16:
@@ -52,7 +57,8 @@ def four_bit_numbers(
         return _looked_up(words, plane, values, dtype, interpret)
     magic = _Magic.of(dtype)
     if not isinstance(zeros, int):
-        zeros = -(zeros.astype(jnp.float32) + magic.base).astype(dtype)
+        # Less the base and the zero: the zero put into a mantissa too.
+        zeros = lax.bitcast_convert_type(zeros.astype(jnp.uint16) | jnp.uint16(magic.less_base), dtype)
         zeros = jnp.broadcast_to(zeros[:, None], words.shape)
     if interpret:
         codes = _codes(words, plane).astype(dtype)
@@ -74,6 +80,11 @@ def four_bit_asm(plane: int, zero: int | None, dtype: jnp.dtype) -> str:
         f"{{ .reg .b32 t, o, z; {shift} {added} mov.b32 o, {_pair(1, dtype)};"
         f" lop3.b32 t, t, 0x000f000f, {_pair(magic.base, dtype)}, 0xEA; fma.rn.{magic.suffix} $0, t, o, z; }}"
     )
+
+
+def zero_pair_asm(dtype: jnp.dtype) -> str:
+    """PTX for what `four_bit_asm` is to add, in $0, of a zero, $1."""
+    return f"mad.lo.u32 $0, $1, 0x10001, 0x{_Magic.of(dtype).less_base * 0x10001:08x};"
 
 
 def _codes(words: jax.Array, plane: int) -> jax.Array:
@@ -102,19 +113,21 @@ def eight_bit_numbers(codes: jax.Array, dtype: jnp.dtype, interpret: bool) -> ja
     """Codes float8_e4m3fn or int8 [N, C] in dtype, exactly; NaN becomes 480."""
     if interpret:
         return codes.astype(dtype)
+    return _asm(eight_bit_asm(codes.dtype, dtype), [lax.bitcast_convert_type(codes, jnp.uint8)], dtype, 4)
+
+
+def eight_bit_asm(codes_dtype: jnp.dtype, dtype: jnp.dtype) -> str:
+    """PTX for the four codes, float8_e4m3fn or int8, of $2, in $0 and $1."""
+    if codes_dtype == jnp.int8:
+        return _int8_to_bfloat16() if dtype == jnp.bfloat16 else _int8_to_float16()
     magic = _Magic.of(dtype)
-    if codes.dtype == jnp.int8:
-        code = _int8_to_bfloat16() if dtype == jnp.bfloat16 else _int8_to_float16()
-    else:
-        # The byte goes to the upper half, its exponent and mantissa move right into place; the factor is the ratio of the biases.
-        spread = 0x7F007F00 >> magic.float8_shift
-        move = f"shr.b32 s, t, {magic.float8_shift}; and.b32 s, s, 0x{spread:08x}; lop3.b32 t, t, 0x80008000, s, 0xEA;"
-        scale = f"fma.rn.{magic.suffix} $%d, t, c, z;"
-        code = f"{{ .reg .b32 t, s, c, z; mov.b32 c, {_pair(magic.float8_factor, dtype)}; mov.b32 z, 0x80008000;"
-        for result, order in enumerate(("0x1404", "0x3424")):
-            code += f" prmt.b32 t, $2, 0, {order}; {move} {scale % result}"
-        code += " }"
-    return _asm(code, [lax.bitcast_convert_type(codes, jnp.uint8)], dtype, 4)
+    # The byte goes to the upper half, its exponent and mantissa move right into place; the factor is the ratio of the biases.
+    spread = 0x7F007F00 >> magic.float8_shift
+    code = f"{{ .reg .b32 t, s, c, z; mov.b32 c, {_pair(magic.float8_factor, dtype)}; mov.b32 z, 0x80008000;"
+    for result, order in enumerate(("0x1404", "0x3424")):
+        code += f" prmt.b32 t, $2, 0, {order}; shr.b32 s, t, {magic.float8_shift}; and.b32 s, s, 0x{spread:08x};"
+        code += f" lop3.b32 t, t, 0x80008000, s, 0xEA; fma.rn.{magic.suffix} ${result}, t, c, z;"
+    return code + " }"
 
 
 def _int8_to_bfloat16() -> str:
