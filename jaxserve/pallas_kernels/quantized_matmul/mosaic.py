@@ -18,10 +18,10 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.utils import bitcast
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import llvm
 
 from jaxserve.pallas_kernels.paged_attention.mosaic_decode import swizzled
-from jaxserve.pallas_kernels.quantized_matmul.upcast import eight_bit_asm, four_bit_asm, zero_pair_asm
+from jaxserve.pallas_kernels.quantized_matmul.upcast import addend_pair_asm, eight_bit_asm, four_bit_asm
 from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, EightBitWeight, FourBitWeight
 
 HEIGHT = 64  # of a wgmma
@@ -98,12 +98,12 @@ def quantized_matmul_mosaic(
         # Lane semantics lower in half the time of the default's, which infers layouts first.
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(x, codes, scales, None if zeros is None else zeros.reshape(-1, heights, HEIGHT))
+    )(x, codes, scales, None if zeros is None else zeros.reshape(-1, heights, HEIGHT), jnp.full((1,), 8, jnp.int32))
     return sums[:, :num_tokens]
 
 
 def _quantized_matmul_kernel(
-    x_ref, codes_ref, scales_ref, zeros_ref, sums_ref, codes_smem, x_smem, scales_smem, zeros_smem, out_smem, filled, emptied,
+    x_ref, codes_ref, scales_ref, zeros_ref, one_zero_ref, sums_ref, codes_smem, x_smem, scales_smem, zeros_smem, out_smem, filled, emptied,
     *, config: MosaicQuantizedConfig, per_row: bool, group: int, chunks: int, workers: int, interpret: bool,
 ):  # fmt: skip
     teams, stages, splits, planes = config.warpgroups, config.num_stages, jnp.int32(config.splits), out_smem.shape[1]
@@ -151,11 +151,13 @@ def _quantized_matmul_kernel(
 
     @pl.when(warpgroup < teams)
     def _compute():
+        one_zero = plgpu.layout_cast(lax.broadcast_in_dim(one_zero_ref[0], (HEIGHT,), ()), _ROW)
+
         def multiply(sums, slot, part, codes):
             """Adds a group's product to sums, wgmma's accumulator; in the interpreter returns it, whose wgmma takes no registers."""
             products = []
             for piece in range(part * 4 // parts, (part + 1) * 4 // parts):
-                zeros = None if zeros_ref is None else plgpu.load(zeros_smem.at[slot, part, warpgroup], layout=_ROW)
+                zeros = one_zero if zeros_ref is None else plgpu.load(zeros_smem.at[slot, part, warpgroup], layout=_ROW).astype(jnp.int32)
                 numbers = _numbers(codes, piece, zeros, x_ref.dtype, interpret)
                 tokens = x_smem.at[slot, :, pl.ds(piece * _PIECE, _PIECE)]
                 if interpret:
@@ -243,44 +245,41 @@ def _quantized_matmul_kernel(
 _ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
-def _numbers(codes: jax.Array, piece: int, zeros: jax.Array | None, dtype: jnp.dtype, interpret: bool) -> jax.Array:
-    """Numbers [64, 32] of a block's codes, uint16 [64, 32] or of 8 bits [64, 128], in dtype; less their zeros, uint8 [64], or 8 of 4 bits."""
-    four_bit, codes_dtype = codes.dtype == jnp.uint16, codes.dtype
+def _numbers(codes: jax.Array, piece: int, zeros: jax.Array, dtype: jnp.dtype, interpret: bool) -> jax.Array:
+    """Numbers [64, 32] in dtype of a block's codes, uint16 [64, 32] less their zeros, int32 [64], or of 8 bits [64, 128]."""
+    codes_dtype, four_bit = codes.dtype, codes.dtype == jnp.uint16
     if interpret:
         if not four_bit:
             return codes[:, piece * _PIECE : (piece + 1) * _PIECE].astype(dtype)
-        numbers = ((codes >> jnp.uint16(4 * piece)) & jnp.uint16(15)).astype(dtype)
-        return numbers - (8 if zeros is None else lax.broadcast_in_dim(zeros.astype(dtype), numbers.shape, (0,)))
-
-    layout = plgpu.Layout.WGMMA if four_bit else plgpu.Layout.WGMMA_8BIT
+        numbers = (codes >> jnp.uint16(4 * piece)) & jnp.uint16(15)
+        return numbers.astype(dtype) - lax.broadcast_in_dim(zeros.astype(dtype), numbers.shape, (0,))
     result = plgpu.ShapeDtypeStruct((HEIGHT, _PIECE), dtype, layout=plgpu.Layout.WGMMA)
-    more = () if zeros is None else (_ROW,)
+    word = functools.partial(ir.IntegerType.get_signless, 32)
 
-    @plgpu.inline_mgpu(arg_types=(layout, *more), return_type=result)
-    def widened(ctx, codes, zeros=None):
+    def pairs():
+        return ir.VectorType.get((2,), ir.BF16Type.get() if dtype == jnp.bfloat16 else ir.F16Type.get())
+
+    # The second axis of the registers are tiles of 8 columns (16, if of 8 bits), the fifth the upper and the lower 8 rows.
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, _ROW), return_type=result)
+    def four_bit_numbers(ctx, codes, zeros):
         del ctx
-        pair = ir.VectorType.get((2,), ir.BF16Type.get() if dtype == jnp.bfloat16 else ir.F16Type.get())
-        word = ir.IntegerType.get_signless(32)
-        # The second axis of the registers are tiles of 8 columns (16, if of 8 bits), the fifth the upper and lower 8 rows.
-        if four_bit:
-            registers = np.empty_like(codes.registers)
-            for place, register in np.ndenumerate(codes.registers):
-                arguments, code = [bitcast(register, word)], four_bit_asm(piece, 8, dtype)
-                if zeros is not None:
-                    zero = arith.extui(word, bitcast(zeros.registers.flat[place[4]], ir.IntegerType.get_signless(8)))
-                    twice = llvm.inline_asm(word, [zero], zero_pair_asm(dtype), "=r,r")
-                    arguments, code = [*arguments, twice], four_bit_asm(piece, None, dtype)
-                constraints = ",".join(["=r", "r", "r"][: len(arguments) + 1])
-                registers[place] = bitcast(llvm.inline_asm(word, arguments, code, constraints), pair)
-        else:
-            tiles = codes.registers[:, 2 * piece : 2 * piece + 2]
-            registers = np.empty((tiles.shape[0], 4, *tiles.shape[2:]), dtype=object)
-            both = llvm.StructType.get_literal([word, word])
-            for place, register in np.ndenumerate(tiles):
-                halves = llvm.inline_asm(both, [bitcast(register, word)], eight_bit_asm(codes_dtype, dtype), "=r,=r,r")
-                for half in range(2):
-                    number = llvm.extractvalue(word, halves, [half])
-                    registers[(place[0], 2 * place[1] + half, *place[2:])] = bitcast(number, pair)
+        added = [llvm.inline_asm(word(), [bitcast(zero, word())], addend_pair_asm(dtype), "=r,r") for zero in zeros.registers.flat]
+        registers = np.empty_like(codes.registers)
+        for place, register in np.ndenumerate(codes.registers):
+            operands = [bitcast(register, word()), added[place[4]]]
+            registers[place] = bitcast(llvm.inline_asm(word(), operands, four_bit_asm(piece, dtype), "=r,r,r"), pairs())
         return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
 
-    return widened(codes, *(() if zeros is None else (zeros,)))
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA_8BIT,), return_type=result)
+    def eight_bit_numbers(ctx, codes):
+        del ctx
+        tiles = codes.registers[:, 2 * piece : 2 * piece + 2]
+        registers = np.empty((tiles.shape[0], 4, *tiles.shape[2:]), dtype=object)
+        both = llvm.StructType.get_literal([word(), word()])
+        for place, register in np.ndenumerate(tiles):
+            halves = llvm.inline_asm(both, [bitcast(register, word())], eight_bit_asm(codes_dtype, dtype), "=r,=r,r")
+            for half in range(2):
+                registers[(place[0], 2 * place[1] + half, *place[2:])] = bitcast(llvm.extractvalue(word(), halves, [half]), pairs())
+        return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
+
+    return four_bit_numbers(codes, zeros) if four_bit else eight_bit_numbers(codes)

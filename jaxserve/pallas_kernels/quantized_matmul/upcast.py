@@ -49,41 +49,35 @@ def _asm(code: str, arguments: Sequence[jax.Array], dtype: jnp.dtype, pack: int)
     return numbers
 
 
-def four_bit_numbers(
-    words: jax.Array, plane: int, zeros: jax.Array | int, values: tuple[float, ...] | None, dtype: jnp.dtype, interpret: bool
-) -> jax.Array:
-    """Codes `plane` of uint16 words [N, C], less their zero (one or uint8 [N]), in dtype; or their `values`."""
-    if values is not None:
-        return _looked_up(words, plane, values, dtype, interpret)
-    magic = _Magic.of(dtype)
-    if not isinstance(zeros, int):
-        # Less the base and the zero: the zero put into a mantissa too.
-        zeros = lax.bitcast_convert_type(zeros.astype(jnp.uint16) | jnp.uint16(magic.less_base), dtype)
-        zeros = jnp.broadcast_to(zeros[:, None], words.shape)
+def addends(zeros: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """What to add to a 4-bit code in a mantissa: less the base and less the zero, uint8 of any shape, which is put into the mantissa too."""
+    return lax.bitcast_convert_type(zeros.astype(jnp.uint16) | jnp.uint16(_Magic.of(dtype).less_base), dtype)
+
+
+def four_bit_numbers(words: jax.Array, plane: int, added: jax.Array, interpret: bool) -> jax.Array:
+    """Codes `plane` of uint16 words [N, C] less their zeros, in the dtype of their `addends` [N]."""
+    dtype = added.dtype
+    added = jnp.broadcast_to(added[:, None], words.shape)
     if interpret:
-        codes = _codes(words, plane).astype(dtype)
-        return codes - zeros if isinstance(zeros, int) else (codes + magic.base) + zeros
-    if isinstance(zeros, int):
-        return _asm(four_bit_asm(plane, zeros, dtype), [words], dtype, 2)
-    return _asm(four_bit_asm(plane, None, dtype), [words, zeros], dtype, 2)
+        return _codes(words, plane).astype(dtype) + _Magic.of(dtype).base + added
+    return _asm(four_bit_asm(plane, dtype), [words, added], dtype, 2)
 
 
-def four_bit_asm(plane: int, zero: int | None, dtype: jnp.dtype) -> str:
-    """PTX for codes `plane` of two words, $1, less their zero, in $0; without a zero, $2 is what to add to a code and its base, twice.
+def four_bit_asm(plane: int, dtype: jnp.dtype) -> str:
+    """PTX for codes `plane` of two words, $1, less their zeros, in $0; $2 is their addend, twice.
 
     The codes are shifted into place, cut out and put into the mantissas by one instruction.
     """
     magic = _Magic.of(dtype)
     shift = f"shr.u32 t, $1, {4 * plane};" if plane else "mov.b32 t, $1;"
-    added = "mov.b32 z, $2;" if zero is None else f"mov.b32 z, {_pair(-magic.base - zero, dtype)};"
     return (
-        f"{{ .reg .b32 t, o, z; {shift} {added} mov.b32 o, {_pair(1, dtype)};"
-        f" lop3.b32 t, t, 0x000f000f, {_pair(magic.base, dtype)}, 0xEA; fma.rn.{magic.suffix} $0, t, o, z; }}"
+        f"{{ .reg .b32 t, o; {shift} mov.b32 o, {_pair(1, dtype)}; lop3.b32 t, t, 0x000f000f, {_pair(magic.base, dtype)}, 0xEA;"
+        f" fma.rn.{magic.suffix} $0, t, o, $2; }}"
     )
 
 
-def zero_pair_asm(dtype: jnp.dtype) -> str:
-    """PTX for what `four_bit_asm` is to add, in $0, of a zero, $1."""
+def addend_pair_asm(dtype: jnp.dtype) -> str:
+    """PTX for the addend, twice in $0, of a zero, $1."""
     return f"mad.lo.u32 $0, $1, 0x10001, 0x{_Magic.of(dtype).less_base * 0x10001:08x};"
 
 
@@ -91,7 +85,7 @@ def _codes(words: jax.Array, plane: int) -> jax.Array:
     return (words >> jnp.uint16(4 * plane)) & jnp.uint16(15)
 
 
-def _looked_up(words: jax.Array, plane: int, values: tuple[float, ...], dtype: jnp.dtype, interpret: bool) -> jax.Array:
+def table_numbers(words: jax.Array, plane: int, values: tuple[float, ...], dtype: jnp.dtype, interpret: bool) -> jax.Array:
     """What 16 codes stand for, bytes at a time: PRMT chooses among 8 bytes, so twice among the lower and twice among the upper bytes."""
     if interpret:
         codes = _codes(words, plane)
