@@ -1,4 +1,4 @@
-"""Speed of products with weights of 4 and 8 bits on this GPU, by kernel and cut: `python -m benchmarks.quantized_matmuls [--seconds 100]`.
+"""Speed of products with weights of 4 and 8 bits on this GPU: `python -m benchmarks.quantized_matmuls [--contenders served mosaic triton]`.
 
 A figure is the time of one of many products in one jit, one after the other, each with tokens and a weight of its own (together more than
 the L2 cache holds). Outputs are compared with float32 on 256 random rows of the weight. The last table has the best cut of each case beside
@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.pallas_kernels.quantized_matmul.many_tokens import eight_bit_matmul, sum_of_parts, widened_matmul
+from jaxserve.pallas_kernels.quantized_matmul.api import quantized_matmul
+from jaxserve.pallas_kernels.quantized_matmul.many_tokens import sum_of_parts
 from jaxserve.pallas_kernels.quantized_matmul.mosaic import MosaicQuantizedConfig, quantized_matmul_mosaic
 from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfig, quantized_matmul_triton
 from jaxserve.pallas_kernels.quantized_matmul.weights import EightBitWeight, FourBitWeight
@@ -74,101 +75,70 @@ def mosaic(case: Case, *cut: int) -> Contender:
     return Contender(case, f"mosaic {cut}", multiply)
 
 
-def _by_mosaic(kind: str) -> Iterator[Contender]:
-    for tokens in (1, 16):
-        for cut in ((4, 1, 8, 132), (2, 1, 8, 264), (2, 1, 16, 132), (2, 1, 5, 264), (4, 1, 6, 132), (1, 1, 6, 528)):
-            yield mosaic(Case(kind, "gate_up", tokens), *cut)
-        for cut in ((2, 4, 16, 132), (4, 8, 8, 132), (2, 8, 8, 264)):
-            yield mosaic(Case(kind, "down", tokens), *cut)
-        for cut in ((3, 4, 8, 132), (4, 4, 8, 132), (2, 2, 16, 132), (2, 4, 8, 264)):
-            yield mosaic(Case(kind, "qkv", tokens), *cut)
-        for cut in ((2, 4, 8, 132), (4, 8, 4, 132), (2, 8, 4, 264)):
-            yield mosaic(Case(kind, "o", tokens), *cut)
-        yield mosaic(Case(kind, "head", tokens), 4, 1, 8, 132)
-    for cut in ((2, 1, 8, 132), (4, 1, 5, 132), (1, 1, 5, 264), (2, 1, 4, 264)):
-        yield mosaic(Case(kind, "gate_up", 64), *cut)
-    for shape, cut in (
-        ("down", (2, 4, 8, 132)),
-        ("down", (4, 8, 6, 132)),
-        ("qkv", (3, 4, 7, 132)),
-        ("o", (2, 4, 8, 132)),
-        ("head", (2, 1, 8, 132)),
-    ):
-        yield mosaic(Case(kind, shape, 64), *cut)
-
-
-def _few_tokens(kind: str) -> Iterator[Contender]:
-    wide = [(32, 1, 1, 1, 5), (32, 2, 1, 2, 4), (64, 1, 1, 2, 4), (64, 2, 1, 2, 3), (64, 1, 2, 2, 4), (64, 1, 1, 4, 4), (64, 2, 1, 4, 3)]
-    wide += [(128, 1, 1, 4, 4), (128, 1, 2, 4, 4), (128, 2, 1, 4, 3), (128, 1, 2, 4, 6), (128, 1, 1, 8, 4)]
-    if kind != "w4":
-        wide = [
-            (32, 1, 1, 1, 5),
-            (32, 1, 1, 2, 4),
-            (64, 1, 1, 2, 4),
-            (64, 1, 2, 2, 3),
-            (64, 1, 1, 2, 6),
-            (64, 1, 1, 4, 4),
-            (128, 1, 2, 4, 4),
-        ]
-    for tokens in (1, 16):
-        for rows, *cut in wide:
-            yield triton(Case(kind, "gate_up", tokens), rows, 16, *cut)
-    for shape, splits in (("down", (4, 8)), ("qkv", (2, 4)), ("o", (4, 8))):
-        for tokens in (1, 16):
-            for rows, warps, stages in ((64, 2, 4), (128, 4, 4), (32, 2, 4)):
-                for split in splits:
-                    if tokens == 16 or shape == "down":
-                        yield triton(Case(kind, shape, tokens), rows, 16, 1, split, warps, stages)
-    for tokens in (1, 16):
-        for cut in ((64, 16, 1, 1, 2, 4), (128, 16, 1, 1, 4, 4)):
-            yield triton(Case(kind, "head", tokens), *cut)
-
-
-def _a_batch(kind: str) -> Iterator[Contender]:
-    for cut in (
-        (64, 1, 1, 4, 4),
-        (64, 2, 1, 4, 3),
-        (128, 1, 1, 4, 4),
-        (128, 1, 1, 8, 4),
-        (128, 2, 1, 8, 3),
-        (256, 1, 1, 8, 3),
-        (64, 1, 1, 2, 4),
-    ):
-        yield triton(Case(kind, "gate_up", 64), cut[0], 64, *cut[1:])
-    for shape, splits in (("down", (4, 8)), ("qkv", (2, 4)), ("o", (4,))):
-        for rows, warps, stages in ((64, 4, 4), (128, 8, 4), (128, 4, 4)):
-            for split in splits:
-                yield triton(Case(kind, shape, 64), rows, 64, 1, split, warps, stages)
-    yield triton(Case(kind, "head", 64), 128, 64, 1, 1, 8, 4)
-
-
-def _many_tokens() -> Iterator[Contender]:
-    for cut in ((128, 128, 1, 1, 8, 3), (128, 256, 1, 1, 8, 3), (256, 128, 1, 1, 8, 3)):
-        yield triton(Case("w4", "gate_up", 256), *cut)
-    yield triton(Case("fp8", "gate_up", 256), 128, 128, 1, 1, 8, 3)
-    for tokens in (256, 2048, 8192):
-        for shape in ("gate_up", "down", "qkv") if tokens > 256 else ("gate_up", "down"):
-            yield Contender(Case("bf16", shape, tokens), "cublas", lambda x, weight: multiply_bf16(x, weight))
-            yield Contender(Case("w4", shape, tokens), "widened", lambda x, weight: widened_matmul(x, weight, BF16))
-            yield Contender(Case("fp8", shape, tokens), "8 bit", lambda x, weight: eight_bit_matmul(x, weight, BF16))
-        yield Contender(Case("int8", "gate_up", tokens), "8 bit", lambda x, weight: eight_bit_matmul(x, weight, BF16))
-        yield Contender(Case("fp8", "gate_up", tokens), "widened", lambda x, weight: widened_matmul(x, weight, BF16))
-
-
-def contenders() -> list[Contender]:
-    """Everything that is measured, the most important first."""
-    found = [*_by_mosaic("w4"), *_few_tokens("w4"), *_a_batch("w4"), *_many_tokens(), *_few_tokens("fp8"), *_a_batch("fp8")]
-    for tokens in (16, 64):
-        for shape in ("gate_up", "down", "qkv", "o"):
-            found.append(Contender(Case("fp8", shape, tokens), "8 bit", lambda x, weight: eight_bit_matmul(x, weight, BF16)))
+def _served() -> Iterator[Contender]:
+    """What `quantized_matmul` chooses, beside cuBLAS with bfloat16."""
+    for shape in ("gate_up", "down", "qkv", "o", "head"):
+        for tokens in (1, 16, 64, 256) if shape == "head" else (1, 16, 64, 256, 2048, 8192):
+            yield Contender(Case("bf16", shape, tokens), "cublas", multiply_bf16)
+            for kind in ("w4", "fp8"):
+                yield Contender(Case(kind, shape, tokens), "served", multiply_quantized)
     for kind in ("w4z", "w4g32", "int8"):
-        found += [triton(Case(kind, "gate_up", tokens), 64, 16, 1, 1, 2, 4) for tokens in (1, 16)]
-        found += [triton(Case(kind, "gate_up", 64), *cut) for cut in ((128, 64, 1, 1, 8, 4), (64, 64, 1, 1, 4, 4))]
-    for tokens, cut in ((1, (4, 1, 8, 132)), (16, (4, 1, 8, 132)), (64, (2, 1, 8, 132))):
-        found.append(mosaic(Case("w4g32", "gate_up", tokens), *cut))
-    for tokens in (1, 16, 64):
-        found += [Contender(Case("bf16", shape, tokens), "cublas", lambda x, weight: multiply_bf16(x, weight)) for shape in SHAPES]
-    return found
+        for tokens in (1, 16, 64):
+            yield Contender(Case(kind, "gate_up", tokens), "served", multiply_quantized)
+
+
+def _mosaic_cuts() -> Iterator[Contender]:
+    for tokens in (1, 16):
+        for cut in ((4, 1, 8, 132), (2, 1, 8, 264), (4, 1, 5, 132), (2, 1, 16, 132), (4, 2, 8, 132)):
+            yield mosaic(Case("w4", "gate_up", tokens), *cut)
+    for cut in ((2, 1, 8, 132), (4, 1, 5, 132), (2, 1, 4, 264), (1, 1, 5, 264)):
+        yield mosaic(Case("w4", "gate_up", 64), *cut)
+    for tokens, cuts in (
+        (1, ((4, 1, 5, 132), (2, 1, 5, 132))),
+        (16, ((4, 1, 5, 132), (2, 1, 4, 264))),
+        (64, ((4, 1, 3, 132), (2, 1, 5, 132))),
+    ):
+        for cut in cuts:
+            yield mosaic(Case("fp8", "gate_up", tokens), *cut)
+    for kind, deep in (("w4", 8), ("fp8", 5)):
+        for tokens in (1, 16, 64):
+            stages = deep if tokens < 64 else 3
+            yield mosaic(Case(kind, "down", tokens), 2, 4, stages, 132)
+            yield mosaic(Case(kind, "qkv", tokens), 3, 4, stages, 132)
+            yield mosaic(Case(kind, "o", tokens), 2, 4, stages, 132)
+            yield mosaic(Case(kind, "head", tokens), 4, 1, stages if kind == "w4" or tokens == 64 else 5, 132)
+        yield mosaic(Case(kind, "down", 16), 4, 8, 5, 132)
+        yield mosaic(Case(kind, "qkv", 16), 2, 2, 5, 132)
+        yield mosaic(Case(kind, "qkv", 16), 4, 4, 4, 132)
+        yield mosaic(Case(kind, "o", 16), 4, 8, 4, 132)
+        yield mosaic(Case(kind, "o", 16), 1, 2, 8, 132)
+    yield mosaic(Case("w4z", "gate_up", 16), 4, 1, 8, 132)
+    yield mosaic(Case("w4g32", "gate_up", 16), 4, 1, 8, 132)
+    yield mosaic(Case("int8", "gate_up", 16), 4, 1, 5, 132)
+    yield mosaic(Case("w4", "gate_up", 128), 2, 1, 4, 132)
+
+
+def _triton_cuts() -> Iterator[Contender]:
+    for tokens in (1, 16):
+        for cut in ((64, 16, 2, 1, 2, 3), (64, 16, 1, 2, 2, 4), (64, 16, 1, 1, 2, 4), (128, 16, 1, 2, 4, 4)):
+            yield triton(Case("w4", "gate_up", tokens), *cut)
+        for cut in ((64, 16, 1, 1, 2, 4), (32, 16, 1, 1, 2, 4), (64, 16, 1, 2, 2, 3)):
+            yield triton(Case("fp8", "gate_up", tokens), *cut)
+        for kind in ("w4", "fp8"):
+            for shape, splits in (("down", 8), ("qkv", 4), ("o", 8)):
+                yield triton(Case(kind, shape, tokens), 64, 16, 1, splits, 2, 4)
+    for cut in ((256, 64, 1, 1, 8, 3), (128, 64, 1, 1, 8, 4)):
+        yield triton(Case("w4", "gate_up", 64), *cut)
+    for shape, splits in (("down", 8), ("qkv", 4), ("o", 4)):
+        yield triton(Case("w4", shape, 64), 128, 64, 1, splits, 8, 4)
+
+
+CONTENDERS = {"served": _served, "mosaic": _mosaic_cuts, "triton": _triton_cuts}
+
+
+def multiply_quantized(x: jax.Array, weight: FourBitWeight | EightBitWeight) -> jax.Array:
+    """x [T, K], weight [N, K] -> [T, N], as it is served."""
+    return quantized_matmul(x, weight, BF16)
 
 
 def multiply_bf16(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -241,6 +211,7 @@ def main() -> None:
     """Compile everything in threads, measure one after the other, print a table."""
     parser = argparse.ArgumentParser(description="Speed of products with quantized weights on this GPU.")
     parser.add_argument("--seconds", type=float, default=100, help="stop measuring after so long")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=["served"], help="what is served, or cuts of a kernel")
     parser.add_argument("--only", nargs="+", default=[], help="cases whose 'kind shape tokens' begin with one of these")
     parser.add_argument("--threads", type=int, default=16, help="that compile")
     parser.add_argument("--json", type=Path, help="write every figure here")
@@ -250,9 +221,8 @@ def main() -> None:
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_command_buffer_scheduling_mode=SERIALIZE"
     if jax.default_backend() != "gpu":
         sys.exit("no GPU")
-    wanted = [
-        c for c in contenders() if not arguments.only or f"{c.case.kind} {c.case.shape} {c.case.tokens}".startswith(tuple(arguments.only))
-    ]
+    wanted = [contender for name in arguments.contenders for contender in CONTENDERS[name]()]
+    wanted = [c for c in wanted if not arguments.only or f"{c.case.kind} {c.case.shape} {c.case.tokens}".startswith(tuple(arguments.only))]
     with ThreadPoolExecutor(arguments.threads) as pool:
         futures = [pool.submit(compile_products, contender) for contender in wanted]
         deadline = started + 0.72 * arguments.seconds
@@ -314,7 +284,8 @@ def measure_all(wanted: list[Contender], futures: list[Any], deadline: float, fi
         expected = np.asarray(xs[0][:64], np.float32) @ np.asarray(matrix, np.float32).T
         print(f"{running}", end="\r", file=sys.stderr, flush=True)  # the last of these is what hung
         seconds, error = measure(compiled, xs, weights[:count], expected, rows)
-        bound = {"8 bit": 0.04 if case.kind == "fp8" else 0.02}.get(wanted[i].name, 4e-3)
+        # Activations may be rounded to 8 bits.
+        bound = {"fp8": 0.04, "int8": 0.02}.get(case.kind, 4e-3) if wanted[i].name == "served" else 4e-3
         floor = case.floor(weight_bytes(case.kind, case.shape))
         row = dict(kind=case.kind, shape=case.shape, tokens=case.tokens, name=wanted[i].name, us=seconds * 1e6, floor_us=floor * 1e6)
         figures.append(row | dict(error=error, wrong=not error < bound))

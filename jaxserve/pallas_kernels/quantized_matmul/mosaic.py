@@ -79,7 +79,13 @@ def quantized_matmul_mosaic(
     scales_smem = plgpu.SMEM((config.num_stages, parts, teams, HEIGHT), scales.dtype)
     sums = plgpu.kernel(
         functools.partial(
-            _quantized_matmul_kernel, config=config, per_row=per_row, group=weight.group, chunks=chunks, workers=workers, interpret=interpret
+            _quantized_matmul_kernel,
+            config=config,
+            per_row=per_row,
+            group=weight.group,
+            chunks=chunks,
+            workers=workers,
+            interpret=interpret,
         ),
         out_type=jax.ShapeDtypeStruct((config.splits * planes, lanes, size), x.dtype),
         scratch_types=(

@@ -50,7 +50,7 @@ def _asm(code: str, arguments: Sequence[jax.Array], dtype: jnp.dtype, pack: int)
 
 
 def addends(zeros: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """What to add to a 4-bit code in a mantissa: less the base and less the zero, uint8 of any shape, which is put into the mantissa too."""
+    """What to add to a 4-bit code in a mantissa: less the base and the zero, uint8 of any shape, itself put into the mantissa."""
     return lax.bitcast_convert_type(zeros.astype(jnp.uint16) | jnp.uint16(_Magic.of(dtype).less_base), dtype)
 
 
