@@ -71,7 +71,7 @@ def rotate_step(function: Callable[..., Any], model: Model, num_tokens: int, kv_
 
     def call(carry, qkv_rotation_metadata):
         qkv, rotation, metadata = qkv_rotation_metadata
-        return function(qkv, rotation, carry[1], metadata, bias=None, norms=None, eps=EPS)
+        return function(qkv, rotation, carry[1], metadata, bias=None, norms=None, eps=EPS, dtype=q.dtype)
 
     q = jnp.zeros((num_tokens, model.num_heads, model.head_dim), jnp.bfloat16)
     written = num_tokens * model.num_kv_heads * model.head_dim * 2 * kv[0].dtype.itemsize

@@ -58,6 +58,15 @@ def test_add_rms_norm_is_the_reference(shape, block_rows, dtype):
     assert_equal_but_for_rounding(jax.jit(call)(*arguments), jax.jit(functools.partial(add_rms_norm_reference, eps=1e-5))(*arguments))
 
 
+def test_add_rms_norm_adds_parts_up_first():
+    random = np.random.default_rng(1)
+    parts, residual, weight = normal(random, (3, 5, 96), F32), normal(random, (5, 96)), normal(random, (96,))
+    call = functools.partial(add_rms_norm_triton, eps=1e-5, config=AddRMSNormConfig(2, 4), interpret=True)
+    got = jax.jit(call)(parts, residual, weight)
+    total = parts[0] + parts[1] + parts[2]
+    assert_equal_but_for_rounding(got, jax.jit(functools.partial(add_rms_norm_reference, eps=1e-5))(total.astype(BF16), residual, weight))
+
+
 @pytest.mark.parametrize(("num_tokens", "kernels"), [(64, 1), (65, 0)])
 def test_xla_norms_the_many_rows_of_a_gpu(num_tokens, kernels, monkeypatch):
     monkeypatch.setattr(sys.modules["jaxserve.pallas_kernels.add_rms_norm.api"], "local_gpu", lambda: Gpu(132, is_hopper=True))
@@ -76,12 +85,22 @@ ROTATE_CASES = [
 @pytest.mark.parametrize(("sizes", "options", "config"), ROTATE_CASES, ids=["norms", "bias-odd-size", "float8"])
 def test_rotate_and_write_kv_is_the_reference(sizes, options, config):
     arguments, options = make_qkv(*sizes, **options)
-    call = functools.partial(rotate_and_write_kv_triton, eps=1e-6, config=config, interpret=True, **options)
-    reference = functools.partial(rotate_and_write_kv_reference, eps=1e-6, **options)
+    call = functools.partial(rotate_and_write_kv_triton, eps=1e-6, dtype=BF16, config=config, interpret=True, **options)
+    reference = functools.partial(rotate_and_write_kv_reference, eps=1e-6, dtype=BF16, **options)
     got, expected = jax.jit(call)(*arguments), jax.jit(reference)(*arguments)
     assert_equal_but_for_rounding(got, expected)
     written = (np.asarray(expected[1][0]) != np.asarray(arguments[2][0])).any(axis=(1, 3)).sum()
     assert written == (np.asarray(arguments[3].write_pages) < arguments[2][0].shape[0]).sum()
+
+
+def test_rotate_and_write_kv_adds_parts_up_first():
+    arguments, options = make_qkv(9, 4, 2, 32, bias=True)
+    qkv, *rest = arguments
+    parts = jnp.stack([normal(np.random.default_rng(i), qkv.shape, F32) for i in range(3)])
+    call = functools.partial(rotate_and_write_kv_triton, eps=1e-6, dtype=BF16, interpret=True, config=RotateConfig(1, 2, 1), **options)
+    got, expected = jax.jit(call)(parts, *rest), jax.jit(call)((parts[0] + parts[1] + parts[2]).astype(BF16), *rest)
+    assert got[0].dtype == BF16
+    assert_equal_but_for_rounding(got, expected)
 
 
 def lower_for_cuda(function, *arguments, **options):
@@ -106,7 +125,7 @@ def test_add_rms_norm_kernel_lowers_for_cuda(num_tokens, size):
 ])  # fmt: skip
 def test_rotate_and_write_kv_lowers_for_cuda_in_place(sizes, options):
     arguments, options = jax.eval_shape(lambda: make_qkv(*sizes, **options))
-    call = functools.partial(rotate_and_write_kv_triton, eps=1e-6, config=RotateConfig.suited(arguments[0], arguments[2]))
+    call = functools.partial(rotate_and_write_kv_triton, eps=1e-6, dtype=BF16, config=RotateConfig.suited(arguments[0], arguments[2]))
     text = lower_for_cuda(lambda arguments, options: call(*arguments, **options), arguments, options)
     assert text.count("custom_call @__gpu$xla.gpu.triton") == 1
     assert text.count("output_operand_alias<") == 2

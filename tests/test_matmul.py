@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from jaxserve.pallas_kernels import matmul
+from jaxserve.pallas_kernels import add_parts, gated_matmul, matmul, matmul_parts
 from jaxserve.pallas_kernels.gpu import Gpu
 from jaxserve.pallas_kernels.matmul import api
 from jaxserve.pallas_kernels.matmul.mosaic import MosaicMatmulConfig, matmul_mosaic
@@ -80,9 +80,9 @@ def abstract(num_tokens, size, depth, dtype=jnp.bfloat16) -> tuple[Any, Any]:
     return jax.ShapeDtypeStruct((num_tokens, depth), dtype), jax.ShapeDtypeStruct((size, depth), dtype)
 
 
-@pytest.mark.parametrize("num_tokens", [2, 16, 40, 64, 72, 128])
+@pytest.mark.parametrize("num_tokens", [1, 8, 24, 64, 72, 128])
 @pytest.mark.parametrize("size, depth", [*LLAMA_8B, (2048, 8192), (128256, 4096), (1280, 20480), (19456, 2560), (8192, 3584)])
-def test_the_cut_fits(num_tokens, size, depth):
+def test_the_cut_for_few_tokens_fits(num_tokens, size, depth):
     config = MosaicMatmulConfig.suited(*abstract(num_tokens, size, depth), 132)
     assert config is not None
     lanes = -(-num_tokens // 8) * 8
@@ -93,29 +93,59 @@ def test_the_cut_fits(num_tokens, size, depth):
     assert size // config.tile * config.splits >= 90
 
 
-def test_what_xla_does_as_fast_is_left_to_it():
+def test_a_gated_product_is_whole_and_has_both_halves_in_a_tile():
+    for num_tokens in (8, 128):
+        config = MosaicMatmulConfig.suited(*abstract(num_tokens, *LLAMA_8B[2]), 132, gated=True)
+        assert config is not None and (config.tile, config.splits) == (128, 1)
+    assert MosaicMatmulConfig.suited(*abstract(64, 3584, 4736), 132, gated=True) is None  # it would be cut by columns
+
+
+@pytest.mark.parametrize("size, depth, gated, tiles", [(*LLAMA_8B[2], True, 256), (*LLAMA_8B[3], False, 128)])
+def test_the_cut_for_many_tokens_fills_whole_rounds(size, depth, gated, tiles):
+    config = WideMatmulConfig.suited(*abstract(256, size, depth), 132, gated)
+    assert config is not None
+    assert size // config.rows * config.splits == tiles and size % (config.rows * config.row_cluster) == 0
+    assert depth % (config.splits * 64) == 0
+    assert 128 * (config.token_tile + config.rows) * config.num_stages <= 200 * 1024
+
+
+def test_what_is_not_measured_is_left_to_xla():
     for num_tokens, size, depth, dtype in (
-        (1, *LLAMA_8B[3], jnp.bfloat16),
-        (129, *LLAMA_8B[3], jnp.bfloat16),
         (64, 3072, 2048, jnp.bfloat16),
+        (16, 1024, 2048, jnp.bfloat16),
+        (64, *LLAMA_8B[3], jnp.float32),
+        (129, *LLAMA_8B[3], jnp.bfloat16),
     ):
         assert MosaicMatmulConfig.suited(*abstract(num_tokens, size, depth, dtype), 132) is None
-    assert MosaicMatmulConfig.suited(*abstract(64, *LLAMA_8B[3], dtype=jnp.float32), 132) is None
+    for num_tokens, size, depth in ((192, *LLAMA_8B[3]), (512, *LLAMA_8B[3]), (256, *LLAMA_8B[0]), (256, *LLAMA_8B[1])):
+        assert WideMatmulConfig.suited(*abstract(num_tokens, size, depth), 132) is None
 
 
-def lowered(num_tokens, size, depth, out_dtype=jnp.bfloat16) -> str:
+def multiply(x, weight):
+    return matmul(x, weight, x.dtype)
+
+
+def lowered(num_tokens, size, depth, product=multiply) -> str:
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-        call = jax.jit(functools.partial(matmul, out_dtype=out_dtype))
-        return call.trace(*abstract(num_tokens, size, depth)).lower(lowering_platforms=("cuda",)).as_text()
+        return jax.jit(product).trace(*abstract(num_tokens, size, depth)).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_a_hopper_gpu_takes_the_kernel_for_a_batch_and_a_large_weight(monkeypatch):
+def test_a_hopper_gpu_takes_the_kernels_for_batches(monkeypatch):
     monkeypatch.setattr(api, "local_gpu", lambda: Gpu(132, True))
-    for case in ((64, *LLAMA_8B[2]), (64, *LLAMA_8B[3]), (128, *LLAMA_8B[3])):
+    gate_up, down = LLAMA_8B[2:]
+    for case in ((1, *down), (64, *gate_up), (128, *down), (256, *down), (256, *gate_up, gated_matmul)):
         text = lowered(*case)
         assert text.count("custom_call @mosaic_gpu_v2") == 1 and "dot_general" not in text
-    for case in ((1, *LLAMA_8B[3]), (256, *LLAMA_8B[3]), (64, 128256, 2048, jnp.float32)):
+    for case in ((512, *down), (64, 128256, 2048, functools.partial(matmul, out_dtype=jnp.float32))):
         assert "mosaic_gpu_v2" not in lowered(*case)
     monkeypatch.setattr(api, "local_gpu", lambda: Gpu(108, False))
-    assert "mosaic_gpu_v2" not in lowered(64, *LLAMA_8B[3])
+    assert "mosaic_gpu_v2" not in lowered(64, *down)
+
+
+def test_parts_add_up_to_the_product():
+    x, weight = (jnp.asarray(a) for a in normal(3, 24, 40))
+    assert relative_error(add_parts(matmul_parts(x, weight), x.dtype), x, weight) < 1e-6
+    assert relative_error(gated_matmul(x, weight), np.asarray(x), np.asarray(weight)) < 1e-6
+    parts = jnp.asarray(np.random.default_rng(0).standard_normal((4, 3, 24)), jnp.float32)
+    np.testing.assert_allclose(add_parts(parts, jnp.dtype(jnp.float32)), np.asarray(parts).sum(0), atol=1e-6)

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import Embedding, Linear, Place, RMSNorm, norm_weight
 from jaxserve.models.parameters import Axis
-from jaxserve.pallas_kernels import AttentionMetadata, LayerKV, paged_attention, rotate_and_write_kv
+from jaxserve.pallas_kernels import AttentionMetadata, LayerKV, add_parts, paged_attention, rotate_and_write_kv
 
 Rotation = tuple[jax.Array, jax.Array]
 
@@ -32,14 +32,15 @@ class Attention(nnx.Module):
         self.norm_eps = config.norm_eps
 
     def __call__(self, x: jax.Array, rotation: Rotation, kv: LayerKV, metadata: AttentionMetadata) -> tuple[jax.Array, LayerKV]:
-        """x [T, hidden] -> [T, hidden], and the layer's cache with this step's keys and values in it."""
+        """x [T, hidden] -> as from `Linear.parts`, and the layer's cache with this step's keys and values in it."""
         bias = None if self.qkv.bias is None else self.qkv.bias[...]
         norms = None if self.norms is None else tuple(weight[...] for weight in self.norms)
-        q, kv = rotate_and_write_kv(self.qkv.product(x), rotation, kv, metadata, bias=bias, norms=norms, eps=self.norm_eps)
+        qkv = self.qkv.matrix.matmul_parts(x)
+        q, kv = rotate_and_write_kv(qkv, rotation, kv, metadata, bias=bias, norms=norms, eps=self.norm_eps, dtype=x.dtype)
         out = paged_attention(
             q, kv, metadata, scale=self.head_dim**-0.5, window=self.window, soft_cap=None, implementation=self.implementation
         )
-        return self.output(out.reshape(out.shape[0], -1), metadata.deterministic), kv
+        return self.output.parts(out.reshape(out.shape[0], -1), metadata.deterministic), kv
 
 
 class GatedMLP(nnx.Module):
@@ -52,9 +53,8 @@ class GatedMLP(nnx.Module):
         self.down = Linear(("mlp.down_proj",), (hidden,), inner, config.traits.mlp_bias, place)
 
     def __call__(self, x: jax.Array, deterministic: bool = False) -> jax.Array:
-        """x [T, hidden] -> [T, hidden]; `deterministic` as in AttentionMetadata."""
-        gate, up = jnp.split(self.gate_up(x), 2, axis=1)
-        return self.down(jax.nn.silu(gate) * up, deterministic)
+        """x [T, hidden] -> as from `Linear.parts`; `deterministic` as in AttentionMetadata."""
+        return self.down.parts(self.gate_up.gated(x), deterministic)
 
 
 class DecoderLayer(nnx.Module):
@@ -72,7 +72,8 @@ class DecoderLayer(nnx.Module):
         """Each norm first adds what the branch before it computed, x, to the residual stream.
 
         Returns:
-            x of the feed-forward network, still to be added; the residual stream; the cache with this step's keys and values in it.
+            x of the feed-forward network, still to be added, perhaps in parts; the residual stream; the cache with this step's keys and
+            values in it.
         """
         with jax.named_scope("attention"):
             x, residual = self.attention_norm(x, residual)
@@ -144,7 +145,7 @@ class Decoder(nnx.Module):
             graphdef, state = nnx.split(layer)
             x, residual, cache = _call_layer(graphdef, state, x, residual, rotation, cache, metadata[group])
             caches.append(cache)
-        x = x + residual
+        x = add_parts(x, residual.dtype) + residual
         return self.logits(x.at[last].get(mode="promise_in_bounds")), tuple(caches), x
 
     def logits(self, x: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxserve.models.formats import Quantization, make_format
 from jaxserve.models.parameters import Axis, Parameter, Source
-from jaxserve.pallas_kernels import add_rms_norm
+from jaxserve.pallas_kernels import add_rms_norm, multiply_gated
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RMSNorm(nnx.Module):
         self.weight = norm_weight(name, size)
 
     def __call__(self, x: jax.Array, residual: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The sum of x and residual [T, size], normalised, and as it is."""
+        """The sum of x and residual [T, size], normalised, and as it is; x may be parts [P, T, size] that are to be added up."""
         return add_rms_norm(x, residual, self.weight[...], self.eps)
 
 
@@ -64,15 +64,19 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, deterministic: bool = False) -> jax.Array:
         """x [T, K] -> [T, N]; `deterministic` as in AttentionMetadata."""
-        y = self.product(x, deterministic)
+        y = self.matrix.matmul(x)
+        if self.reduce:
+            y = sum_in_order(y) if deterministic else jax.lax.psum(y, "tensor")
         return y if self.bias is None else y + self.bias[...][None, :]
 
-    def product(self, x: jax.Array, deterministic: bool = False) -> jax.Array:
-        """The result before the bias is added."""
-        y = self.matrix.matmul(x)
-        if not self.reduce:
-            return y
-        return sum_in_order(y) if deterministic else jax.lax.psum(y, "tensor")
+    def parts(self, x: jax.Array, deterministic: bool = False) -> jax.Array:
+        """The same, or parts of it [P, T, N] that are still to be added up (`add_parts`)."""
+        whole = self.bias is not None or (self.reduce and jax.lax.axis_size("tensor") > 1)
+        return self(x, deterministic) if whole else self.matrix.matmul_parts(x)
+
+    def gated(self, x: jax.Array) -> jax.Array:
+        """silu(gate) * up, [T, N / 2], where the first half of the outputs is a gate's and nothing is cut by columns."""
+        return self.matrix.gated(x) if self.bias is None else multiply_gated(self(x))
 
 
 def sum_in_order(y: jax.Array) -> jax.Array:

@@ -9,7 +9,11 @@ from jaxserve.pallas_kernels.layer_kv import KV_HEADS_AXIS as KV_HEADS_AXIS
 from jaxserve.pallas_kernels.layer_kv import LayerKV as LayerKV
 from jaxserve.pallas_kernels.layer_kv import layer_kv_shape as layer_kv_shape
 from jaxserve.pallas_kernels.layer_kv import make_layer_kv as make_layer_kv
+from jaxserve.pallas_kernels.matmul import add_parts as add_parts
+from jaxserve.pallas_kernels.matmul import gated_matmul as gated_matmul
 from jaxserve.pallas_kernels.matmul import matmul as matmul
+from jaxserve.pallas_kernels.matmul import matmul_parts as matmul_parts
+from jaxserve.pallas_kernels.matmul import multiply_gated as multiply_gated
 from jaxserve.pallas_kernels.metadata import AttentionMetadata as AttentionMetadata
 from jaxserve.pallas_kernels.paged_attention import paged_attention as paged_attention
 from jaxserve.pallas_kernels.paged_attention import plan_attention as plan_attention

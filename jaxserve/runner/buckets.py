@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Self
 
+_FEWEST = 8  # rows of a decode step on a GPU: products take so many at least, and fewer would have to be padded before each
 _FEW = 64  # rows of the small mixed shapes for prompts alone, on a GPU
 
 
@@ -54,8 +55,8 @@ class Buckets:
             return cls(_ladder(1, max_batch_size), (*few, *((t, max_batch_size) for t in tokens)))
         few = [(t, _FEW) for t in _ladder(16, min(max_batch_tokens, 1024)) if min(t, max_batch_size) > _FEW]
         mixed = (*few, *((t, min(t, max_batch_size)) for t in _ladder(16, max_batch_tokens, (64, 1), (256, 3))))
-        logits = sorted({min(rows, max_batch_size) for rows in (1, _FEW, max_batch_size)})
-        return cls(_ladder(1, max_batch_size, (16, 1), (64, 3)), mixed, logits)
+        logits = sorted({min(rows, max_batch_size) for rows in (_FEWEST, _FEW, max_batch_size)})
+        return cls(_ladder(_FEWEST, max_batch_size, (16, 1), (64, 3)), mixed, logits)
 
     @property
     def step_sizes(self) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxserve.models.formats.quantization import Quantization
 from jaxserve.models.formats.quantized_matrix import QuantizedMatrix
 from jaxserve.models.parameters import Parameter, Source
-from jaxserve.pallas_kernels import matmul, quantized_matmul, weight_of
+from jaxserve.pallas_kernels import gated_matmul, matmul, matmul_parts, multiply_gated, quantized_matmul, weight_of
 
 
 class Format(Protocol):
@@ -17,6 +17,14 @@ class Format(Protocol):
 
     def matmul(self, x: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
         """x [T, K] times the transposed matrix: [T, N], in x's dtype if not in another one."""
+        ...
+
+    def matmul_parts(self, x: jax.Array) -> jax.Array:
+        """The same in x's dtype, or parts of it [P, T, N] that are still to be added up (`add_parts`)."""
+        ...
+
+    def gated(self, x: jax.Array) -> jax.Array:
+        """silu(gate) * up, [T, N / 2], where the upper half of the matrix is a gate's."""
         ...
 
     def rows(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -49,6 +57,14 @@ class DenseFormat(nnx.Module):
         """As in `Format`."""
         return matmul(x, self.weight[...], out_dtype or x.dtype)
 
+    def matmul_parts(self, x: jax.Array) -> jax.Array:
+        """As in `Format`."""
+        return matmul_parts(x, self.weight[...])
+
+    def gated(self, x: jax.Array) -> jax.Array:
+        """As in `Format`."""
+        return gated_matmul(x, self.weight[...])
+
     def rows(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """As in `Format`."""
         return self.weight[...].at[indices].get(mode="promise_in_bounds").astype(dtype)
@@ -72,6 +88,14 @@ class QuantizedFormat(nnx.Module):
             x = everything.at[:, arrays.pop("permutation")].get(mode="promise_in_bounds")
         return quantized_matmul(x, weight_of(arrays, self.layout, x.shape[1]), out_dtype or x.dtype)
 
+    def matmul_parts(self, x: jax.Array) -> jax.Array:
+        """As in `Format`."""
+        return self.matmul(x)
+
+    def gated(self, x: jax.Array) -> jax.Array:
+        """As in `Format`."""
+        return multiply_gated(self.matmul(x))
+
     def rows(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """As in `Format`."""
         k = self.columns.size  # nobody looks up parts of rows
@@ -90,6 +114,14 @@ class StackedFormat(nnx.Module):
     def matmul(self, x: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
         """As in `Format`."""
         return jnp.concatenate([part.matmul(x, out_dtype) for part in self.formats], axis=1)
+
+    def matmul_parts(self, x: jax.Array) -> jax.Array:
+        """As in `Format`."""
+        return self.matmul(x)
+
+    def gated(self, x: jax.Array) -> jax.Array:
+        """As in `Format`."""
+        return multiply_gated(self.matmul(x))
 
     def rows(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Nobody looks up rows of stacked matrices."""

@@ -15,19 +15,20 @@ def add_rms_norm(x: jax.Array, residual: jax.Array, weight: jax.Array, eps: floa
     Root mean square norm (Zhang and Sennrich 2019, arXiv 1910.07467), computed in float32 from the sum as it is stored.
 
     Args:
-        x, residual: [T, K], of one dtype.
+        x: [T, K], or parts of it [P, T, K] as `matmul_parts` gives them, in the residual's dtype or float32.
+        residual: [T, K].
         weight: [K] of that dtype.
         eps: added to the mean square.
 
     Returns:
-        The normalised sum, and the sum: [T, K] in x's dtype.
+        The normalised sum, and the sum: [T, K] in the residual's dtype. Parts are added up in float32 and rounded first.
 
     Raises:
         ValueError: shapes that do not fit together.
     """
-    if x.shape != residual.shape or weight.shape != x.shape[1:]:
+    if x.shape[-2:] != residual.shape or weight.shape != residual.shape[1:]:
         raise ValueError(f"x {x.shape}, residual {residual.shape} and weight {weight.shape} do not go together")
-    if local_gpu() is None or x.shape[0] > _MOST_TOKENS:
+    if local_gpu() is None or (x.ndim == 2 and x.shape[0] > _MOST_TOKENS):
         return add_rms_norm_reference(x, residual, weight, eps)
     # Pallas takes over a second to import: not where there is no GPU.
     from jaxserve.pallas_kernels.add_rms_norm.triton import AddRMSNormConfig, add_rms_norm_triton

@@ -13,5 +13,6 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 def add_rms_norm_reference(x: jax.Array, residual: jax.Array, weight: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
     """As `add_rms_norm`."""
-    residual = x + residual
+    branch = x if x.ndim == 2 else x.astype(jnp.float32).sum(axis=0).astype(residual.dtype)
+    residual = branch + residual
     return rms_norm(residual, weight, eps), residual

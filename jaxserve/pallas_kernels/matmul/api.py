@@ -1,5 +1,8 @@
 """The product of activations and a weight, whatever the device."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -12,17 +15,64 @@ _SWAPPED_TOKENS = range(8, 33)
 def matmul(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
     """x [T, K] times the transposed weight [N, K], of x's dtype, with sums in float32: [T, N] in out_dtype, bfloat16 or float32.
 
-    Few tokens on a Hopper GPU go to a kernel of our own where it is faster (docs/performance_gpu.md); all else is XLA's.
+    A batch on a Hopper GPU goes to kernels of our own where they are faster (docs/performance_gpu.md); all else is XLA's.
     """
-    gpu = local_gpu()
-    if gpu is not None and gpu.is_hopper and out_dtype == x.dtype:
-        # Pallas takes over a second to import: not where there is no GPU.
-        from jaxserve.pallas_kernels.matmul.mosaic import MosaicMatmulConfig, matmul_mosaic
+    if out_dtype == x.dtype:
+        return add_parts(matmul_parts(x, weight), out_dtype)
+    return _matmul_xla(x, weight, out_dtype)
 
-        config = MosaicMatmulConfig.suited(x, weight, gpu.num_multiprocessors)
-        if config is not None:
-            parts = matmul_mosaic(x, weight, config=config)
-            return parts[0] if parts.shape[0] == 1 else parts.astype(jnp.float32).sum(axis=0).astype(x.dtype)
+
+def matmul_parts(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """As `matmul` in x's dtype, but the sum of partial results is left to the reader where there are any.
+
+    Returns:
+        [T, N], or parts [P, T, N] for `add_parts` or `add_rms_norm`, in x's dtype or float32.
+    """
+    kernel = _kernel(x, weight, gated=False)
+    if kernel is None:
+        return _matmul_xla(x, weight, x.dtype)
+    parts = kernel(x, weight)
+    return parts[0] if parts.shape[0] == 1 else parts
+
+
+def add_parts(parts: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """What `matmul_parts` gives, added up in float32 in the order of the parts: [T, N] in a dtype."""
+    return parts if parts.ndim == 2 else parts.astype(jnp.float32).sum(axis=0).astype(dtype)
+
+
+def gated_matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """silu(gate) * up (Shazeer 2020, arXiv 2002.05202) of x [T, K] and a weight [2 N, K] of gate rows and up rows: [T, N] in x's dtype.
+
+    A kernel of our own rounds the result alone; elsewhere gate and up are rounded to x's dtype first.
+    """
+    kernel = _kernel(x, weight, gated=True)
+    return multiply_gated(matmul(x, weight, x.dtype)) if kernel is None else kernel(x, weight)[0]
+
+
+def multiply_gated(gate_up: jax.Array) -> jax.Array:
+    """silu(gate) * up of [T, 2 N], gate columns first: [T, N]."""
+    gate, up = jnp.split(gate_up, 2, axis=1)
+    return jax.nn.silu(gate) * up
+
+
+def _kernel(x: jax.Array, weight: jax.Array, gated: bool) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+    """What computes [P, T, N], parts of the product, on this GPU; None: XLA is to."""
+    gpu = local_gpu()
+    if gpu is None or not gpu.is_hopper:
+        return None
+    # Pallas takes over a second to import: not where there is no GPU.
+    from jaxserve.pallas_kernels.matmul.mosaic import MosaicMatmulConfig, matmul_mosaic
+
+    config = MosaicMatmulConfig.suited(x, weight, gpu.num_multiprocessors, gated)
+    if config is not None:
+        return functools.partial(matmul_mosaic, config=config, gated=gated)
+    from jaxserve.pallas_kernels.matmul.mosaic_wide import WideMatmulConfig, matmul_wide
+
+    wide = WideMatmulConfig.suited(x, weight, gpu.num_multiprocessors, gated)
+    return None if wide is None else functools.partial(matmul_wide, config=wide, gated=gated)
+
+
+def _matmul_xla(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
     def product(left: jax.Array, right: jax.Array) -> jax.Array:

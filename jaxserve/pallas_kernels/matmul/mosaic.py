@@ -20,7 +20,9 @@ from jaxserve.pallas_kernels.paged_attention.mosaic_decode import swizzled
 
 HEIGHT = 64  # of a wgmma
 _SMEM_BYTES = 226 * 1024  # of a block, but for its barriers
-_FEWEST_BYTES = 32 * 2**20
+_MOST_TOKENS = 128
+_FEW_TOKENS = 32
+_FEWEST_BYTES, _FEWEST_BYTES_OF_MANY = 8 * 2**20, 32 * 2**20  # of a weight, with few tokens and with more
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,14 @@ class MosaicMatmulConfig:
     cluster: int = 1
 
     @classmethod
-    def suited(cls, x: jax.Array, weight: jax.Array, num_multiprocessors: int) -> "MosaicMatmulConfig | None":
+    def suited(cls, x: jax.Array, weight: jax.Array, num_multiprocessors: int, gated: bool = False) -> "MosaicMatmulConfig | None":
         """The cut for x [T, K] and weight [N, K]; None where the kernel does not go or XLA's products are as fast.
 
-        By measurements on an H200 (docs/performance_gpu.md): XLA is as fast with a weight under 32 MB, where a launch and the sum of
-        partial results weigh more than the reading. With up to 32 tokens it is as fast too, but by Triton kernels of which it compiles
-        and times some thirty a product and size; it keeps those of one token, where it is faster.
+        By measurements on an H200 (docs/performance_gpu.md); of small weights with many tokens there are none.
         """
         (num_tokens, depth), size = x.shape, weight.shape[0]
-        if x.dtype != jnp.bfloat16 or weight.dtype != x.dtype or not 2 <= num_tokens <= 128 or 2 * size * depth < _FEWEST_BYTES:
+        fewest_bytes = _FEWEST_BYTES if num_tokens <= _FEW_TOKENS else _FEWEST_BYTES_OF_MANY
+        if x.dtype != jnp.bfloat16 or weight.dtype != x.dtype or num_tokens > _MOST_TOKENS or 2 * size * depth < fewest_bytes:
             return None
         lanes = _lanes(num_tokens)
         enough = 0.7 * num_multiprocessors  # fewer blocks do not draw all that the memory gives
@@ -61,6 +62,8 @@ class MosaicMatmulConfig:
         block_k = next((width for width in (128, 64) if splits and depth % (splits * width) == 0), 0)
         partial_share = 0 if splits == 1 else 2 * splits * lanes / depth  # bytes of partial sums a byte of the weight
         if size % tile or block_k == 0 or partial_share > 1 / 8:
+            return None
+        if gated and (splits > 1 or tile != 2 * HEIGHT):  # a tile is 64 rows of each half
             return None
         # A cluster's blocks wait for each other: it pays where the tokens are as many bytes as the tile.
         cluster = 2 if lanes > 64 and lanes % 16 == 0 and size % (2 * tile) == 0 else 1

@@ -21,6 +21,9 @@ from jaxserve.pallas_kernels.paged_attention.mosaic_decode import swizzled
 
 HEIGHT = 64  # of a wgmma
 BLOCK_K = 64  # columns fetched at once: 128 bytes, the widest swizzle
+_TOKENS = range(193, 257)
+_FEWEST_BYTES = 32 * 2**20
+_LEAST_DEPTH = 3072  # of a share of the columns: below it partial sums weigh too much
 _FETCH_REGISTERS = 40
 _COMPUTE_REGISTERS = {2: 232, 3: 152}  # of 512 a thread of four warpgroups' place
 
@@ -49,6 +52,31 @@ class WideMatmulConfig:
     row_cluster: int = 1
     token_cluster: int = 1
 
+    @classmethod
+    def suited(cls, x: jax.Array, weight: jax.Array, num_multiprocessors: int, gated: bool = False) -> "WideMatmulConfig | None":
+        """The cut for x [T, K] and weight [N, K]; None where the kernel does not go, or where nobody has measured that it is faster.
+
+        By measurements on an H200 (docs/performance_gpu.md): a tile of tokens that is nearly full, deep shares of the columns, and
+        tiles that fill the multiprocessors in whole rounds.
+        """
+        (num_tokens, depth), size = x.shape, weight.shape[0]
+        if x.dtype != jnp.bfloat16 or weight.dtype != x.dtype or num_tokens not in _TOKENS or 2 * size * depth < _FEWEST_BYTES:
+            return None
+        cluster, best = 2, None
+        for rows in range(128, 63, -16):
+            for splits in (1,) if gated else (1, 2, 4):
+                if size % (rows * cluster) or depth % (splits * BLOCK_K) or depth // splits < _LEAST_DEPTH:
+                    continue
+                tiles = size // rows * splits
+                rounds = pl.cdiv(tiles, num_multiprocessors)
+                cost = rounds * (rows + 16) / splits  # a step has some work whatever its rows
+                if tiles >= 0.9 * rounds * num_multiprocessors and (best is None or cost < best[0]):
+                    best = cost, rows, splits
+        if best is None:
+            return None
+        _, rows, splits = best
+        return cls(2, 128, rows, splits, 4, num_multiprocessors, cluster)
+
     @property
     def token_tile(self) -> int:
         """Tokens of a block."""
@@ -60,8 +88,8 @@ def matmul_wide(x: jax.Array, weight: jax.Array, *, config: WideMatmulConfig, ga
     """x [T, K] times the transposed weight [N, K], both bfloat16 or float16, with sums in float32; the same bits in every run.
 
     Returns:
-        [T, N] in x's dtype; gated: silu(gate) * up, [T, N / 2], of the weight's gate rows and the up rows after them; with several
-        splits: their partial sums, float32 [splits, T, N].
+        [1, T, N] in x's dtype; gated: silu(gate) * up, [1, T, N / 2], of the weight's gate rows and the up rows after them; with
+        several splits: their partial sums, float32 [splits, T, N].
 
     Raises:
         ValueError: a config that does not divide the shapes.
@@ -82,7 +110,6 @@ def matmul_wide(x: jax.Array, weight: jax.Array, *, config: WideMatmulConfig, ga
     sharing = tuple(name for name, size in zip(("row_member", "token_member"), cluster, strict=True) if size > 1)
     barriers = {"num_arrivals": config.warpgroups, "num_barriers": config.num_stages}
     direct = config.splits > 1
-    out_shape = (config.splits, padded, units) if direct else (padded, units)
     scratch = [
         plgpu.SMEM((config.num_stages, config.warpgroups, config.tokens, BLOCK_K), x.dtype, transforms=tiled),
         plgpu.SMEM((config.num_stages, config.rows, BLOCK_K), x.dtype, transforms=tiled),
@@ -93,7 +120,7 @@ def matmul_wide(x: jax.Array, weight: jax.Array, *, config: WideMatmulConfig, ga
         scratch.append(plgpu.SMEM((config.warpgroups, HEIGHT, piece), x.dtype, **staged))
     out = plgpu.kernel(
         functools.partial(_wide_kernel, config=config, gated=gated, width=width, chunks=chunks, workers=workers),
-        out_type=jax.ShapeDtypeStruct(out_shape, jnp.float32 if direct else x.dtype),
+        out_type=jax.ShapeDtypeStruct((config.splits, padded, units), jnp.float32 if direct else x.dtype),
         scratch_types=tuple(scratch),
         grid=(workers,),
         grid_names=("worker",),
@@ -105,7 +132,7 @@ def matmul_wide(x: jax.Array, weight: jax.Array, *, config: WideMatmulConfig, ga
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(jnp.pad(x, ((0, padded - num_tokens), (0, 0))), weight)
-    return out[:, :num_tokens] if direct else out[:num_tokens]
+    return out[:, :num_tokens]
 
 
 def _wide_kernel(
@@ -210,7 +237,7 @@ def _wide_kernel(
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     out_smem.at[warpgroup][...] = total[top : top + HEIGHT, left : left + piece]
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], out_ref.at[pl.ds(token + top, HEIGHT), pl.ds(unit + left, piece)])
+                    plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], out_ref.at[0, pl.ds(token + top, HEIGHT), pl.ds(unit + left, piece)])
             return count
 
         lax.fori_loop(0, num_chunks, compute_chunk, jnp.int32(0))

@@ -1,6 +1,7 @@
 """What stands between the projection of queries, keys and values and attention, whatever the device."""
 
 import jax
+import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.gpu import local_gpu
 from jaxserve.pallas_kernels.layer_kv import LayerKV
@@ -17,34 +18,38 @@ def rotate_and_write_kv(
     bias: jax.Array | None,
     norms: tuple[jax.Array, jax.Array] | None,
     eps: float,
+    dtype: jnp.dtype | None = None,
 ) -> tuple[jax.Array, LayerKV]:
     """Cut a merged projection into heads, rotate queries and keys, and store keys and values in their pages.
 
     Rotary embeddings (Su et al. 2021, arXiv 2104.09864) turn element i of a head with element i + D/2, in float32.
 
     Args:
-        qkv: [T, (H + 2 KH) D] of a step's tokens: query heads, key heads, value heads.
+        qkv: [T, (H + 2 KH) D] of a step's tokens: query heads, key heads, value heads; or parts of it [P, T, (H + 2 KH) D] as
+            `matmul_parts` gives them.
         rotation: cosine and sine, float32 [T, 1, D/2] each.
         kv: the layer's pages; written in place where the arrays are donated.
         metadata: of the layer's KV group; padding tokens are dropped.
         bias: [(H + 2 KH) D], added first; None: none.
         norms: weights [D] of the root mean square norms of query and key heads, before they are rotated; None: none.
         eps: of the norms.
+        dtype: of the activations, to which the sum of parts is rounded; None: qkv's.
 
     Returns:
-        Queries [T, H, D] in qkv's dtype, and the pages.
+        Queries [T, H, D] in the activations' dtype, and the pages.
 
     Raises:
         ValueError: shapes that do not fit together.
     """
     _, num_kv_heads, _, head_dim = kv[0].shape
-    num_tokens, size = qkv.shape
+    num_tokens, size = qkv.shape[-2:]
+    dtype = dtype or qkv.dtype
     if size % head_dim or size <= 2 * num_kv_heads * head_dim or rotation[0].shape != (num_tokens, 1, head_dim // 2):
         raise ValueError(f"qkv {qkv.shape} and cosines {rotation[0].shape} do not go with {num_kv_heads} KV heads of {head_dim}")
     if local_gpu() is None:
-        return rotate_and_write_kv_reference(qkv, rotation, kv, metadata, bias=bias, norms=norms, eps=eps)
+        return rotate_and_write_kv_reference(qkv, rotation, kv, metadata, bias=bias, norms=norms, eps=eps, dtype=dtype)
     # Pallas takes over a second to import: not where there is no GPU.
     from jaxserve.pallas_kernels.rotate_and_write_kv.triton import RotateConfig, rotate_and_write_kv_triton
 
     config = RotateConfig.suited(qkv, kv)
-    return rotate_and_write_kv_triton(qkv, rotation, kv, metadata, config=config, bias=bias, norms=norms, eps=eps)
+    return rotate_and_write_kv_triton(qkv, rotation, kv, metadata, config=config, bias=bias, norms=norms, eps=eps, dtype=dtype)

@@ -18,9 +18,12 @@ def rotate_and_write_kv_reference(
     bias: jax.Array | None,
     norms: tuple[jax.Array, jax.Array] | None,
     eps: float,
+    dtype: jnp.dtype,
 ) -> tuple[jax.Array, LayerKV]:
     """As `rotate_and_write_kv`."""
     _, num_kv_heads, _, head_dim = kv[0].shape
+    if qkv.ndim == 3:
+        qkv = qkv.astype(jnp.float32).sum(axis=0).astype(dtype)
     if bias is not None:
         qkv = qkv + bias[None, :]
     heads = qkv.reshape(qkv.shape[0], -1, head_dim)

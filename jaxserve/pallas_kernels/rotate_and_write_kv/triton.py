@@ -29,10 +29,10 @@ class RotateConfig:
     def suited(cls, qkv: jax.Array, kv: LayerKV) -> "RotateConfig":
         """The cut measured best on an H200 (docs/performance_gpu.md): a thread holds 16 bytes of both halves of a head."""
         _, num_kv_heads, _, head_dim = kv[0].shape
-        shared = math.gcd(qkv.shape[1] // head_dim, num_kv_heads)
+        shared = math.gcd(qkv.shape[-1] // head_dim, num_kv_heads)
         padded_dim = pl.next_power_of_2(head_dim)
         block_heads = min(shared & -shared, max(1, 1024 // padded_dim))
-        return cls(4 if qkv.shape[0] >= 1024 else 1, block_heads, max(1, block_heads * padded_dim // 512))
+        return cls(4 if qkv.shape[-2] >= 1024 else 1, block_heads, max(1, block_heads * padded_dim // 512))
 
 
 def rotate_and_write_kv_triton(
@@ -44,21 +44,23 @@ def rotate_and_write_kv_triton(
     bias: jax.Array | None,
     norms: tuple[jax.Array, jax.Array] | None,
     eps: float,
+    dtype: jnp.dtype,
     config: RotateConfig,
     interpret: bool = False,
 ) -> tuple[jax.Array, LayerKV]:
     """As `rotate_and_write_kv`; what a float8 cache cannot hold becomes its largest value, not NaN."""
     _, num_kv_heads, _, head_dim = kv[0].shape
-    num_tokens = qkv.shape[0]
-    num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-    operands = (*kv, qkv, *rotation, metadata.write_pages, metadata.write_offsets, bias, norms)
+    parts = qkv if qkv.ndim == 3 else qkv[None]
+    _, num_tokens, size = parts.shape
+    num_heads = size // head_dim - 2 * num_kv_heads
+    operands = (*kv, parts, *rotation, metadata.write_pages, metadata.write_offsets, bias, norms)
     q, k, v = pl.pallas_call(
         functools.partial(_rotate_kernel, eps=eps, block_tokens=config.block_tokens, block_heads=config.block_heads),
         grid=(pl.cdiv(num_tokens, config.block_tokens), (num_heads + 2 * num_kv_heads) // config.block_heads),
         in_specs=jax.tree.map(lambda _: pl.no_block_spec, operands),
         out_specs=(pl.no_block_spec,) * 3,
         out_shape=(
-            jax.ShapeDtypeStruct((num_tokens, num_heads, head_dim), qkv.dtype),
+            jax.ShapeDtypeStruct((num_tokens, num_heads, head_dim), dtype),
             *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in kv),
         ),
         input_output_aliases={0: 1, 1: 2},
@@ -70,7 +72,7 @@ def rotate_and_write_kv_triton(
 
 
 def _rotate_kernel(
-    old_keys_ref, old_values_ref, qkv_ref, cos_ref, sin_ref, write_pages_ref, write_offsets_ref, bias_ref, norm_refs,
+    old_keys_ref, old_values_ref, parts_ref, cos_ref, sin_ref, write_pages_ref, write_offsets_ref, bias_ref, norm_refs,
     q_ref, keys_ref, values_ref, *, eps: float, block_tokens: int, block_heads: int,
 ):  # fmt: skip
     del old_keys_ref, old_values_ref  # the same memory as keys_ref, values_ref
@@ -88,7 +90,13 @@ def _rotate_kernel(
         return [plt.load(ref.at[(*rest, last + at)], mask=inside, other=0) for at in (0, half)]
 
     def read(token):
-        halves = load(qkv_ref, token, head * head_dim + lane)
+        halves = load(parts_ref, jnp.int32(0), token, head * head_dim + lane)
+        if parts_ref.shape[0] > 1:
+            halves = [x.astype(jnp.float32) for x in halves]
+            for part in range(1, parts_ref.shape[0]):
+                more = load(parts_ref, jnp.int32(part), token, head * head_dim + lane)
+                halves = [x + y.astype(jnp.float32) for x, y in zip(halves, more, strict=True)]
+            halves = [x.astype(q_ref.dtype) for x in halves]
         return halves if bias_ref is None else [x + b for x, b in zip(halves, load(bias_ref, head * head_dim + lane), strict=True)]
 
     # Tokens beyond the last repeat it. All are read before any is written: the compiler cannot know that no page is part of qkv.
