@@ -78,7 +78,7 @@ def _matmul_xla(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype) -> jax.Ar
     def product(left: jax.Array, right: jax.Array) -> jax.Array:
         return jax.lax.dot_general(left, right, (((1,), (1,)), ((), ())), precision, out_dtype)
 
-    if gpu is not None and x.shape[0] == 1 and out_dtype != x.dtype:
+    if x.shape[0] == 1 and out_dtype != x.dtype and local_gpu() is not None:
         # Of one token XLA would make a product of matrix and vector, and for that write the whole weight anew in float32.
         return product(jnp.pad(x, ((0, 1), (0, 0))), weight)[:1]
     if x.shape[0] not in _SWAPPED_TOKENS:
