@@ -31,6 +31,12 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
     return folder
 
 
+@pytest.fixture(scope="session")
+def few_programs_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of compiled programs for tests whose engine processes have the same few."""
+    return tmp_path_factory.mktemp("few_programs")
+
+
 @pytest.fixture
 def fake_server() -> Iterator[Any]:
     """A fake_server.FakeServer that listens: for tests of clients."""

@@ -49,6 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "batch": PLAIN | {"llm", "tokenizer", "http"},
     "bench": PLAIN | {"llm", "tokenizer", "weights", "client", "environment"},
     "cli": PLAIN | {"llm", "batch", "bench", "chat", "launcher", "engine", "environment", "hosts"},
+    "integrations": PLAIN | {"cli", "http", "launcher", "metrics"},
     "__main__": {"cli"},
     "__init__": {"request", "llm"},
 }

@@ -52,11 +52,11 @@ json.dump(told, sys.stdout)
 """
 
 
-def test_a_script_with_two_replicas(tiny_checkpoint: Callable[[str], Path], tmp_path: Path):
+def test_a_script_with_two_replicas(tiny_checkpoint: Callable[[str], Path], few_programs_cache: Path, tmp_path: Path):
     prompts, alone = load_goldens("llama")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     prompts, alone = [prompts[i] for i in order], [alone[i] for i in order]
-    given = [str(tiny_checkpoint("llama")), str(tmp_path / "xla"), prompts, list(map(len, alone))]
+    given = [str(tiny_checkpoint("llama")), str(few_programs_cache), prompts, list(map(len, alone))]
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     ran = subprocess.run(

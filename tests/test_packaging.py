@@ -58,9 +58,10 @@ def third_party(folder: str) -> dict[str, str]:
 
 
 def test_every_import_is_a_declared_dependency() -> None:
-    declared = names(PROJECT["dependencies"]) | names(PROJECT["optional-dependencies"]["otlp"])
+    extras = PROJECT["optional-dependencies"]
+    declared = names(PROJECT["dependencies"]) | names(extras["otlp"]) | names(extras["ray"])
     assert {name: where for name, where in third_party("jaxserve").items() if name not in declared} == {}
-    declared |= names(PROJECT["optional-dependencies"]["test"])
+    declared |= names(extras["test"])
     assert {name: where for name, where in (third_party("tests") | third_party("scripts")).items() if name not in declared} == {}
 
 

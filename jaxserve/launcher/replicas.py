@@ -1,36 +1,26 @@
 """Replicas: engine processes for a script, without a launcher and without HTTP."""
 
 import asyncio
-import os
-import shutil
-import signal
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from queue import SimpleQueue
 
 from jaxserve.config import EngineOptions, ModelOptions, ServerOptions
-from jaxserve.errors import EngineUnavailable, GenerationFailed, JaxserveError, StartupError
-from jaxserve.launcher.child import ChildOptions
-from jaxserve.launcher.devices import device_environment
-from jaxserve.launcher.launcher import END_TIME, ENGINE_COMMAND
-from jaxserve.launcher.process import ChildProcess
-from jaxserve.launcher.run_folder import engine_socket, make_run_folder
+from jaxserve.errors import EngineUnavailable, GenerationFailed, JaxserveError
+from jaxserve.launcher.engine_group import EngineGroup
+from jaxserve.launcher.launcher import ENGINE_COMMAND
 from jaxserve.request import EngineInfo, EngineStats, Request, TokenOutput
-from jaxserve.rpc.client import EngineClient, Submission
-from jaxserve.rpc.router import Router
+from jaxserve.rpc.client import Submission
 
 NO_LIMIT = 2**31 - 1
-POLL_INTERVAL = 0.02  # seconds
 FATE_TIME = 5.0  # seconds in which a process whose stream broke should have ended
 
 
 class Replicas:
-    """D engine processes, asked by one thread. They end with close(), and whenever this process ends, however it does.
-
-    Each is a new program, not a fork or a copy of this one: it runs nothing of the caller's script.
+    """An EngineGroup, asked by one thread. It ends with close(), and whenever this process ends, however it does.
 
     Args:
         model, engine: options; the mesh says how many.
@@ -46,18 +36,9 @@ class Replicas:
     info: EngineInfo
 
     def __init__(self, model: ModelOptions, engine: EngineOptions, command: Sequence[str] = ENGINE_COMMAND):
-        environments = [device_environment(engine, replica, os.environ) for replica in range(engine.data_size)]
-        self._folder, self._lock = make_run_folder()
         # Whoever asks knows how much is in flight; refusals are for a server's clients.
         engine = replace(engine, max_concurrent_requests=NO_LIMIT)
-        server = ServerOptions(log_level="warning")
-        self._processes = [
-            ChildProcess(f"engine {replica}", command, ChildOptions(str(self._folder), replica, model, engine, server), environment)
-            for replica, environment in enumerate(environments)
-        ]
-        self._router = Router(
-            [EngineClient(engine_socket(self._folder, replica), replica) for replica in range(engine.data_size)], engine.prefix_caching
-        )
+        self._group = EngineGroup(model, engine, ServerOptions(log_level="warning"), command)
         self._outputs: SimpleQueue[TokenOutput | GenerationFailed] = SimpleQueue()
         self._failure: GenerationFailed | None = None
         self._ready: Future[None] = Future()
@@ -73,7 +54,7 @@ class Replicas:
         except BaseException:
             self.close()
             raise
-        self.info = self._router.info
+        self.info = self._group.router.info
 
     def submit(self, request: Request) -> None:
         """Send a validated request, whose id is new, to the replica that Router prefers. Raises GenerationFailed if one has ended."""
@@ -107,17 +88,14 @@ class Replicas:
 
     def stats(self) -> list[EngineStats]:
         """Counters of each replica, as of at most a second ago."""
-        return [client.stats for client in self._router.clients]
+        return [client.stats for client in self._group.router.clients]
 
     def close(self) -> None:
         """End the processes; what is in flight is lost. May be called again."""
         self._call(self._closing.set)
         if threading.current_thread() is not self._thread:  # a collection of garbage may come by in any thread
             self._thread.join()
-        shutil.rmtree(self._folder, ignore_errors=True)
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        self._group.remove()
 
     def _call(self, function: Callable[..., object], *arguments: object) -> None:
         with suppress(RuntimeError):  # the loop is closed
@@ -130,49 +108,26 @@ class Replicas:
             runner.run(self._serve())
 
     async def _serve(self) -> None:
-        fates = {process: asyncio.create_task(_run_once(process)) for process in self._processes}
         closing = asyncio.create_task(self._closing.wait())
         try:
-            await self._start(fates)
+            await self._group.start(self._closing.is_set)
             self._ready.set_result(None)
-            await asyncio.wait([closing, *fates.values()], return_when=asyncio.FIRST_COMPLETED)
-            for process, fate in fates.items():
-                if fate.done():
-                    self._outputs.put(GenerationFailed(f"{process.name} {fate.result()}"))
+            ends = asyncio.create_task(self._group.ends())
+            await asyncio.wait([closing, ends], return_when=asyncio.FIRST_COMPLETED)
+            for end in ends.result() if ends.done() else ():
+                self._outputs.put(GenerationFailed(end))
             await closing
+            ends.cancel()
         except Exception as error:
             self._ready.set_exception(error)
         finally:
             closing.cancel()
-            await self._end(list(fates.values()))
-
-    async def _start(self, fates: Mapping[ChildProcess, asyncio.Task[str]]) -> None:
-        async def until(condition: Callable[[], bool]) -> None:
-            while not condition():
-                await asyncio.sleep(POLL_INTERVAL)
-                if self._closing.is_set():
-                    raise StartupError("the start was broken off")
-                for process, fate in fates.items():
-                    if fate.done():
-                        raise StartupError(fate.result() if process.told_reason else f"{process.name} {fate.result()} before it was ready")
-
-        await until(lambda: all(process.ready.is_set() for process in self._processes))
-        self._router.start()
-        await until(lambda: all(client.available for client in self._router.clients))
-
-    async def _end(self, running: Collection[asyncio.Task[str]]) -> None:
-        await self._router.close()
-        for process in self._processes:
-            process.signal(signal.SIGTERM)
-        _, late = await asyncio.wait(running, timeout=END_TIME)
-        for process in self._processes if late else ():
-            process.signal(signal.SIGKILL)
-        await asyncio.gather(*running)
+            await self._group.end()
 
     def _submit(self, request: Request) -> None:
         submission = self._submissions[request.request_id] = _Queued(request, self)
         try:
-            self._router.send(submission)
+            self._group.router.send(submission)
         except EngineUnavailable as error:
             submission.fail(error)
 
@@ -194,13 +149,6 @@ class Replicas:
         # Where a stream broke, the fate of the process says more, and is known before long.
         delay = FATE_TIME if isinstance(error, EngineUnavailable) else 0.0
         self._loop.call_later(delay, self._outputs.put, GenerationFailed(str(error)))
-
-
-async def _run_once(process: ChildProcess) -> str:
-    try:
-        return await process.run()
-    except OSError as error:
-        return f"cannot be started: {error}"
 
 
 class _Queued(Submission):
