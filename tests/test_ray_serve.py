@@ -84,6 +84,7 @@ def test_two_replicas_on_a_local_ray(tiny_checkpoint: Callable[[str], Path], few
         ({"unknown": 1}, "--unknown"),
         ({"mesh": "2x1"}, "num_replicas=2"),
         ({"port": 80}, "port is Ray Serve's"),
+        ({"mesh": "1x2", "num_hosts": 2, "host_index": 0, "coordinator": "127.0.0.1:5000"}, "one host"),
         ({"num_replicas": 0}, "num_replicas"),
         ({"num_gpus": "x"}, "num_gpus"),
     ],

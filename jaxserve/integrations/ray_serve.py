@@ -71,9 +71,11 @@ def _options(flags: Mapping[str, Any]) -> tuple[ModelOptions, EngineOptions, Ser
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
-            model, engine, server = read_options(words, {})
+            model, engine, server, hosts = read_options(words, {})
     except SystemExit:
         raise ValueError(told.getvalue().strip()) from None
+    if hosts.span_hosts:
+        raise ValueError("a replica of Ray Serve has one host; over several hosts start jaxserve itself (docs/kubernetes.md)")
     if engine.data_size > 1:
         raise ValueError(
             f"mesh {engine.mesh}: replicas are Ray Serve's; say mesh=1x{engine.tensor_size} and num_replicas={engine.data_size}"
