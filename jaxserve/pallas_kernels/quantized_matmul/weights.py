@@ -55,7 +55,7 @@ class FourBitWeight:
         """The matrix [N, K] in dtype."""
         blocks, size, _ = self.codes.shape
         parts = self.scales.shape[0] // blocks
-        shifts = jnp.arange(0, 16, 4, dtype=jnp.uint16)[:, None]
+        shifts = jnp.arange(0, 16, 4, dtype=jnp.uint16).reshape(1, 1, _PLANES, 1)
         codes = (self.codes[:, :, None, :] >> shifts) & jnp.uint16(15)
         codes = codes.reshape(blocks, size, parts, BLOCK // parts)
         if self.values is None:

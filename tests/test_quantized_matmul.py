@@ -1,0 +1,170 @@
+"""Products with weights of 4 and 8 bits: packing, the kernels interpreted on small shapes, what is lowered at serving shapes."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
+
+from jaxserve.pallas_kernels.gpu import Gpu
+from jaxserve.pallas_kernels.quantized_matmul import TABLES, EightBitWeight, FourBitWeight, api, pack_four_bit, quantized_matmul
+from jaxserve.pallas_kernels.quantized_matmul.dispatch import triton_config
+from jaxserve.pallas_kernels.quantized_matmul.many_tokens import dequantize_triton, eight_bit_matmul, round_activations, widened_matmul
+from jaxserve.pallas_kernels.quantized_matmul.mosaic import MosaicQuantizedConfig, quantized_matmul_mosaic
+from jaxserve.pallas_kernels.quantized_matmul.reference import quantized_matmul_reference
+from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfig, quantized_matmul_triton
+
+BF16, F16, F32, FLOAT8 = (jnp.dtype(name) for name in ("bfloat16", "float16", "float32", "float8_e4m3fn"))
+HALF_OF_THE_LAST_BIT = {BF16: 2.5e-3, F16: 3e-4}
+
+
+def four_bit(size, depth, group, *, zeros=False, minima=False, values=None) -> FourBitWeight:
+    random = np.random.default_rng(depth)
+    groups = size, depth // group
+    return jax.tree.map(
+        jnp.asarray,
+        pack_four_bit(
+            random.integers(0, 16, (size, depth)),
+            random.uniform(0.5, 1.5, groups).astype(np.float16),
+            random.integers(0, 17, groups) if zeros else None,
+            random.standard_normal(groups).astype(np.float32) if minima else None,
+            values=values,
+        ),
+    )
+
+
+def eight_bit(size, depth, groups, dtype, **options) -> EightBitWeight:
+    random = np.random.default_rng(depth)
+    codes = jnp.asarray(random.standard_normal((size, depth)) * (40 if dtype == jnp.int8 else 1)).astype(dtype)
+    return EightBitWeight(codes, jnp.asarray(random.uniform(0.5, 1.5, (groups, size)), F32), **options)
+
+
+def activations(num_tokens, depth, dtype=BF16) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(num_tokens).standard_normal((num_tokens, depth)), dtype)
+
+
+def error(out, x, weight) -> float:
+    expected = quantized_matmul_reference(x, weight, F32)
+    return float(jnp.linalg.norm(out.astype(F32) - expected) / jnp.linalg.norm(expected))
+
+
+@pytest.mark.parametrize(("group", "depth", "shards"), [(32, 320, 2), (64, 256, 1), (256, 1024, 2)])
+def test_packed_codes_are_the_codes(group, depth, shards):
+    random = np.random.default_rng(group)
+    codes, scales = random.integers(0, 16, (24, depth)), random.uniform(0.5, 1.5, (24, depth // group)).astype(np.float16)
+    zeros = random.integers(0, 17, scales.shape)
+    expected = (codes - np.repeat(zeros, group, 1)).astype(np.float32) * np.repeat(scales, group, 1).astype(np.float32)
+    weight = jax.tree.map(jnp.asarray, pack_four_bit(codes, scales, zeros, column_shards=shards))
+    matrix = np.asarray(weight.dequantize(F32)).reshape(24, shards, -1)
+    np.testing.assert_array_equal(matrix[:, :, : depth // shards].reshape(24, depth), expected)
+    assert not matrix[:, :, depth // shards :].any()
+    rows = weight.rows(jnp.asarray([3, 20]), F32)
+    np.testing.assert_array_equal(rows.reshape(2, shards, -1)[:, :, : depth // shards].reshape(2, depth), expected[[3, 20]])
+
+
+def test_a_group_is_never_cut():
+    with pytest.raises(ValueError, match="never cut"):
+        pack_four_bit(np.zeros((8, 192), int), np.ones((8, 3), np.float32), column_shards=2)
+
+
+CUTS = [
+    (four_bit(72, 384, 64, zeros=True), 17, F16, TritonQuantizedConfig(64, 16, 2, 2, 4, 2)),  # rows, tokens and columns beyond the last
+    (four_bit(64, 256, 32), 3, BF16, TritonQuantizedConfig(32, 16, 1, 1, 2, 2)),
+    (four_bit(32, 256, 64, values=tuple(TABLES["nf4"].tolist())), 3, F16, TritonQuantizedConfig(32, 16, 1, 1, 2, 2)),
+    (eight_bit(72, 304, 1, FLOAT8), 16, F16, TritonQuantizedConfig(32, 16, 1, 2, 2, 2)),
+    (eight_bit(64, 256, 8, jnp.int8), 3, BF16, TritonQuantizedConfig(32, 16, 1, 1, 2, 2)),
+]
+
+
+@pytest.mark.parametrize(("weight", "num_tokens", "dtype", "config"), CUTS, ids=["zeros", "groups-of-32", "nf4", "float8", "int8"])
+def test_the_triton_kernel_multiplies(weight, num_tokens, dtype, config):
+    x = activations(num_tokens, weight.shape[1], dtype)
+    out = quantized_matmul_triton(x, weight, dtype, config=config, interpret=True)
+    assert out.dtype == dtype and error(out, x, weight) < HALF_OF_THE_LAST_BIT[dtype]
+
+
+MOSAIC_CUTS = [
+    (four_bit(256, 512, 32, zeros=True), MosaicQuantizedConfig(2, 2, 2, 4)),
+    (eight_bit(128, 512, 1, FLOAT8), MosaicQuantizedConfig(2, 1, 2, 2)),
+    (eight_bit(128, 512, 2, jnp.int8), MosaicQuantizedConfig(1, 2, 2, 3)),
+]
+
+
+@pytest.mark.parametrize(("weight", "config"), MOSAIC_CUTS, ids=["4-bits", "float8", "int8-groups"])
+def test_the_mosaic_kernel_multiplies(weight, config):
+    x = activations(3, 512)
+    parts = quantized_matmul_mosaic(x, weight, config=config, interpret=True)
+    assert parts.shape == (1 if config.splits == 1 else 4, 3, weight.shape[0])
+    assert error(parts.astype(F32).sum(axis=0), x, weight) < HALF_OF_THE_LAST_BIT[BF16]
+
+
+def test_a_widened_weight_is_the_dequantized_one():
+    for weight in (four_bit(40, 256, 32, zeros=True, minima=True), four_bit(40, 256, 64, values=tuple(TABLES["nf4"].tolist()))):
+        np.testing.assert_array_equal(dequantize_triton(weight, F32, interpret=True), weight.dequantize(F32))
+    x, weight = activations(48, 256), eight_bit(64, 256, 1, FLOAT8)
+    assert error(widened_matmul(x, weight, F32), x, weight) < HALF_OF_THE_LAST_BIT[BF16]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(FLOAT8, 0.04), (jnp.int8, 0.01)])
+def test_eight_bit_products(dtype, bound):
+    x, weight = activations(32, 256) * jnp.arange(1, 33, dtype=BF16)[:, None], eight_bit(64, 256, 1, dtype)
+    assert error(eight_bit_matmul(x, weight, BF16), x, weight) < bound  # scales are the tokens' own: 1 to 32 times as large
+    codes, scales = round_activations(x, dtype, 256, jnp.float32(0.25))
+    assert float(jnp.abs((codes.astype(F32) * scales - x.astype(F32))[0]).max()) < 0.25
+
+
+def abstract(weight, size, depth):
+    """The weight's structure at another shape."""
+
+    def scaled(leaf):
+        rows = {weight.shape[0]: size, weight.shape[1]: depth, weight.shape[1] // 128: depth // 128}
+        return jax.ShapeDtypeStruct(tuple(rows.get(length, length) for length in leaf.shape), leaf.dtype)
+
+    return jax.tree.map(scaled, weight)
+
+
+def lowered(monkeypatch, gpu, num_tokens, weight, out_dtype=BF16, dtype=BF16) -> str:
+    monkeypatch.setattr(api, "local_gpu", lambda: gpu)
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=gpu.num_multiprocessors, platform="gpu")
+    mesh = AbstractMesh((1,), ("x",), abstract_device=device)
+    x = jax.ShapeDtypeStruct((num_tokens, weight.shape[1]), dtype)
+    with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Pallas-Triton is deprecated
+        spec = PartitionSpec()
+        call = jax.shard_map(
+            functools.partial(quantized_matmul, out_dtype=out_dtype), in_specs=(spec, spec), out_specs=spec, check_vma=False
+        )
+        return jax.jit(call).trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
+
+
+HOPPER, AMPERE = Gpu(132, True), Gpu(108, False)
+TRITON = "custom_call @__gpu$xla.gpu.triton"
+
+
+def test_what_is_lowered_for_gpus(monkeypatch):
+    codes = abstract(four_bit(64, 256, 128, zeros=True, minima=True), 28672, 4096)
+    for gpu, num_tokens in ((HOPPER, 1), (AMPERE, 64), (AMPERE, 2048)):
+        assert lowered(monkeypatch, gpu, num_tokens, codes, F32 if num_tokens == 1 else BF16).count(TRITON) == 1
+    floats = abstract(eight_bit(64, 256, 1, FLOAT8, quantized_activations=True), 6144, 4096)
+    assert TRITON in lowered(monkeypatch, HOPPER, 16, floats)
+    # Weights stay as they lie, [N, K]: cuBLASLt reads them so.
+    text = lowered(monkeypatch, HOPPER, 2048, floats)
+    assert "stablehlo.transpose" not in text and "contracting_dims = [1] x [1]" in text
+    assert "(tensor<2048x4096xf8E4M3FN>, tensor<6144x4096xf8E4M3FN>)" in text
+    # No float8 products before sm_89: the weight is widened.
+    assert "tensor<2048x4096xf8E4M3FN>" not in lowered(monkeypatch, AMPERE, 2048, floats)
+    integers = abstract(eight_bit(64, 256, 1, jnp.int8, quantized_activations=True), 6144, 4096)
+    assert "(tensor<2048x4096xi8>, tensor<6144x4096xi8>)" in lowered(monkeypatch, AMPERE, 2048, integers)
+
+
+@pytest.mark.parametrize(("size", "depth"), [(28672, 4096), (4096, 14336), (6144, 4096), (128256, 4096), (1000, 512), (24, 128)])
+def test_the_cut_fits(size, depth):
+    for weight in (abstract(four_bit(64, 256, 128), size, depth), abstract(eight_bit(64, 256, 1, FLOAT8), size, depth)):
+        for num_tokens in (1, 16, 33, 64, 130, 256):
+            config = triton_config(jax.ShapeDtypeStruct((num_tokens, depth), BF16), weight, HOPPER)
+            assert config is not None and config.splits * 4 <= max(4, depth // 128) and config.num_warps * 16 <= max(16, config.tile)
+            assert config.tile * config.tokens <= 256 * 64  # float32 sums in registers
+        assert triton_config(jax.ShapeDtypeStruct((257, depth), BF16), weight, HOPPER) is None
