@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxserve.pallas_kernels.matmul import add_parts
 from jaxserve.pallas_kernels.quantized_matmul.api import quantized_matmul
-from jaxserve.pallas_kernels.quantized_matmul.many_tokens import sum_of_parts
 from jaxserve.pallas_kernels.quantized_matmul.mosaic import MosaicQuantizedConfig, quantized_matmul_mosaic
 from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfig, quantized_matmul_triton
 from jaxserve.pallas_kernels.quantized_matmul.weights import EightBitWeight, FourBitWeight
@@ -62,7 +62,12 @@ class Contender:
 def triton(case: Case, *cut: int) -> Contender:
     """The Triton kernel: rows and tokens of a tile, blocks a step, splits, warps, stages."""
     config = TritonQuantizedConfig(*cut)
-    return Contender(case, f"triton {cut}", functools.partial(quantized_matmul_triton, out_dtype=BF16, config=config))
+
+    def multiply(x: jax.Array, weight: FourBitWeight | EightBitWeight) -> jax.Array:
+        parts = quantized_matmul_triton(x, weight, BF16, config=config)
+        return parts[0] if config.splits == 1 else add_parts(parts, BF16)
+
+    return Contender(case, f"triton {cut}", multiply)
 
 
 def mosaic(case: Case, *cut: int) -> Contender:
@@ -70,7 +75,8 @@ def mosaic(case: Case, *cut: int) -> Contender:
     config = MosaicQuantizedConfig(*cut)
 
     def multiply(x: jax.Array, weight: FourBitWeight) -> jax.Array:
-        return sum_of_parts(quantized_matmul_mosaic(x, weight, config=config), BF16)
+        parts = quantized_matmul_mosaic(x, weight, config=config)
+        return parts[0] if config.splits == 1 else add_parts(parts, BF16)
 
     return Contender(case, f"mosaic {cut}", multiply)
 

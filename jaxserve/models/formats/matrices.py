@@ -9,7 +9,7 @@ from flax import nnx
 from jaxserve.models.formats.quantization import Quantization
 from jaxserve.models.formats.quantized_matrix import QuantizedMatrix
 from jaxserve.models.parameters import Parameter, Source
-from jaxserve.pallas_kernels import gated_matmul, matmul, matmul_parts, multiply_gated, quantized_matmul, weight_of
+from jaxserve.pallas_kernels import gated_matmul, matmul, matmul_parts, multiply_gated, quantized_matmul, quantized_matmul_parts, weight_of
 
 
 class Format(Protocol):
@@ -81,16 +81,22 @@ class QuantizedFormat(nnx.Module):
 
     def matmul(self, x: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
         """As in `Format`."""
+        x, arrays = self._operands(x)
+        return quantized_matmul(x, weight_of(arrays, self.layout, x.shape[1]), out_dtype or x.dtype)
+
+    def matmul_parts(self, x: jax.Array) -> jax.Array:
+        """As in `Format`."""
+        x, arrays = self._operands(x)
+        return quantized_matmul_parts(x, weight_of(arrays, self.layout, x.shape[1]))
+
+    def _operands(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """x as the arrays take its columns, and those of the weight."""
         arrays = self._arrays()
         if self.is_permuted:
             # Columns are sorted by their group, over all shards: each needs some of everybody's x.
             everything = jax.lax.all_gather(x, "tensor", axis=1, tiled=True) if self.columns.units else x
             x = everything.at[:, arrays.pop("permutation")].get(mode="promise_in_bounds")
-        return quantized_matmul(x, weight_of(arrays, self.layout, x.shape[1]), out_dtype or x.dtype)
-
-    def matmul_parts(self, x: jax.Array) -> jax.Array:
-        """As in `Format`."""
-        return self.matmul(x)
+        return x, arrays
 
     def gated(self, x: jax.Array) -> jax.Array:
         """As in `Format`."""

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.gpu import Gpu, local_gpu
+from jaxserve.pallas_kernels.matmul import add_parts
 from jaxserve.pallas_kernels.quantized_matmul.plain import PlainWeight, plain_matmul
 from jaxserve.pallas_kernels.quantized_matmul.reference import quantized_matmul_reference
 from jaxserve.pallas_kernels.quantized_matmul.weights import EightBitWeight, FourBitWeight
@@ -11,6 +12,15 @@ from jaxserve.pallas_kernels.quantized_matmul.weights import EightBitWeight, Fou
 
 def quantized_matmul(x: jax.Array, weight: FourBitWeight | EightBitWeight | PlainWeight, out_dtype: jnp.dtype) -> jax.Array:
     """x [T, K], bfloat16, float16 or float32, times the transposed weight [N, K], with sums in float32: [T, N] in out_dtype."""
+    return add_parts(_parts(x, weight, out_dtype), out_dtype)
+
+
+def quantized_matmul_parts(x: jax.Array, weight: FourBitWeight | EightBitWeight | PlainWeight) -> jax.Array:
+    """As `quantized_matmul` in x's dtype, or parts [P, T, N], in x's dtype or float32, for `add_parts` or `add_rms_norm`."""
+    return _parts(x, weight, x.dtype)
+
+
+def _parts(x: jax.Array, weight: FourBitWeight | EightBitWeight | PlainWeight, out_dtype: jnp.dtype) -> jax.Array:
     if isinstance(weight, PlainWeight):
         return plain_matmul(x, weight, out_dtype)
     gpu = local_gpu()
@@ -21,22 +31,29 @@ def quantized_matmul(x: jax.Array, weight: FourBitWeight | EightBitWeight | Plai
 
 def _multiply_on_gpu(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu) -> jax.Array:
     # Pallas takes over a second to import: not where there is no GPU.
-    from jaxserve.pallas_kernels.quantized_matmul.dispatch import takes_eight_bit_products, triton_config
+    from jaxserve.pallas_kernels.quantized_matmul.dispatch import mosaic_config, takes_eight_bit_products, triton_config
     from jaxserve.pallas_kernels.quantized_matmul.many_tokens import eight_bit_matmul, widened_matmul
+    from jaxserve.pallas_kernels.quantized_matmul.mosaic import quantized_matmul_mosaic
     from jaxserve.pallas_kernels.quantized_matmul.triton import quantized_matmul_triton
 
     if takes_eight_bit_products(x, weight, gpu):
         return eight_bit_matmul(x, weight, out_dtype)
-    config = triton_config(x, weight, gpu)
-    if config is None:
-        return widened_matmul(x, weight, out_dtype)
     minima = weight.minima if isinstance(weight, FourBitWeight) else _minima(weight)
+    sums_dtype = out_dtype if minima is None else jnp.dtype("float32")
+    mosaic, triton = mosaic_config(x, weight, sums_dtype, gpu), triton_config(x, weight, gpu)
+    if mosaic is not None:
+        parts = quantized_matmul_mosaic(x, weight, config=mosaic)
+    elif triton is not None:
+        parts = quantized_matmul_triton(x, weight, sums_dtype, config=triton)
+    else:
+        return widened_matmul(x, weight, out_dtype)
+    parts = parts[0] if parts.shape[0] == 1 else parts
     if minima is None:
-        return quantized_matmul_triton(x, weight, out_dtype, config=config)
+        return parts
     # What a group adds to each of its columns, times the sum of a token's columns.
     sums = x.astype(jnp.float32).reshape(x.shape[0], minima.shape[0], -1).sum(axis=2)
     added = jax.lax.dot_general(sums, minima.astype(jnp.float32), (((1,), (0,)), ((), ())), jax.lax.Precision.HIGHEST)
-    return (quantized_matmul_triton(x, weight, jnp.float32, config=config) + added).astype(out_dtype)
+    return (add_parts(parts, sums_dtype) + added).astype(out_dtype)
 
 
 def _minima(weight: EightBitWeight) -> jax.Array | None:

@@ -5,11 +5,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jaxserve.pallas_kernels.gpu import Gpu
+from jaxserve.pallas_kernels.quantized_matmul.mosaic import HEIGHT, MosaicQuantizedConfig
 from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfig
 from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, EightBitWeight, FourBitWeight
 
 # At most so many tokens go to the kernel that widens codes in registers; more are cuBLAS's, with a weight that was widened before.
 _MOST_KERNEL_TOKENS = 256
+_MOST_MOSAIC_TOKENS = 0
+_SMEM_BYTES = 225 * 1024  # of a block of Mosaic's, but for its barriers
 # From so many on, 8-bit products win where activations may be rounded.
 _LEAST_EIGHT_BIT_TOKENS = 33
 _LEAST_SPLIT_BLOCKS = 4  # blocks of 128 columns in a share
@@ -21,6 +24,35 @@ def takes_eight_bit_products(x: jax.Array, weight: FourBitWeight | EightBitWeigh
         return False
     fits = all(length % 16 == 0 for length in (*x.shape, weight.shape[0]))
     return fits and x.shape[0] >= _LEAST_EIGHT_BIT_TOKENS and (gpu.is_hopper or weight.codes.dtype == jnp.int8)
+
+
+def mosaic_config(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu) -> MosaicQuantizedConfig | None:
+    """The cut of Hopper's kernel for x [T, K]; None where it is not the fastest or does not take the arrays."""
+    (num_tokens, depth), size = x.shape, weight.shape[0]
+    tabled = isinstance(weight, FourBitWeight) and weight.values not in (None, tuple(range(16)))
+    fits = x.dtype in (jnp.bfloat16, jnp.float16) and out_dtype == x.dtype and size % HEIGHT == 0 and depth % BLOCK == 0 and not tabled
+    if not gpu.is_hopper or not fits or num_tokens > _MOST_MOSAIC_TOKENS:
+        return None
+    cuts = [
+        (teams, splits)
+        for teams in (4, 3, 2, 1)
+        for splits in (1, 2, 4, 8)
+        if size % (teams * HEIGHT) == 0 and depth % (splits * BLOCK) == 0 and depth >= splits * BLOCK * _LEAST_SPLIT_BLOCKS
+    ]
+
+    def cost(cut: tuple[int, int]) -> float:
+        """What a multiprocessor reads at most, as a share of the mean, and something for small tiles and for parts."""
+        teams, splits = cut
+        chunks = size // (teams * HEIGHT) * splits
+        return pl.cdiv(chunks, gpu.num_multiprocessors) * gpu.num_multiprocessors / chunks + 0.05 * (4 - teams) + 0.02 * splits
+
+    teams, splits = min(cuts, key=cost)
+    lanes = pl.cdiv(num_tokens, 8) * 8
+    code_bytes = HEIGHT * BLOCK // (2 if isinstance(weight, FourBitWeight) else 1)
+    groups = max(1, BLOCK // weight.group)
+    stage = teams * (code_bytes + groups * HEIGHT * (weight.scales.dtype.itemsize + 1)) + 2 * lanes * BLOCK
+    out = teams * (1 if splits == 1 else 2) * lanes * HEIGHT * 2
+    return MosaicQuantizedConfig(teams, splits, min(8, (_SMEM_BYTES - out) // stage), gpu.num_multiprocessors)
 
 
 def triton_config(x: jax.Array, weight: FourBitWeight | EightBitWeight, gpu: Gpu) -> TritonQuantizedConfig | None:

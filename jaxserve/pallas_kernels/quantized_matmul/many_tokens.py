@@ -94,8 +94,3 @@ def eight_bit_matmul(x: jax.Array, weight: EightBitWeight, out_dtype: jnp.dtype)
     sums_dtype = jnp.int32 if weight.codes.dtype == jnp.int8 else sums_dtype
     sums = lax.dot_general(codes, weight.codes, _TRANSPOSED, preferred_element_type=sums_dtype)
     return (sums.astype(jnp.float32) * x_scales * weight.scales.astype(jnp.float32)).astype(out_dtype)
-
-
-def sum_of_parts(parts: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
-    """The sum of parts [P, T, N] in out_dtype, added up in float32 in their order."""
-    return parts[0].astype(out_dtype) if parts.shape[0] == 1 else parts.astype(jnp.float32).sum(axis=0).astype(out_dtype)

@@ -49,7 +49,7 @@ class MosaicQuantizedConfig:
 def quantized_matmul_mosaic(
     x: jax.Array, weight: FourBitWeight | EightBitWeight, *, config: MosaicQuantizedConfig, interpret: bool = False
 ) -> jax.Array:
-    """x [T, K], bfloat16 or float16, times the transposed weight [N, K] without minima, an EightBitWeight's zeros; no table of values.
+    """x [T, K], bfloat16 or float16, times the transposed weight [N, K] without minima, an EightBitWeight's zeros; no table but 0 to 15.
 
     N is a multiple of 64 * warpgroups, K of 128 * splits; x has as many columns. The same bits in every run.
 
@@ -63,6 +63,7 @@ def quantized_matmul_mosaic(
     chunks = heights // teams * config.splits
     workers = pl.cdiv(chunks, pl.cdiv(chunks, config.num_blocks))
     planes = 1 if config.splits == 1 else 2
+    zero = 0 if isinstance(weight, FourBitWeight) and weight.values else 8
     x = jnp.pad(x, ((0, lanes - num_tokens), (0, 0)))
     if isinstance(weight, FourBitWeight):
         codes, zeros = weight.codes.reshape(blocks, heights, HEIGHT, _PIECE), weight.zeros
@@ -104,7 +105,7 @@ def quantized_matmul_mosaic(
         # Lane semantics lower in half the time of the default's, which infers layouts first.
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(x, codes, scales, None if zeros is None else zeros.reshape(-1, heights, HEIGHT), jnp.full((1,), 8, jnp.int32))
+    )(x, codes, scales, None if zeros is None else zeros.reshape(-1, heights, HEIGHT), jnp.full((1,), zero, jnp.int32))
     return sums[:, :num_tokens]
 
 

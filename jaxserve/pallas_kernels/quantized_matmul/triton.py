@@ -2,7 +2,7 @@
 
 The weight is the left operand of the tensor cores, so that a small batch wastes little; its codes become 16-bit numbers in registers,
 between SMEM and the tensor core. Sums of a group are float32 and are multiplied by the group's scale, so a scale loses nothing. Where
-the rows of a weight are too few to fill the GPU, its columns are cut too, and XLA adds up the partial sums.
+the rows of a weight are too few to fill the GPU, its columns are cut too, and the partial sums go to the reader.
 """
 
 import functools
@@ -43,9 +43,12 @@ class TritonQuantizedConfig:
 def quantized_matmul_triton(
     x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, *, config: TritonQuantizedConfig, interpret: bool = False
 ) -> jax.Array:
-    """x [T, K], bfloat16 or float16, times the transposed weight [N, K] without its minima, an EightBitWeight's zeros: [T, N] in out_dtype.
+    """x [T, K], bfloat16 or float16, times the transposed weight [N, K] without its minima, an EightBitWeight's zeros.
 
     x has as many columns as the weight. The same bits in every run.
+
+    Returns:
+        [P, T, N], a part for each split, float32, or the product in out_dtype.
     """
     num_tokens, size = x.shape[0], weight.shape[0]
     zeros, values = (weight.zeros, weight.values) if isinstance(weight, FourBitWeight) else (None, None)
@@ -56,7 +59,7 @@ def quantized_matmul_triton(
     zero_rows = pl.cdiv(pl.cdiv(x.shape[1], BLOCK), config.splits * config.blocks) + 1 if config.tokens == 16 else 1
     operands = x, weight.codes, weight.scales, zeros, jnp.full((zero_rows, config.tile), one_zero, jnp.uint8)
     out = jax.ShapeDtypeStruct((config.splits, num_tokens, size), out_dtype if config.splits == 1 else jnp.float32)
-    parts = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(_quantized_matmul_kernel, group=weight.group, values=values, config=config, interpret=interpret),
         grid=(pl.cdiv(num_tokens, config.tokens), pl.cdiv(size, config.tile), config.splits),
         in_specs=jax.tree.map(lambda _: pl.no_block_spec, operands),
@@ -66,7 +69,6 @@ def quantized_matmul_triton(
         interpret=interpret,
         name="quantized_matmul",
     )(*operands)
-    return parts[0] if config.splits == 1 else parts.sum(axis=0).astype(out_dtype)
 
 
 def _quantized_matmul_kernel(
