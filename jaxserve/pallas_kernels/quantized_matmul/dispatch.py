@@ -12,6 +12,7 @@ from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, EightBitWeig
 # At most so many tokens go to the kernel that widens codes in registers; more are cuBLAS's, with a weight that was widened before.
 _MOST_KERNEL_TOKENS = 256
 _MOST_MOSAIC_TOKENS = 0
+_BUSY_SHARE = 0.85  # of the multiprocessors draw all that the memory gives
 _SMEM_BYTES = 225 * 1024  # of a block of Mosaic's, but for its barriers
 # From so many on, 8-bit products win where activations may be rounded.
 _LEAST_EIGHT_BIT_TOKENS = 33
@@ -40,15 +41,19 @@ def mosaic_config(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtyp
         if size % (teams * HEIGHT) == 0 and depth % (splits * BLOCK) == 0 and depth >= splits * BLOCK * _LEAST_SPLIT_BLOCKS
     ]
 
-    def cost(cut: tuple[int, int]) -> float:
-        """What a multiprocessor reads at most, as a share of the mean, and something for small tiles and for parts."""
-        teams, splits = cut
-        chunks = size // (teams * HEIGHT) * splits
-        return pl.cdiv(chunks, gpu.num_multiprocessors) * gpu.num_multiprocessors / chunks + 0.05 * (4 - teams) + 0.02 * splits
-
-    teams, splits = min(cuts, key=cost)
     lanes = pl.cdiv(num_tokens, 8) * 8
     code_bytes = HEIGHT * BLOCK // (2 if isinstance(weight, FourBitWeight) else 1)
+
+    def cost(cut: tuple[int, int]) -> float:
+        """Bytes of codes, of tokens for each tile and of parts, written and read; more where multiprocessors share them unequally."""
+        teams, splits = cut
+        chunks = size // (teams * HEIGHT) * splits
+        largest = pl.cdiv(chunks, gpu.num_multiprocessors) * gpu.num_multiprocessors / chunks  # of a multiprocessor, beside the mean
+        parts = 0 if splits == 1 else 8 * splits * lanes * size
+        moved = size * depth / (HEIGHT * BLOCK) * (code_bytes + 2 * lanes * BLOCK / teams) + parts
+        return moved * max(1.0, _BUSY_SHARE * largest)
+
+    teams, splits = min(cuts, key=cost)
     groups = max(1, BLOCK // weight.group)
     stage = teams * (code_bytes + groups * HEIGHT * (weight.scales.dtype.itemsize + 1)) + 2 * lanes * BLOCK
     out = teams * (1 if splits == 1 else 2) * lanes * HEIGHT * 2
