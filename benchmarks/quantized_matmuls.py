@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.rows import add_row_flags, command_line, make_rows
 from jaxserve.pallas_kernels.matmul import add_parts
 from jaxserve.pallas_kernels.quantized_matmul.api import quantized_matmul
 from jaxserve.pallas_kernels.quantized_matmul.mosaic import MosaicQuantizedConfig, quantized_matmul_mosaic
@@ -221,6 +222,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="cases whose 'kind shape tokens' begin with one of these")
     parser.add_argument("--threads", type=int, default=16, help="that compile")
     parser.add_argument("--json", type=Path, help="write every figure here")
+    add_row_flags(parser)
     arguments = parser.parse_args()
     started = time.perf_counter()
     # Products that do not depend on each other would run side by side.
@@ -247,6 +249,10 @@ def main() -> None:
             if arguments.json:
                 arguments.json.write_text(json.dumps(figures, indent=1))
             print_table(list(figures))
+            rows = make_rows(arguments, jax.local_devices()[0].device_kind)
+            for figure in figures:
+                if figure["name"] == "served":
+                    rows.add(row_name(figure), figure["us"], "us", command_line("benchmarks.quantized_matmuls"))
             sys.stdout.flush()
             os._exit(1 if any(figure["wrong"] for figure in figures) else 0)  # not waiting for what still compiles or hangs
 
@@ -255,6 +261,12 @@ def main() -> None:
         watchdog.start()
         measure_all(wanted, futures, started + arguments.seconds, figures)
         end()
+
+
+def row_name(figure: dict[str, Any]) -> str:
+    """`w4a16_m16_us` for gate and up rows of 4 bits, `fp8_down_m16_us` for others."""
+    kind, shape, tokens = (figure[key] for key in ("kind", "shape", "tokens"))
+    return f"w4a16_m{tokens}_us" if (kind, shape) == ("w4", "gate_up") else f"{kind}_{shape}_m{tokens}_us"
 
 
 def measure_all(wanted: list[Contender], futures: list[Any], deadline: float, figures: list[dict[str, Any]]) -> None:
