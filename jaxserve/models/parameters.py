@@ -68,13 +68,13 @@ class Stored:
 
     Attributes:
         name: in the checkpoint.
-        shape: there; (): a single number, of any shape.
+        shape: there; (): a single number, of any shape; None: any.
         dtypes: that are read, as safetensors calls them.
         optional: it may be absent.
     """
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
     dtypes: tuple[str, ...] = FLOATS
     optional: bool = False
 

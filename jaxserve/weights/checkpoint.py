@@ -62,9 +62,9 @@ def check_tensors(parameters: Iterable[Parameter | QuantizedPart], checkpoint: C
     missing = [name for name, stored in declared.items() if name not in shapes and not stored.optional]
     extra = [name for name in shapes if name not in declared and name not in ignored and not _is_derived(name)]
     misshapen = [
-        f"{name} is {list(shapes[name])}, not {list(stored.shape)}"
+        f"{name} is {list(shapes[name])}, not {list(stored.shape or (1,))}"
         for name, stored in declared.items()
-        if name in shapes and not (math.prod(shapes[name]) == 1 if stored.shape == () else shapes[name] == stored.shape)
+        if name in shapes and not _fits(shapes[name], stored.shape)
     ]
     mistyped = [
         f"{name} has dtype {dtypes[name]}, not {' or '.join(stored.dtypes)}"
@@ -81,6 +81,10 @@ def check_tensors(parameters: Iterable[Parameter | QuantizedPart], checkpoint: C
         raise WeightsError(f"the checkpoint's tensors do not fit config.json: {'. '.join(problems)}")
 
 
+def _fits(shape: tuple[int, ...], declared: tuple[int, ...] | None) -> bool:
+    return declared is None or shape == declared or (declared == () and math.prod(shape) == 1)
+
+
 def _is_derived(name: str) -> bool:
-    """Old Llama checkpoints store the rotary frequencies, which follow from config.json."""
-    return name.endswith(".rotary_emb.inv_freq")
+    """Old Llama checkpoints store the rotary frequencies, which follow from config.json; others tell how an fp8 KV cache is scaled."""
+    return name.endswith((".rotary_emb.inv_freq", ".k_scale", ".v_scale", ".q_scale", ".kv_scale"))

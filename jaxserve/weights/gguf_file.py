@@ -1,9 +1,9 @@
-"""Reading the tensors of a GGUF file under their Hugging Face names, dequantized as they are asked for."""
+"""Reading the tensors of a GGUF file under their Hugging Face names, dequantized as they are asked for, or as blocks."""
 
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxserve.errors import WeightsError
 from jaxserve.gguf_header import GGUFTensor, read_gguf_header
+from jaxserve.models.formats import BLOCK_TYPES, BLOCKS
 from jaxserve.weights.gguf_config import config_of_gguf
 
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -54,13 +55,32 @@ class GGUFCheckpoint:
         divisors = self.header.tensors.get(_ROPE_DIVISORS)
         rope_divisors = None if divisors is None else self._rows(divisors, 0, 1)[0].tolist()
         self.config, self.generation_config = config_of_gguf(self.header, rope_divisors)
+        kept = {name.removesuffix(".weight"): kind for name, kind in self._kinds() if kind in BLOCK_TYPES}
+        if kept:
+            self.config["quantization_config"] = {"quant_method": "gguf", "types": kept}
         # llama.cpp's converter reorders these, because its graph of Llama turns neighbouring elements of a head.
         self._permuted = (".q_proj.", ".k_proj.") if self.header.metadata["general.architecture"] == "llama" else ()
 
+    @property
+    def dequantized(self) -> list[str]:
+        """Types of matrices that do not stay quantized."""
+        return sorted({kind for _, kind in self._kinds() if kind not in BLOCK_TYPES and kind not in ("F64", "F32", "F16", "BF16")})
+
+    def _kinds(self) -> Iterator[tuple[str, str]]:
+        """(name, quantization type) of each matrix."""
+        from gguf import GGMLQuantizationType
+
+        return ((name, GGMLQuantizationType(tensor.type).name) for name, tensor in self._tensors.items() if len(tensor.shape) == 2)
+
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Part of a tensor in float32; whole heads of queries and keys, where the file has their rows in another order."""
+        """Part of a tensor in float32, or of its bytes (`formats.BLOCKS`); whole heads of queries and keys, where the file has
+        their rows in another order."""
+        blocks = name.endswith(BLOCKS)
+        name = name.removesuffix(BLOCKS)
         tensor = self._tensors[name]
-        if len(tensor.shape) == 1:
+        if blocks:
+            part = self._bytes(tensor, index[0].start, index[0].stop)[:, index[1]]
+        elif len(tensor.shape) == 1:
             part = self._rows(tensor, 0, 1)[0, index[0]]
         else:
             part = self._rows(tensor, index[0].start, index[0].stop)[:, index[1]]
@@ -72,14 +92,12 @@ class GGUFCheckpoint:
         from gguf.quants import dequantize
 
         columns = tensor.shape[-1]
-        row_bytes = _num_bytes(tensor.type, columns)
         rows = np.empty((stop - start, columns), np.float32)
         step = max(_CHUNK_ELEMENTS // columns, 1)
 
         def fill(first: int) -> None:
             count = min(step, len(rows) - first)
-            offset = tensor.offset + (start + first) * row_bytes
-            packed = np.fromfile(self.path, np.uint8, count * row_bytes, offset=offset).reshape(count, row_bytes)
+            packed = self._bytes(tensor, start + first, start + first + count)
             rows[first : first + count] = dequantize(packed, GGMLQuantizationType(tensor.type)).reshape(count, columns)
 
         try:
@@ -88,6 +106,15 @@ class GGUFCheckpoint:
         except (OSError, ValueError, NotImplementedError) as error:
             raise WeightsError(f"{self.path} cannot be read: {error}") from None
         return rows
+
+    def _bytes(self, tensor: GGUFTensor, start: int, stop: int) -> np.ndarray:
+        """Rows of a tensor as they are, uint8 [stop - start, bytes]."""
+        row_bytes = _num_bytes(tensor.type, tensor.shape[-1])
+        try:
+            data = np.fromfile(self.path, np.uint8, (stop - start) * row_bytes, offset=tensor.offset + start * row_bytes)
+            return data.reshape(stop - start, row_bytes)
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"{self.path} cannot be read: {error}") from None
 
     def _check_extents(self) -> None:
         """Every tensor must lie within the file, so that no size read from it is believed before."""

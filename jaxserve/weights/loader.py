@@ -1,6 +1,7 @@
 """Putting a model's weights on a mesh: each tensor straight to its shards, never the whole model twice in host memory."""
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from jaxserve.weights.gguf_file import GGUFCheckpoint
 from jaxserve.weights.quantized import load_and_quantize, load_stored, random_matrix
 from jaxserve.weights.safetensors_folder import SafetensorsCheckpoint
 from jaxserve.weights.source import ModelSource
+
+logger = logging.getLogger(__name__)
 
 _SCALES = (".scales", ".weight_scale", ".weight_scale_inv")
 
@@ -105,13 +108,20 @@ def open_model(
         architecture = Architecture.of(config, attention)
         _check_mesh(architecture, mesh.shape["tensor"])
         return OpenModel(architecture, dtype, None)
-    checkpoint: Checkpoint = GGUFCheckpoint(source.path) if source.is_gguf else SafetensorsCheckpoint(source.weights or source.path)
+    checkpoint = _open_gguf(source.path) if source.is_gguf else SafetensorsCheckpoint(source.weights or source.path)
     tied = config.tie_embeddings and embeddings_are_tied(checkpoint)
     quantization = config.quantization.with_scales(_scale_dtype(checkpoint))
     architecture = Architecture.of(replace(config, tie_embeddings=tied, quantization=quantization), attention)
     _check_mesh(architecture, mesh.shape["tensor"])
     check_tensors(architecture.parameters, checkpoint, ignored={HEAD} if tied else set())
     return OpenModel(architecture, dtype, checkpoint)
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    checkpoint = GGUFCheckpoint(path)
+    if kinds := checkpoint.dequantized:
+        logger.info("%s: matrices of type %s are dequantized as they are loaded", path.name, ", ".join(kinds))
+    return checkpoint
 
 
 def load_model(source: ModelSource, options: ModelOptions, mesh: Mesh, dtype: jnp.dtype | None = None) -> Model:

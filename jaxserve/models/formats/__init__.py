@@ -3,6 +3,8 @@
 `quantization` reads which; one file a kind of checkpoint says what it stores (`Storage`); `matrices` are the modules that hold the arrays.
 """
 
+from jaxserve.models.formats.gguf import BLOCK_TYPES as BLOCK_TYPES
+from jaxserve.models.formats.gguf import BLOCKS as BLOCKS
 from jaxserve.models.formats.matrices import DenseFormat as DenseFormat
 from jaxserve.models.formats.matrices import Format as Format
 from jaxserve.models.formats.matrices import make_format as make_format

@@ -32,8 +32,7 @@ def awq_scheme(fields: Fields) -> Scheme:
         raise UnsupportedModel(f"{fields.file}: group_size {group} is not supported (-1, 32, 64 and 128 are)")
     if version != "gemm":
         raise UnsupportedModel(f"{fields.file}: version {version:.80} is not supported for AWQ (gemm is)")
-    corrected = fields.boolean("zero_point", True)
-    return Scheme("awq", Layout("int4", max(group, 0), "zero" if corrected else "none", scale_dtype="float16"), max(group, 0))
+    return Scheme("awq", Layout("int4", max(group, 0), "zero", scale_dtype="float16"), max(group, 0))
 
 
 class AWQStorage:
@@ -44,8 +43,8 @@ class AWQStorage:
         groups = -(-k // (scheme.group or k))
         return (
             Stored(f"{module}.qweight", (k, n // 8), WORDS),
+            Stored(f"{module}.qzeros", (groups, n // 8), WORDS),
             Stored(f"{module}.scales", (groups, n)),
-            *([Stored(f"{module}.qzeros", (groups, n // 8), WORDS)] if scheme.layout.correction == "zero" else []),
         )
 
     def read(self, scheme: Scheme, tensors: Tensors, module: str, rows: slice, columns: slice) -> Unpacked:
@@ -53,8 +52,9 @@ class AWQStorage:
         groups = slice(0, tensors.shapes[f"{module}.scales"][0])
         codes = read_packed(tensors, f"{module}.qweight", rows, columns, 4, axis=1, order=_ORDER).T
         scales = tensors.read(f"{module}.scales", (groups, rows)).T
-        part = {"codes": signed(np.ascontiguousarray(codes), 4), "scales": cut_groups(scales, columns, scheme)}
-        if scheme.layout.correction == "zero":
-            zeros = read_packed(tensors, f"{module}.qzeros", rows, groups, 4, axis=1, order=_ORDER).T
-            part["zeros"] = cut_groups(zeros.astype(np.int16) - np.int16(8), columns, scheme)
-        return part
+        zeros = read_packed(tensors, f"{module}.qzeros", rows, groups, 4, axis=1, order=_ORDER).T
+        return {
+            "codes": signed(np.ascontiguousarray(codes), 4),
+            "scales": cut_groups(scales, columns, scheme),
+            "zeros": cut_groups(zeros.astype(np.int16) - np.int16(8), columns, scheme),
+        }

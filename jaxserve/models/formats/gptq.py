@@ -9,7 +9,7 @@ import numpy as np
 from jaxserve.errors import UnsupportedModel, WeightsError
 from jaxserve.models.fields import Fields
 from jaxserve.models.formats.packed_integers import read_packed, signed
-from jaxserve.models.formats.scheme import WORDS, Scheme, Tensors, Unpacked, cut_groups
+from jaxserve.models.formats.scheme import WORDS, Scheme, Tensors, Unpacked, cut_groups, sorted_columns
 from jaxserve.models.parameters import Stored
 from jaxserve.pallas_kernels import Layout
 
@@ -62,28 +62,10 @@ class GPTQStorage:
         zeros = zeros.astype(np.int16) - np.int16(2 ** (bits - 1))
         if scheme.layout.correction == "none" and zeros.any():
             raise WeightsError(f"{module}.qzeros are not those of symmetric weights, which quantization_config says they are")
-        order = _order(scheme, tensors, module)
+        order = sorted_columns(scheme, tensors, f"{module}.g_idx")
         part: Unpacked = {"codes": signed(codes, bits), "scales": cut_groups(scales, columns, scheme)}
         if order is not None:
             part |= {"codes": part["codes"][:, order], "permutation": order}
         if scheme.layout.correction == "zero":
             part["zeros"] = cut_groups(zeros, columns, scheme)
         return part
-
-
-def _order(scheme: Scheme, tensors: Tensors, module: str) -> np.ndarray | None:
-    """Columns sorted by their group, int32 [k]; None: they are."""
-    name = f"{module}.g_idx"
-    if name not in tensors.shapes or not scheme.group:
-        return None
-    (k,) = tensors.shapes[name]
-    indices = tensors.read(name, (slice(0, k),))
-    in_order = np.arange(k, dtype=np.int32) // scheme.group
-    if scheme.ordered:
-        if not np.array_equal(indices, in_order):
-            raise WeightsError(f"{name} is not in order, as it would be without desc_act")
-        return None
-    order = np.argsort(indices, kind="stable").astype(np.int32)
-    if not np.array_equal(indices[order], in_order):
-        raise WeightsError(f"{name} does not give each group {scheme.group} columns")
-    return order

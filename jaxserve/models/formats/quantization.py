@@ -1,10 +1,16 @@
 """Quantization: which matrices of a model are quantized, and how."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from jaxserve.errors import UnsupportedModel
+from jaxserve.models.fields import Fields
 from jaxserve.models.formats.scheme import Scheme
 from jaxserve.pallas_kernels import ScaleDtype
+
+LINEAR = r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+HEAD = r"lm_head"
 
 
 @dataclass(frozen=True)
@@ -52,3 +58,20 @@ class Quantization:
 
 def _with_scales(scheme: Scheme, dtype: ScaleDtype) -> Scheme:
     return replace(scheme, layout=replace(scheme.layout, scale_dtype=dtype))
+
+
+def exclusions(names: Iterable[str]) -> tuple[Rule, ...]:
+    """Rules for modules that a checkpoint lists as dense, by their name, its end, or that of a module they are in."""
+    return tuple(Rule(rf"(.*\.)?{re.escape(name)}(\..*)?", -1) for name in names)
+
+
+def names_of(fields: Fields, name: str) -> list[str]:
+    """A list of strings; empty where absent.
+
+    Raises:
+        UnsupportedModel: it is something else.
+    """
+    names = fields.values.get(name) or []
+    if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
+        raise UnsupportedModel(f"{fields.file}: {name} must be a list of names. Given: {names!r:.80}")
+    return names

@@ -1,21 +1,31 @@
 """Reading what a config.json says of quantized matrices, and what the user asks for."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxserve.errors import StartupError, UnsupportedModel
 from jaxserve.models.fields import Fields
 from jaxserve.models.formats.awq import awq_scheme
+from jaxserve.models.formats.bitsandbytes import bitsandbytes_scheme
+from jaxserve.models.formats.compressed_tensors import read_compressed_tensors
+from jaxserve.models.formats.fp8 import fp8_scheme, stored_fp8
+from jaxserve.models.formats.gguf import gguf_scheme
 from jaxserve.models.formats.gptq import gptq_scheme
+from jaxserve.models.formats.mxfp4 import mxfp4_scheme
 from jaxserve.models.formats.on_load import SCHEMES
-from jaxserve.models.formats.quantization import Quantization, Rule
+from jaxserve.models.formats.quantization import HEAD, LINEAR, Quantization, Rule, exclusions, names_of
+from jaxserve.models.formats.scheme import Scheme
 
-LINEAR = r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
-HEAD = r"lm_head"
 # Names of --quantize that take what the checkpoint has, and the methods that each of them takes.
 TAKEN = {"awq": ("awq",), "gptq": ("gptq",), "marlin": ("gptq", "awq"), "compressed-tensors": ("compressed-tensors",)}
-_SAME = {"fp8": ("fp8",)}
+# Those of the others that a checkpoint may have already.
+_SAME = {
+    "fp8": ("fp8", "fbgemm_fp8"),
+    "bitsandbytes": ("bitsandbytes int8",),
+    "bitsandbytes-nf4": ("bitsandbytes nf4",),
+    "bitsandbytes-fp4": ("bitsandbytes fp4",),
+}
 
 
 def read_quantization(config: Mapping[str, Any], quantize: str | None) -> Quantization:
@@ -37,31 +47,14 @@ def read_quantization(config: Mapping[str, Any], quantize: str | None) -> Quanti
     if not isinstance(declared, Mapping):
         raise UnsupportedModel(f"config.json: quantization_config must be an object. Given: {declared!r:.80}")
     method = declared.get("quant_method")
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         known = ", ".join(sorted(_METHODS))
         raise UnsupportedModel(f"config.json: quantization_config: quant_method {method!r:.80} is not supported ({known} are)")
-    if quantize is not None and method not in (TAKEN | _SAME).get(quantize, ()):
-        raise StartupError(
-            f"--quantize {quantize}: the checkpoint is quantized already, by {method}; leave the flag out to serve it as it is"
-        )
-    return _METHODS[method](Fields(declared, "config.json: quantization_config"))
-
-
-def exclusions(names: Iterable[str]) -> tuple[Rule, ...]:
-    """Rules for modules that a checkpoint lists as dense, by their name, its end, or that of a module they are in."""
-    return tuple(Rule(rf"(.*\.)?{re.escape(name)}(\..*)?", -1) for name in names)
-
-
-def names_of(fields: Fields, name: str) -> list[str]:
-    """A list of strings; empty where absent.
-
-    Raises:
-        UnsupportedModel: it is something else.
-    """
-    names = fields.values.get(name) or []
-    if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
-        raise UnsupportedModel(f"{fields.file}: {name} must be a list of names. Given: {names!r:.80}")
-    return names
+    quantization = _METHODS[method](Fields(declared, "config.json: quantization_config"))
+    if quantize is not None and quantization.method not in (TAKEN | _SAME).get(quantize, ()):
+        told = quantization.method
+        raise StartupError(f"--quantize {quantize}: the checkpoint is quantized already, by {told}; without the flag it is served so")
+    return quantization
 
 
 def _gptq(fields: Fields) -> Quantization:
@@ -79,7 +72,48 @@ def _gptq(fields: Fields) -> Quantization:
 
 
 def _awq(fields: Fields) -> Quantization:
-    return Quantization("awq", (awq_scheme(fields),), (*exclusions(names_of(fields, "modules_to_not_convert")), Rule(LINEAR, 0)))
+    return _but(fields, "awq", awq_scheme(fields), "modules_to_not_convert")
 
 
-_METHODS: dict[str, Callable[[Fields], Quantization]] = {"awq": _awq, "gptq": _gptq}
+def _fp8(fields: Fields) -> Quantization:
+    return _but(fields, "fp8", fp8_scheme(fields), "modules_to_not_convert", "ignored_layers")
+
+
+def _fbgemm_fp8(fields: Fields) -> Quantization:
+    return _but(fields, "fbgemm_fp8", stored_fp8("channel", static=False), "modules_to_not_convert")
+
+
+def _bitsandbytes(fields: Fields) -> Quantization:
+    scheme = bitsandbytes_scheme(fields)
+    kind = "int8" if scheme.layout.code == "int8" else scheme.layout.code
+    return _but(fields, f"bitsandbytes {kind}", scheme, "llm_int8_skip_modules")
+
+
+def _mxfp4(fields: Fields) -> Quantization:
+    return _but(fields, "mxfp4", mxfp4_scheme("blocks"), "modules_to_not_convert")
+
+
+def _gguf(fields: Fields) -> Quantization:
+    """What `weights.gguf_file` tells: the type of each matrix that stays quantized."""
+    types: Mapping[str, str] = fields.values["types"]
+    kinds = sorted(set(types.values()))
+    rules = (Rule("|".join(re.escape(module) for module, kind in types.items() if kind == wanted), i) for i, wanted in enumerate(kinds))
+    return Quantization("gguf", tuple(map(gguf_scheme, kinds)), tuple(rules))
+
+
+def _but(fields: Fields, method: str, scheme: Scheme, *lists: str) -> Quantization:
+    """All linear modules of the layers, but those in lists of the configuration. These methods leave the head dense."""
+    names = [name for field in lists for name in names_of(fields, field)]
+    return Quantization(method, (scheme,), (*exclusions(names), Rule(LINEAR, 0)))
+
+
+_METHODS: dict[str, Callable[[Fields], Quantization]] = {
+    "awq": _awq,
+    "bitsandbytes": _bitsandbytes,
+    "compressed-tensors": read_compressed_tensors,
+    "fbgemm_fp8": _fbgemm_fp8,
+    "fp8": _fp8,
+    "gguf": _gguf,
+    "gptq": _gptq,
+    "mxfp4": _mxfp4,
+}

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
+from jaxserve.errors import WeightsError
 from jaxserve.models.parameters import Stored
 from jaxserve.pallas_kernels import Layout
 
@@ -36,6 +37,7 @@ class Scheme:
         stored: in which form the checkpoint has the matrix, a key of `storages.STORAGES`; "dense": it is quantized as it is loaded.
         layout: on the devices.
         group: columns that share a scale in the checkpoint; 0: all.
+        group_rows: rows that do; 0: all.
         ordered: columns lie in the order of the model (no desc_act).
         variant: what else the storage distinguishes.
     """
@@ -43,6 +45,7 @@ class Scheme:
     stored: str
     layout: Layout
     group: int = 0
+    group_rows: int = 1
     ordered: bool = True
     variant: str = ""
 
@@ -71,3 +74,24 @@ def cut_groups(values: np.ndarray, columns: slice, scheme: Scheme) -> np.ndarray
     k = columns.stop - columns.start
     starts = np.arange(columns.start, columns.stop, scheme.layout.group_of(k))
     return values[:, starts // scheme.group] if scheme.group else values
+
+
+def sorted_columns(scheme: Scheme, tensors: Tensors, name: str) -> np.ndarray | None:
+    """Columns sorted by the group that a tensor tells of each, int32 [k]; None: they are.
+
+    Raises:
+        WeightsError: the scheme says otherwise, or groups are not of its size.
+    """
+    if name not in tensors.shapes or not scheme.group:
+        return None
+    (k,) = tensors.shapes[name]
+    indices = tensors.read(name, (slice(0, k),))
+    in_order = np.arange(k, dtype=np.int32) // scheme.group
+    if scheme.ordered:
+        if not np.array_equal(indices, in_order):
+            raise WeightsError(f"{name} is not in order, as quantization_config says")
+        return None
+    order = np.argsort(indices, kind="stable").astype(np.int32)
+    if not np.array_equal(indices[order], in_order):
+        raise WeightsError(f"{name} does not give each group {scheme.group} columns")
+    return order
