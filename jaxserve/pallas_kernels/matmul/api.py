@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxserve.pallas_kernels.gpu import local_gpu
 
 # XLA's CPU threads share the rows of the left operand: with few tokens the matrix belongs there (up to 1.4 times faster on 2 cores).
-_SWAPPED_TOKENS = range(8, 33)
+SWAPPED_TOKENS = range(8, 33)
 
 
 def matmul(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
@@ -81,6 +81,6 @@ def _matmul_xla(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype) -> jax.Ar
     if x.shape[0] == 1 and out_dtype != x.dtype and local_gpu() is not None:
         # Of one token XLA would make a product of matrix and vector, and for that write the whole weight anew in float32.
         return product(jnp.pad(x, ((0, 1), (0, 0))), weight)[:1]
-    if x.shape[0] not in _SWAPPED_TOKENS:
+    if x.shape[0] not in SWAPPED_TOKENS:
         return product(x, weight)
     return jax.lax.platform_dependent(x, weight, cpu=lambda x, weight: product(weight, x).T, default=product)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.gpu import Gpu, local_gpu
 from jaxserve.pallas_kernels.matmul import add_parts
-from jaxserve.pallas_kernels.quantized_matmul.plain import PlainWeight, plain_matmul
+from jaxserve.pallas_kernels.quantized_matmul.cpu import plain_matmul
+from jaxserve.pallas_kernels.quantized_matmul.plain import PlainWeight
 from jaxserve.pallas_kernels.quantized_matmul.reference import quantized_matmul_reference
 from jaxserve.pallas_kernels.quantized_matmul.weights import EightBitWeight, FourBitWeight
 

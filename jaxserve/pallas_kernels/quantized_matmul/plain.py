@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxserve.pallas_kernels.matmul import matmul
 from jaxserve.pallas_kernels.quantized_matmul.layout import TABLES, Layout
 
 
@@ -16,7 +15,8 @@ class PlainWeight:
     """A matrix [N, K] as `Layout` tells, with groups of any size: on the CPU, and for what the kernels of GPUs do not take.
 
     Attributes:
-        codes: 8 bits: as unpacked, [N, K]. 4 bits: uint8 [N, K / 2], whose byte j has columns 2j (the low half) and 2j + 1.
+        codes: int8: as unpacked, [N, K]. fp8: its bits, uint8 [N, K]. 4 bits: uint8 [N, K / 2]; of a group's columns the first half is in
+            the low halves of its bytes.
         scales, zeros, minima: [N, G], as unpacked, but for the dtype of scales and minima.
         layout: static.
     """
@@ -33,39 +33,67 @@ class PlainWeight:
         rows, bytes_a_row = self.codes.shape
         return rows, bytes_a_row * (8 // self.layout.bits)
 
+    @property
+    def planes(self) -> int:
+        """Arrays that codes come apart into: 2 with 4 bits, whose halves of bytes need not be brought side by side."""
+        return 8 // self.layout.bits
+
     def rows(self, indices: jax.Array, dtype: Any) -> jax.Array:
         """Rows [T, K] of the matrix in dtype; indices int32 [T] within it."""
         return jax.tree.map(lambda x: x.at[indices].get(mode="promise_in_bounds"), self).dequantize(dtype)
 
     def dequantize(self, dtype: Any) -> jax.Array:
         """The matrix [N, K] in dtype."""
-        scales = self.scales.astype(jnp.float32)[:, :, None]
-        values = self._values().reshape(*self.scales.shape, -1)
-        if self.zeros is not None:
-            values = values - self.zeros.astype(jnp.float32)[:, :, None]
-        values = values * scales
+        values = jnp.concatenate([self.scaled(plane) for plane in range(self.planes)], axis=2)
         if self.minima is not None:
             values = values + self.minima.astype(jnp.float32)[:, :, None]
         return values.astype(dtype).reshape(self.shape)
 
-    def _values(self) -> jax.Array:
-        """What codes stand for, float32 [N, K]."""
+    def scaled(self, plane: int) -> jax.Array:
+        """What the codes of a plane stand for, without minima: float32 [N, G, K / G / planes]."""
+        values = self._values(plane).reshape(*self.scales.shape, -1)
+        if self.zeros is not None:
+            values = values - self.zeros.astype(jnp.float32)[:, :, None]
+        return values * self.scales.astype(jnp.float32)[:, :, None]
+
+    def _values(self, plane: int) -> jax.Array:
+        if self.layout.code == "fp8":
+            return _widen(self.codes)
         if self.layout.bits == 8:
             return self.codes.astype(jnp.float32)
-        codes = jnp.stack([self.codes & jnp.uint8(15), self.codes >> jnp.uint8(4)], axis=2).reshape(self.shape)
+        codes = self.codes >> jnp.uint8(4) if plane else self.codes & jnp.uint8(15)
         if self.layout.code in ("int4", "uint4"):
             return codes.astype(jnp.float32) - jnp.float32(8 if self.layout.code == "int4" else 0)
-        return jnp.asarray(TABLES[self.layout.code]).at[codes].get(mode="promise_in_bounds")
+        return _look_up(codes, TABLES[self.layout.code].tolist())
+
+
+def _widen(codes: jax.Array) -> jax.Array:
+    """The bits of float8_e4m3fn, not NaN, as float32, by arithmetic of which CPUs make vectors: of XLA's own conversion they do not."""
+    bits = codes.astype(jnp.uint32)
+    sign, rest = (bits & jnp.uint32(0x80)) << jnp.uint32(24), bits & jnp.uint32(0x7F)
+    normal = (rest << jnp.uint32(20)) + jnp.uint32(120 << 23)  # exponents count from -7 and from -127
+    subnormal = rest.astype(jnp.float32) * jnp.float32(2**-9)
+    magnitude = jnp.where(rest < jnp.uint32(8), jax.lax.bitcast_convert_type(subnormal, jnp.uint32), normal)
+    return jax.lax.bitcast_convert_type(magnitude | sign, jnp.float32)
+
+
+def _look_up(codes: jax.Array, table: list[float]) -> jax.Array:
+    """Entries of a table by choices between halves of it, which compilers turn into vectors as they do not with gathers."""
+    choices = [jnp.full(codes.shape, value, jnp.float32) for value in table]
+    bit = 1
+    while len(choices) > 1:
+        odd = (codes & jnp.uint8(bit)) != jnp.uint8(0)
+        choices = [jnp.where(odd, right, left) for left, right in zip(choices[0::2], choices[1::2], strict=True)]
+        bit *= 2
+    return choices[0]
 
 
 def pack_plain(codes: jax.Array, layout: Layout) -> jax.Array:
     """The codes of a PlainWeight of unpacked ones, int8 [N, K]."""
+    if layout.code == "fp8":
+        return jax.lax.bitcast_convert_type(codes, jnp.uint8)
     if layout.bits == 8:
         return codes
-    halves = (codes + jnp.int8(8 if layout.code == "int4" else 0)).astype(jnp.uint8)
-    return halves[:, 0::2] | (halves[:, 1::2] << jnp.uint8(4))
-
-
-def plain_matmul(x: jax.Array, weight: PlainWeight, out_dtype: jnp.dtype) -> jax.Array:
-    """As `quantized_matmul`."""
-    return matmul(x, weight.dequantize(x.dtype), out_dtype)
+    n, k = codes.shape
+    halves = (codes + jnp.int8(8 if layout.code == "int4" else 0)).astype(jnp.uint8).reshape(n, k // layout.group_of(k), 2, -1)
+    return (halves[:, :, 0] | (halves[:, :, 1] << jnp.uint8(4))).reshape(n, -1)

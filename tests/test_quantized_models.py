@@ -1,0 +1,133 @@
+"""Tiny models with quantized matrices: their logits are those of the dequantized model, on one device and on four."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from plain_forward import logits_of, make_mesh
+from quantized_models import made_dense, write_quantized
+from safetensors.numpy import load_file, save_file
+from tiny_models import write_checkpoint
+
+from jaxserve.config import ModelOptions
+from jaxserve.errors import StartupError, WeightsError
+from jaxserve.models import Model
+from jaxserve.weights import resolve_model
+from jaxserve.weights.loader import load_model
+
+INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+
+
+def compressed(
+    form: str, weights: dict[str, Any], activations: dict[str, Any] | None = None, ignore: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+    ignored = ["lm_head", *ignore]
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}, "ignore": ignored}
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "lm_head": True},
+    "gptq-8-desc_act": {"quant_method": "gptq", "bits": 8, "group_size": 32, "sym": False, "desc_act": True},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "modules_to_not_convert": ["layers.1.mlp", "v_proj"]},
+    "fp8": {"quant_method": "fp8", "activation_scheme": "static"},
+    "fp8-block": {"quant_method": "fp8", "weight_block_size": [16, 32]},
+    "nf4-double": {
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+    },
+    "bnb-int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    "mxfp4": {"quant_method": "mxfp4"},
+    "w4a16": compressed("pack-quantized", INT4 | {"symmetric": False}, ignore=("model.layers.0.self_attn.k_proj",)),
+    "w8a8": compressed("int-quantized", INT8, TOKEN),
+}  # fmt: skip
+TOKENS = list(range(5, 45))
+
+
+def load(folder: Path, tensor: int = 1, **options: Any) -> Model:
+    model_options = ModelOptions(model_id=str(folder), **options)
+    return load_model(resolve_model(model_options), model_options, make_mesh(tensor))
+
+
+def check(quantized: Model, sharded: Model | None) -> None:
+    expected = logits_of(made_dense(quantized, make_mesh(1)), make_mesh(1), TOKENS, 40)
+    assert expected.std() > 0.3
+    np.testing.assert_allclose(logits_of(quantized, make_mesh(1), TOKENS, 40), expected, atol=1e-3, rtol=0)
+    if sharded is not None:
+        np.testing.assert_allclose(logits_of(sharded, make_mesh(4), TOKENS, 40), expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_of_a_quantized_checkpoint(name: str, tmp_path: Path) -> None:
+    """On a 1x4 mesh feed-forward units are cut at 24, within groups of 32."""
+    folder = write_quantized(tmp_path, CONFIGS[name])
+    quantized = load(folder)
+    dense_bytes = sum(np.prod(p.shape(1)) * 4 for p in made_dense(quantized, make_mesh(1)).architecture.parameters)
+    assert quantized.nbytes < 0.8 * dense_bytes
+    check(quantized, load(folder, 4))
+
+
+@pytest.mark.parametrize("name", ["fp8", "eetq", "bitsandbytes-nf4"])
+def test_logits_of_a_checkpoint_quantized_on_load(name: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, "llama-bias")
+    quantized = load(folder, quantize=name)
+    # Each shard has groups of its own where codes of 4 bits are cut at 24 columns.
+    check(quantized, None if name == "bitsandbytes-nf4" else load(folder, 4, quantize=name))
+
+
+@pytest.mark.parametrize("name", ["gptq", "mxfp4"])
+def test_random_weights_of_a_quantized_shape(name: str, tmp_path: Path) -> None:
+    folder = write_quantized(tmp_path, CONFIGS[name])
+    (folder / "model.safetensors").unlink()
+    one, two = load(folder, 4, load_format="dummy"), load(folder, 4, load_format="dummy")
+    for leaf, other in zip(one.leaves, two.leaves, strict=True):
+        np.testing.assert_array_equal(np.asarray(leaf).view(np.uint8), np.asarray(other).view(np.uint8))
+    deviations = [float(leaf.std()) for leaf in made_dense(load(folder, load_format="dummy"), make_mesh(1)).leaves if leaf.ndim == 2]
+    assert deviations == pytest.approx([0.02] * len(deviations), rel=0.15)
+
+
+def test_older_files_beside_config_json(tmp_path: Path) -> None:
+    folder = write_quantized(tmp_path, CONFIGS["gptq"])
+    config = json.loads((folder / "config.json").read_text())
+    declared = config.pop("quantization_config")
+    del declared["quant_method"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match="missing: lm_head"):
+        load(folder)
+    (folder / "quantize_config.json").write_text(json.dumps(declared))
+    assert load(folder).config.quantization.method == "gptq"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [("truncate", "not a complete safetensors file"), ("group", "of the wrong shape"), ("zeros", "missing")]
+)
+def test_damaged_checkpoints(change: str, message: str, tmp_path: Path) -> None:
+    folder = write_quantized(tmp_path, CONFIGS["awq"])
+    path = folder / "model.safetensors"
+    if change == "truncate":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif change == "group":
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"]["group_size"] = 64
+        (folder / "config.json").write_text(json.dumps(config))
+    else:
+        save_file({name: tensor for name, tensor in load_file(path).items() if not name.endswith("qzeros")}, path)
+    with pytest.raises(StartupError, match=message) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_server_that_cannot_start_says_why_in_one_line(tmp_path: Path) -> None:
+    folder = write_quantized(tmp_path, CONFIGS["awq"])
+    command = [sys.executable, "-m", "jaxserve", "bench", "latency", "--model-id", str(folder), "--quantize", "fp8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == (
+        "jaxserve: --quantize fp8: the checkpoint is quantized already, by awq; without the flag it is served so"
+    )
+    assert "Traceback" not in done.stderr
