@@ -3,7 +3,7 @@
 Two kinds of value are joined in one answer. What http processes count of requests is kept per process by prometheus-client, in memory
 files of the folder in PROMETHEUS_MULTIPROC_DIR (the launcher sets it), so that any http process answers for all of them, and a worker
 that died still counts. What engines count comes with the statistics each engine sends to every http process, labelled by `replica`;
-a replica that is down keeps its last counters and reports no running requests.
+a replica that is down keeps its last counters and reports no running requests. What routers read is told of all replicas together.
 
 TGI's counters end without `_total`; they are exposed under TGI's names, untyped.
 """
@@ -37,8 +37,8 @@ SAMPLES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 
 # Name in EngineStats -> metric, help.
 _ENGINE_GAUGES = {
-    "num_running": ("vllm:num_requests_running", "Samples that are in the running batch."),
-    "num_waiting": ("vllm:num_requests_waiting", "Samples that wait to be scheduled."),
+    "num_running": ("jaxserve_requests_running", "Samples that are in the running batch."),
+    "num_waiting": ("jaxserve_requests_waiting", "Samples that wait to be scheduled."),
 }
 _ENGINE_COUNTERS = {
     "prefix_queries": ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
@@ -156,18 +156,16 @@ class Metrics:
                 counter.add_metric((str(engine.replica),), getattr(engine.stats, field))
             yield counter
         yield self._step_times()
-        usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", labels=("replica",))
+        usage = GaugeMetricFamily("jaxserve_kv_cache_usage", "Share of KV pages in use, 0 to 1.", labels=("replica",))
         up = GaugeMetricFamily("jaxserve_engine_up", "Whether the engine can be asked.", labels=("replica",))
         losses = CounterMetricFamily("jaxserve_engine_losses", "Times that the engine could be asked no longer.", labels=("replica",))
-        cache = GaugeMetricFamily("vllm:cache_config_info", "Sizes of the KV cache.", labels=("block_size", "num_gpu_blocks", "replica"))
         for engine in self._engines:
             stats = engine.stats
             usage.add_metric((str(engine.replica),), stats.num_pages_used / stats.num_pages if stats.num_pages and engine.available else 0)
             up.add_metric((str(engine.replica),), int(engine.available))
             losses.add_metric((str(engine.replica),), engine.num_losses)
-            if (info := engine.info) is not None:
-                cache.add_metric((str(info.page_size), str(info.num_pages), str(engine.replica)), 1)
-        yield from (usage, up, losses, cache)
+        yield from (usage, up, losses)
+        yield from self._for_routers()
         live = [engine.stats for engine in self._engines if engine.available]
         yield GaugeMetricFamily("tgi_queue_size", "Samples that wait.", value=sum(stats.num_waiting for stats in live))
         yield GaugeMetricFamily("tgi_batch_current_size", "Samples that run.", value=sum(stats.num_running for stats in live))
@@ -176,6 +174,32 @@ class Metrics:
         used = sum(e.stats.num_pages_used * e.info.page_size for e in self._engines if e.available and e.info)
         yield GaugeMetricFamily("tgi_batch_current_max_tokens", "Tokens of KV cache that requests hold.", value=used)
         yield from self._tgi_batches()
+
+    def _for_routers(self) -> Iterator[Metric]:
+        """What routers read of a server, under vLLM's names of today and of 2025: one value each, whatever the number of replicas.
+
+        The Gateway API Inference Extension and the routers made like it take one sample of a name, and a gauge is not summed by anybody.
+        """
+        live = [engine.stats for engine in self._engines if engine.available]
+        yield GaugeMetricFamily("vllm:num_requests_running", "Samples that run.", value=sum(stats.num_running for stats in live))
+        yield GaugeMetricFamily("vllm:num_requests_waiting", "Samples that wait.", value=sum(stats.num_waiting for stats in live))
+        pages = sum(stats.num_pages for stats in live)
+        usage = sum(stats.num_pages_used for stats in live) / pages if pages else 0.0
+        for name in ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"):
+            yield GaugeMetricFamily(name, "Share of KV pages in use, 0 to 1.", value=usage)
+        for name, field in (("queries", "prefix_queries"), ("hits", "prefix_hits")):
+            total = sum(getattr(engine.stats, field) for engine in self._engines)
+            yield CounterMetricFamily(f"vllm:gpu_prefix_cache_{name}", "As vllm:prefix_cache_*, of all replicas.", value=total)
+        infos = [engine.info for engine in self._engines if engine.info is not None]
+        cache = GaugeMetricFamily("vllm:cache_config_info", "Sizes of the KV cache.", labels=("block_size", "num_gpu_blocks"))
+        if infos:
+            cache.add_metric((str(infos[0].page_size), str(sum(info.num_pages for info in infos))), 1)
+        yield cache
+        # A router that looks for adapters finds that there are none, and is not left to complain about a missing metric.
+        adapters = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
+        lora = GaugeMetricFamily("vllm:lora_requests_info", "LoRA adapters: none; the value is the time.", labels=adapters)
+        lora.add_metric(("0", "", ""), time.time())
+        yield lora
 
     def _tgi_batches(self) -> Iterator[Metric]:
         """TGI's metrics of batches. A step computes prompts and decodes together; all are told as method="decode"."""

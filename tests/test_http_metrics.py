@@ -57,10 +57,10 @@ def test_engines_are_told_by_replica(tmp_path: Path):
     text = Metrics(clients, "served").exposition().decode()
     values = _values(text)
     one, two = "[('replica', '0')]", "[('replica', '1')]"
-    assert values["vllm:num_requests_running" + one] == 3
-    assert values["vllm:num_requests_running" + two] == 0  # it is down
+    assert values["jaxserve_requests_running" + one] == 3
+    assert values["jaxserve_requests_running" + two] == 0  # it is down
     assert values["vllm:prompt_tokens_total" + two] == 5
-    assert values["vllm:kv_cache_usage_perc" + one] == 0.5
+    assert values["jaxserve_kv_cache_usage" + one] == 0.5
     assert values["jaxserve_padded_tokens_total" + one] == 7
     device, bucket = (
         "[('part', 'device'), ('replica', '1')]",
@@ -74,8 +74,36 @@ def test_engines_are_told_by_replica(tmp_path: Path):
     assert values["tgi_batch_current_max_tokens"] == 25 * 16
     assert values["tgi_batch_forward_duration_count[('method', 'decode')]"] == 7
     assert "tgi_batch_inference_count[('method', 'decode')]" in values
-    assert "vllm:cache_config_info[('block_size', '16'), ('num_gpu_blocks', '50'), ('replica', '0')]" in values
-    assert 'vllm:num_requests_waiting{model_name="served",replica="0"} 2.0' in text
+    assert 'vllm:num_requests_waiting{model_name="served"} 2.0' in text
+
+
+def test_routers_find_one_value_of_all_replicas(tmp_path: Path):
+    """As the Gateway API Inference Extension, llm-d and vLLM's production stack read it: of several samples of a name they take any."""
+    info = EngineInfo("m", "", "", 10, 20, 19, (1,), 16, 50, "3x1", "float32", "cpu", {})
+    clients = [EngineClient(tmp_path / str(replica), replica) for replica in range(3)]
+    for client, running, used in zip(clients, (3, 4, 9), (10, 30, 50), strict=True):
+        client.info, client.available = info, client.replica < 2
+        client.stats = EngineStats(
+            num_running=running, num_waiting=running + 1, num_pages_used=used, num_pages=50, prefix_queries=100, prefix_hits=running
+        )
+    families = {family.name: family for family in text_string_to_metric_families(Metrics(clients, "served").exposition().decode())}
+    expected = {
+        "vllm:num_requests_running": 7,
+        "vllm:num_requests_waiting": 9,
+        "vllm:kv_cache_usage_perc": 0.4,
+        "vllm:gpu_cache_usage_perc": 0.4,
+        "vllm:gpu_prefix_cache_queries": 300,
+        "vllm:gpu_prefix_cache_hits": 16,
+        "vllm:cache_config_info": 1,
+    }
+    for name, value in expected.items():
+        (sample,) = families[name].samples
+        assert (sample.value, sample.labels["model_name"], "replica" in sample.labels) == (value, "served", False), name
+    (cache,) = families["vllm:cache_config_info"].samples
+    assert (cache.labels["block_size"], cache.labels["num_gpu_blocks"]) == ("16", "150")
+    (lora,) = families["vllm:lora_requests_info"].samples
+    assert lora.labels["max_lora"] == "0" and lora.labels["running_lora_adapters"] == lora.labels["waiting_lora_adapters"] == ""
+    assert {families[name].type for name in list(expected)[:4]} == {"gauge"}
 
 
 def test_the_dashboard_asks_for_what_there_is(front_end: LiveFrontEnd):

@@ -166,7 +166,7 @@ def test_two_engines_and_two_http_processes(server: Callable[..., Server]):
     streams = [live.stream() for _ in range(4)]
     for stream in streams:
         assert next(stream).startswith("data: {")
-    live.until(lambda: min(live.metric("vllm:num_requests_running")) > 0)
+    live.until(lambda: min(live.metric("jaxserve_requests_running")) > 0)
 
     with httpx.Client(base_url=f"http://127.0.0.1:{metrics_port}") as client:
         assert "\ntgi_request_success 12.0\n" in client.get("/metrics").text
@@ -215,12 +215,12 @@ def test_a_dead_replica_is_taken_out_and_comes_back(server: Callable[..., Server
     assert first.startswith("data: {") and second.startswith("data: {")
     with ThreadPoolExecutor(6) as threads:
         waiting = [threads.submit(live.client.post, "/v1/completions", json={"prompt": "abc", "max_tokens": 2}) for _ in range(6)]
-        live.until(lambda: live.metric("vllm:num_requests_waiting") == [3, 3])
+        live.until(lambda: live.metric("jaxserve_requests_waiting") == [3, 3])
         live.engine().kill()
 
         *_, error, done = streams[0]
         assert json.loads(error.removeprefix("data: "))["error"]["code"] == "engine_unavailable" and done == "data: [DONE]"
-        live.until(lambda: live.metric("vllm:num_requests_waiting")[1] == 6)
+        live.until(lambda: live.metric("jaxserve_requests_waiting")[1] == 6)
         assert live.client.get("/health").status_code == 200
         states = live.client.get("/health/ready").json()["replicas"]
         assert states == [{"replica": 0, "ready": False}, {"replica": 1, "ready": True}]
