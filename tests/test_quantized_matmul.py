@@ -149,6 +149,9 @@ def test_what_is_lowered_for_gpus(monkeypatch):
     codes = abstract(four_bit(64, 256, 128, zeros=True, minima=True), 28672, 4096)
     for gpu, num_tokens in ((HOPPER, 1), (AMPERE, 64), (AMPERE, 2048)):
         assert lowered(monkeypatch, gpu, num_tokens, codes, F32 if num_tokens == 1 else BF16).count(TRITON) == 1
+    # An array of one value would be a kernel that fills it.
+    plain = lowered(monkeypatch, HOPPER, 8, abstract(four_bit(64, 256, 128), 28672, 4096))
+    assert plain.count(TRITON) == 1 and "dense<8>" not in plain and "stablehlo.broadcast" not in plain
     floats = abstract(eight_bit(64, 256, 1, FLOAT8, quantized_activations=True), 6144, 4096)
     assert TRITON in lowered(monkeypatch, HOPPER, 16, floats)
     # Weights stay as they lie, [N, K]: cuBLASLt reads them so.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
@@ -55,9 +56,8 @@ def quantized_matmul_triton(
     one_zero = 8
     if values == tuple(range(16)):
         one_zero, values = 0, None
-    # Zeros that come with each step, as a group's own do, make the smallest tiles faster (35.9 to 29.1 us, docs/performance_gpu.md).
-    zero_rows = pl.cdiv(pl.cdiv(x.shape[1], BLOCK), config.splits * config.blocks) + 1 if config.tokens == 16 else 1
-    operands = x, weight.codes, weight.scales, zeros, jnp.full((zero_rows, config.tile), one_zero, jnp.uint8)
+    one_zeros = _one_zeros(one_zero, x.shape[1], config) if zeros is None and values is None and isinstance(weight, FourBitWeight) else None
+    operands = x, weight.codes, weight.scales, zeros, one_zeros
     out = jax.ShapeDtypeStruct((config.splits, num_tokens, size), out_dtype if config.splits == 1 else jnp.float32)
     return pl.pallas_call(
         functools.partial(_quantized_matmul_kernel, group=weight.group, values=values, config=config, interpret=interpret),
@@ -69,6 +69,18 @@ def quantized_matmul_triton(
         interpret=interpret,
         name="quantized_matmul",
     )(*operands)
+
+
+def _one_zeros(zero: int, depth: int, config: TritonQuantizedConfig) -> np.ndarray:
+    """One zero for all, uint8 [steps, tile], or [1, tile] that is read once.
+
+    Zeros that come with each step, as a group's own do, make the smallest tiles faster (35.9 to 29.1 us, docs/performance_gpu.md). Another
+    row that nobody reads is not the same: an array of one value alone would not be a constant of the program but a kernel that fills it.
+    """
+    steps = pl.cdiv(pl.cdiv(depth, BLOCK), config.splits * config.blocks) + 1 if config.tokens == 16 else 1
+    zeros = np.full((steps + 1, config.tile), zero, np.uint8)
+    zeros[-1] = zero + 1
+    return zeros
 
 
 def _quantized_matmul_kernel(
@@ -106,7 +118,7 @@ def _quantized_matmul_kernel(
         return load(x_ref, token[:, None], column[None, :], masks=(outer(token_inside, 1), inside))
 
     all_zeros_ref = one_zero_ref if zeros_ref is None else zeros_ref
-    hoisted = one_zero_ref.shape[0] == 1
+    hoisted = one_zero_ref is not None and one_zero_ref.shape[0] == 2
 
     def one_zero(step):
         return plt.load(one_zero_ref.at[step, jnp.arange(config.tile, dtype=jnp.int32)])
@@ -115,8 +127,10 @@ def _quantized_matmul_kernel(
 
     def of_groups(ref, step):
         """What the groups of a step have, for each block: rows [tile]."""
+        if ref is None or (ref is one_zero_ref and hoisted):
+            return [[None] * parts] * config.blocks
         if ref is one_zero_ref:
-            return [[None if hoisted else one_zero(step)] * parts] * config.blocks
+            return [[one_zero(step)] * parts] * config.blocks
         if per_row:
             return [[None] * parts] * config.blocks
         last = ref.shape[0] - 1
