@@ -1,8 +1,10 @@
 """From options to an engine that is ready: a start, a runner, a scheduler."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 from jaxserve.config import EngineOptions, ModelOptions
 from jaxserve.engine.async_engine import AsyncEngine
@@ -17,7 +19,7 @@ from jaxserve.runner import Hosts, ModelRunner, RunnerConfig
 from jaxserve.scheduler import KVGroupPages, Scheduler, SchedulerConfig
 from jaxserve.structured import GrammarCompiler, read_tokens
 from jaxserve.tokenizer import Tokenizer, load_pipeline
-from jaxserve.weights import ModelSource
+from jaxserve.weights import ModelSource, resolve_model
 
 
 def build_engine(
@@ -83,18 +85,26 @@ def join(
 
 
 def build_async_engine(
-    model_options: ModelOptions, engine_options: EngineOptions, replica: int = 0, hosts: Hosts | None = None
+    model_options: ModelOptions,
+    engine_options: EngineOptions,
+    replica: int = 0,
+    hosts: Hosts | None = None,
+    found: Callable[[Path], None] | None = None,
 ) -> AsyncEngine:
     """`build_engine` in a thread of its own.
 
     Args:
         replica: as for build_engine(); 0 where the process sees only its own devices.
         hosts: as for build_engine().
+        found: is told the path of the model's files as soon as they are there.
 
     Raises:
         StartupError: one line says why.
     """
-    engine = build_engine(model_options, engine_options, replica, hosts=hosts)
+    source = resolve_model(model_options)
+    if found is not None:
+        found(source.path)
+    engine = build_engine(model_options, engine_options, replica, source=source, hosts=hosts)
     return AsyncEngine(engine, engine_options.max_concurrent_requests, None if hosts is None else hosts.why_failed)
 
 

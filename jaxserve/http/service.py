@@ -39,6 +39,7 @@ class Service:
         options: limits and names.
         tokenizer_config_path: a tokenizer_config.json whose chat template replaces the model's.
         max_concurrent_requests: of an engine, for /info.
+        model_file: where an engine tells the path of its model before it is ready, if it does.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Service:
         options: ServerOptions,
         tokenizer_config_path: str | None = None,
         max_concurrent_requests: int = 0,
+        model_file: Path | None = None,
     ):
         self.router = router
         self.metrics = metrics
@@ -57,24 +59,34 @@ class Service:
         self._tokenizer: Tokenizer | None = None
         self._chat_format: ChatFormat | None = None
         self._tokenizer_config_path = tokenizer_config_path
+        self._model_file = model_file
         self._threads = ThreadPoolExecutor(options.validation_workers, thread_name_prefix="tokenizer")
         self._num_pending_texts = 0
         self._long_text = asyncio.Semaphore(1)
 
     async def load_tokenizer(self) -> None:
-        """Wait for an engine to tell which model it serves, then load its tokenizer.
+        """Wait for an engine to tell which model it serves, load its tokenizer, and wait until the engine is there.
 
         Raises:
             StartupError: it cannot be loaded.
         """
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._threads, import_transformers)
-        while not self.router.available:
+        while (path := self._model_path()) is None:
             await asyncio.sleep(0.05)
-        path = Path(self.info.model_path)
         tokenizer = await loop.run_in_executor(self._threads, load_tokenizer, path, self._tokenizer_config_path)
         self._chat_format = ChatFormat(tokenizer, self.options.tool_call_parser, self.options.reasoning_parser)
         self._tokenizer = tokenizer
+        while not self.router.available:
+            await asyncio.sleep(0.05)
+
+    def _model_path(self) -> Path | None:
+        """Of the folder or file that the engines read, once it is known."""
+        if self.router.available:
+            return Path(self.info.model_path)
+        if self._model_file is not None and self._model_file.exists():
+            return Path(self._model_file.read_text())
+        return None
 
     @property
     def ready(self) -> bool:

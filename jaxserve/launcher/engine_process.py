@@ -1,7 +1,9 @@
 """An engine process: one replica of the engine behind a unix socket. `python -m jaxserve.launcher.engine_process DESCRIPTOR`."""
 
 import asyncio
+import functools
 import gc
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +13,7 @@ from typing import Protocol
 from jaxserve.config import EngineOptions, ModelOptions
 from jaxserve.errors import GenerationFailed
 from jaxserve.launcher.child import Control, die_with_parent, run_child
-from jaxserve.launcher.run_folder import engine_socket
+from jaxserve.launcher.run_folder import engine_socket, model_file
 from jaxserve.rpc.server import EngineServer, ServedEngine
 
 FAILURE_POLL_INTERVAL = 0.1  # seconds
@@ -43,13 +45,19 @@ def main(arguments: Sequence[str], build: BuildEngine | None = None) -> int:
     Returns:
         the exit code.
     """
-    return run_child(arguments, lambda control: _run(control, build or _build_engine))
+    return run_child(arguments, lambda control: _run(control, build or functools.partial(_build_engine, Path(control.options.run_folder))))
 
 
-def _build_engine(model: ModelOptions, engine: EngineOptions, replica: int) -> RunningEngine:
+def _build_engine(run_folder: Path, model: ModelOptions, engine: EngineOptions, replica: int) -> RunningEngine:
     from jaxserve.engine import build_async_engine  # late: it imports jax
 
-    return build_async_engine(model, engine, replica)
+    def tell(path: Path) -> None:
+        told = model_file(run_folder)
+        whole = told.with_name(f"{told.name}.{os.getpid()}")
+        whole.write_text(str(path))
+        whole.replace(told)
+
+    return build_async_engine(model, engine, replica, found=tell)
 
 
 def _run(control: Control, build: BuildEngine) -> None:

@@ -13,7 +13,7 @@ from jaxserve.http.protocol import MAX_CONNECTIONS
 from jaxserve.http.server import HttpServer
 from jaxserve.http.service import Service
 from jaxserve.launcher.child import Control, run_child
-from jaxserve.launcher.run_folder import engine_socket
+from jaxserve.launcher.run_folder import engine_socket, model_file
 from jaxserve.metrics import Metrics
 from jaxserve.rpc.client import EngineClient
 from jaxserve.rpc.router import Router
@@ -39,6 +39,7 @@ def _run(control: Control, listening: Sequence[socket.socket]) -> None:
         options.server,
         options.model.tokenizer_config_path,
         options.engine.max_concurrent_requests,
+        model_file(folder),
     )
 
     def tell_ready() -> None:
