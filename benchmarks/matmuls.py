@@ -1,31 +1,39 @@
-"""Speed of a decode step's products on this GPU, ours beside XLA's and the floor: `python -m benchmarks.matmuls [--tokens 64 128]`.
+"""Speed of a decode step's products on this GPU, as served beside XLA's: `python -m benchmarks.matmuls [--tokens 8 64 256]`.
 
-A figure is the time of one product in a chain inside one jit: each has a weight of its own (more of them than the L2 cache holds),
-and its tokens come from the product before by one small fusion (about 2 us, in the figure). Outputs are compared
-with float32 on 256 random columns.
+A figure is what the kernels of one product take on the device, from a trace of calls with a weight each, more of them than the L2 cache
+holds. Gate and up are measured with SwiGLU, as a step needs them; products that leave parts, without the sum that their reader does.
+Outputs are compared with float32 on 128 random columns.
 """
 
 import argparse
-import functools
-import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.stages import Compiled
 
-from jaxserve.pallas_kernels.matmul.mosaic import MosaicMatmulConfig, matmul_mosaic
+from jaxserve.bench.profile import Kernel, read_trace
+from jaxserve.pallas_kernels import gated_matmul, matmul_parts, multiply_gated
 
-READ_FLOOR_TBPS = 4.5  # measured on an H200: a sum over an array
+READ_FLOOR_TBPS, MULTIPLY_FLOOR_TFLOPS = 4.5, 815  # measured on an H200: a sum over an array, a large product
 SHAPES = {
     "8b_qkv": (6144, 4096),
     "8b_o": (4096, 4096),
     "8b_gate_up": (28672, 4096),
     "8b_down": (4096, 14336),
+    "1b_qkv": (3072, 2048),
+    "1b_o": (2048, 2048),
     "1b_gate_up": (16384, 2048),
     "1b_down": (2048, 8192),
 }  # [N, K]
+REPETITIONS = 3
+PAUSE_MS = 3  # between calls, by which the trace is taken apart
+CUBLAS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}  # as the runner compiles steps
 
 
 def multiply_xla(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -33,68 +41,81 @@ def multiply_xla(x: jax.Array, weight: jax.Array) -> jax.Array:
     return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())))
 
 
-def multiply_ours(x: jax.Array, weight: jax.Array) -> jax.Array | None:
-    """The same by the kernel, with the served cut; None where nothing is served."""
-    config = MosaicMatmulConfig.suited(x, weight, jax.local_devices()[0].core_count)
-    return None if config is None else matmul_mosaic(x, weight, config=config).astype(jnp.float32).sum(axis=0).astype(x.dtype)
+def contenders(gated: bool) -> dict[str, Callable[[jax.Array, jax.Array], jax.Array]]:
+    """By name, what multiplies x [T, K] and a weight [N, K], with SwiGLU or without: XLA, and what is served."""
+    if gated:
+        return {"xla": lambda x, weight: multiply_gated(multiply_xla(x, weight)), "served": gated_matmul}
+    return {"xla": multiply_xla, "served": matmul_parts}
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _normal(seed: int, shape: tuple[int, int]) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+def relative_error(out: jax.Array, x: jax.Array, weight: jax.Array) -> float:
+    """Relative L2 error of some columns of a product, whose parts may not have been added up."""
+    columns = np.random.default_rng(time.time_ns()).integers(0, out.shape[-1], 128)
+    got = np.asarray(out)[..., columns].astype(np.float32).reshape(-1, x.shape[0], len(columns)).sum(axis=0)
+    wide = np.asarray(x, np.float32)
+    expected = wide @ np.asarray(weight[columns], np.float32).T
+    if out.shape[-1] != weight.shape[0]:
+        up = wide @ np.asarray(weight[columns + out.shape[-1]], np.float32).T
+        expected = expected / (1 + np.exp(-expected)) * up
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
-def seconds_and_error(multiply, num_tokens: int, size: int, depth: int) -> tuple[float, float]:
-    """Median seconds of a product in a chain, and its relative L2 error."""
-    num_weights = max(3, -(-300_000_000 // (2 * size * depth)))
-    num_products = max(num_weights, 24 if size * depth < 3e7 else 12)
-    seed = time.time_ns() % 2**30
-    x, weights = _normal(seed, (num_tokens, depth)), [_normal(seed + 1 + i, (size, depth)) for i in range(num_weights)]
-    product = jax.jit(multiply)
+def calls_of(kernels: list[Kernel]) -> Iterator[list[Kernel]]:
+    """The kernels of each call, taken apart by the pauses between them."""
+    call: list[Kernel] = []
+    for kernel in sorted(kernels):
+        if call and kernel.start > call[-1].start + call[-1].duration + PAUSE_MS * 1e6 / 2:
+            yield call
+            call = []
+        call.append(kernel)
+    yield call
 
-    @jax.jit
-    def chain(x, weights):
-        outputs = []
-        for i in range(num_products):
-            outputs.append(product(x, weights[i % num_weights]))
-            x = x * 0.5 + jnp.tile(outputs[-1], (1, -(-depth // size)))[:, :depth] * 0.01
-        return x, outputs[0]
 
-    poison = jnp.full((1 << 26,), jnp.nan, jnp.float32).block_until_ready()
-    del poison
-    columns = np.random.default_rng(seed).integers(0, size, 256)
-    expected = np.asarray(x, np.float32) @ np.asarray(weights[0][columns], np.float32).T
-    got = np.asarray(chain(x, weights)[1], np.float32)[:, columns]
-    times = []
-    for _ in range(9):
-        started = time.perf_counter()
-        jax.block_until_ready([chain(x, weights) for _ in range(4)])
-        times.append((time.perf_counter() - started) / 4 / num_products)
-    return statistics.median(times), float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+def measure(programs: list[Compiled], x: jax.Array, weights: list[jax.Array]) -> list[float]:
+    """Microseconds of a product on the device, for each program that multiplies x by all the weights."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = options.host_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            for program in programs * REPETITIONS:
+                jax.block_until_ready(program(x, weights))
+                time.sleep(PAUSE_MS / 1e3)
+        _, kernels = read_trace(Path(folder))
+    times = [sum(kernel.duration for kernel in call) / 1e3 / len(weights) for call in calls_of(kernels)]
+    if len(times) != len(programs) * REPETITIONS:
+        sys.exit(f"the trace shows {len(times)} calls where {len(programs) * REPETITIONS} ran")
+    return [min(times[i :: len(programs)]) for i in range(len(programs))]
 
 
 def main() -> None:
     """Print a line a shape and number of tokens."""
     parser = argparse.ArgumentParser(description="Speed of a decode step's products on this GPU.")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8, 64, 128, 256])
     parser.add_argument("--only", nargs="+", choices=SHAPES, default=list(SHAPES), help="shapes")
     arguments = parser.parse_args()
     if jax.default_backend() != "gpu":
         sys.exit("no GPU")
+    normal = jax.jit(lambda seed, shape: jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16), static_argnums=1)
     wrong = False
-    for num_tokens in arguments.tokens:
-        for name in arguments.only:
-            size, depth = SHAPES[name]
-            line = f"{name:12s} T={num_tokens:3d} floor {2e6 * size * depth / READ_FLOOR_TBPS / 1e12:6.1f} us"
-            tokens, weight = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((num_tokens, depth), (size, depth)))
-            for contender, multiply in (("xla", multiply_xla), ("ours", multiply_ours)):
-                if jax.eval_shape(multiply, tokens, weight) is None:
-                    line += f"  {contender}: not served"
-                    continue
-                seconds, error = seconds_and_error(multiply, num_tokens, size, depth)
-                line += f"  {contender} {seconds * 1e6:6.1f} us, error {error:.1e}"
-                wrong |= not error < 2.5e-3
-            print(line, flush=True)
+    for name in arguments.only:
+        size, depth = SHAPES[name]
+        seed = time.time_ns() % 2**30
+        weights = [
+            normal(seed + i, (size, depth)) * jnp.bfloat16(depth**-0.5) for i in range(max(3, -(-200_000_000 // (2 * size * depth))))
+        ]
+        for num_tokens in arguments.tokens:
+            x = normal(seed - num_tokens, (num_tokens, depth))
+            line = f"{name:12s} T={num_tokens:3d}"
+            programs = []
+            for contender, multiply in contenders(name.endswith("gate_up")).items():
+                chain = jax.jit(lambda x, weights, multiply=multiply: [multiply(x, weight) for weight in weights], compiler_options=CUBLAS)
+                programs.append(chain.lower(x, weights).compile())
+                error = relative_error(programs[-1](x, weights)[0], x, weights[0])
+                wrong |= not error < 4e-3
+                line += f"  {contender} error {error:.1e},"
+            floor = 2e-6 * size * depth * max(1 / READ_FLOOR_TBPS, num_tokens / MULTIPLY_FLOOR_TFLOPS)
+            xla, served = measure(programs, x, weights)
+            print(f"{line} xla {xla:6.1f} us, served {served:6.1f} us, floor {floor:6.1f} us", flush=True)
     if wrong:
         sys.exit("some output is far from float32's")
 

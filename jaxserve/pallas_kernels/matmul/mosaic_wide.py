@@ -105,23 +105,25 @@ def matmul_wide(x: jax.Array, weight: jax.Array, *, config: WideMatmulConfig, ga
     most = config.num_blocks // math.prod(cluster)
     workers = pl.cdiv(chunks, pl.cdiv(chunks, most))
     tiled = swizzled(BLOCK_K, x.dtype)
-    piece = next((size for size in (64, 32) if width % size == 0), width)
-    staged = {"transforms": swizzled(piece, x.dtype)} if piece != width or width in (64, 32) else {}
-    sharing = tuple(name for name, size in zip(("row_member", "token_member"), cluster, strict=True) if size > 1)
-    barriers = {"num_arrivals": config.warpgroups, "num_barriers": config.num_stages}
-    direct = config.splits > 1
-    scratch = [
-        plgpu.SMEM((config.num_stages, config.warpgroups, config.tokens, BLOCK_K), x.dtype, transforms=tiled),
-        plgpu.SMEM((config.num_stages, config.rows, BLOCK_K), x.dtype, transforms=tiled),
-        plgpu.Barrier(num_arrivals=config.warpgroups + (2 if gated else 1), num_barriers=config.num_stages),
-        plgpu.ClusterBarrier(collective_axes=sharing, **barriers) if sharing else plgpu.Barrier(**barriers),
-    ]
-    if not direct:
-        scratch.append(plgpu.SMEM((config.warpgroups, HEIGHT, piece), x.dtype, **staged))
+    stages, warpgroups = config.num_stages, config.warpgroups
+    sharing = tuple(name for name, blocks in zip(("row_member", "token_member"), cluster, strict=True) if blocks > 1)
+    emptied = plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages)
+    if sharing:
+        emptied = plgpu.ClusterBarrier(collective_axes=sharing, num_arrivals=warpgroups, num_barriers=stages)
+    is_whole = config.splits == 1
+    piece = next((columns for columns in (64, 32) if width % columns == 0), width)  # of a tile that is stored at once
+    # Rows of other widths lie in SMEM as they are: 112 bytes, say, are free of bank conflicts.
+    staged = plgpu.SMEM((warpgroups, HEIGHT, piece), x.dtype, transforms=swizzled(piece, x.dtype) if piece in (64, 32) else ())
     out = plgpu.kernel(
         functools.partial(_wide_kernel, config=config, gated=gated, width=width, chunks=chunks, workers=workers),
-        out_type=jax.ShapeDtypeStruct((config.splits, padded, units), jnp.float32 if direct else x.dtype),
-        scratch_types=tuple(scratch),
+        out_type=jax.ShapeDtypeStruct((config.splits, padded, units), x.dtype if is_whole else jnp.float32),
+        scratch_types=(
+            plgpu.SMEM((stages, warpgroups, config.tokens, BLOCK_K), x.dtype, transforms=tiled),
+            plgpu.SMEM((stages, config.rows, BLOCK_K), x.dtype, transforms=tiled),
+            plgpu.Barrier(num_arrivals=warpgroups + (2 if gated else 1), num_barriers=stages),
+            emptied,
+            *([staged] if is_whole else []),
+        ),
         grid=(workers,),
         grid_names=("worker",),
         cluster=cluster if sharing else (),
