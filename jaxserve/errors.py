@@ -5,7 +5,8 @@ JaxserveError
 │   ├── ModelNotFound     a hub id, folder or file that cannot be had
 │   ├── UnsupportedModel  an architecture or option that no code here serves
 │   ├── WeightsError      missing, extra, mis-shaped or truncated tensors
-│   └── DeviceError       a mesh larger than the devices, or too little memory
+│   ├── DeviceError       a mesh larger than the devices, or too little memory
+│   └── HostsDisagree     hosts that were started otherwise than each other
 ├── InvalidRequest        the client's fault: a 4xx naming the field
 │   └── ContextTooLong    prompt (and output) longer than the model or the cache holds
 ├── Overloaded            no permit left: 429 with Retry-After
@@ -37,6 +38,10 @@ class WeightsError(StartupError):
 
 class DeviceError(StartupError):
     """The devices are too few or their memory too small."""
+
+
+class HostsDisagree(StartupError):
+    """The hosts of a mesh were started otherwise than each other; all of them say so."""
 
 
 class InvalidRequest(JaxserveError):

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Protocol
 
-from jaxserve.errors import StartupError
+from jaxserve.errors import HostsDisagree
 
 
 class Gathering(Protocol):
@@ -22,13 +22,13 @@ def agree(hosts: Gathering, topic: str, facts: Mapping[str, object]) -> None:
         facts: by names that a user understands; values that JSON can hold.
 
     Raises:
-        StartupError: naming the first fact in which a host differs from host 0.
+        HostsDisagree: naming the first fact in which a host differs from host 0.
     """
     leaders, *others = (json.loads(text) for text in hosts.gather(topic, json.dumps(facts)))
     for index, theirs in enumerate(others, 1):
         for name in leaders | theirs:
             if leaders.get(name) != theirs.get(name):
-                raise StartupError(
+                raise HostsDisagree(
                     f"the hosts disagree on {name}: {_told(leaders.get(name))} on host 0, {_told(theirs.get(name))} on host {index}"
                 )
 

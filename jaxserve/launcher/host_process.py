@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxserve.errors import GenerationFailed, HostsFailed, JaxserveError, StartupError
+from jaxserve.errors import GenerationFailed, HostsDisagree, HostsFailed, JaxserveError, StartupError
 from jaxserve.hosts.addresses import resolve, use_interface_to
 from jaxserve.hosts.leader import Leader
 from jaxserve.hosts.wire import LOSS_TIME
@@ -50,7 +50,8 @@ async def _lead(control: Control) -> None:
             watching.cancel()
             engine.close()
     except JaxserveError as error:
-        await leader.end(leader.failure or f"host 0: {_one_line(error)}")
+        own = str(error) if isinstance(error, HostsDisagree) else f"host 0: {_one_line(error)}"
+        await leader.end(leader.failure or own)
         raise
     await leader.end()
 
@@ -80,9 +81,9 @@ async def _work(control: Control) -> None:
     listening = asyncio.create_task(worker.listen())
     await _first(working, listening)
     if working.done() and worker.failure is None:
-        # A step fails here too where another host is lost; that is soon known.
+        # A step fails here too where another host is lost, and the leader finds a disagreement too; that is soon known.
         error = working.exception()
-        if not isinstance(error, JaxserveError):
+        if isinstance(error, HostsDisagree) or not isinstance(error, JaxserveError):
             await asyncio.wait([listening], timeout=LOSS_TIME)
         if worker.failure is None:
             await worker.fail(reason := _one_line(error))

@@ -1,0 +1,213 @@
+"""Two hosts on one machine, through the real launcher: JAX's processes, gloo between them, and what becomes of one when the other dies."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from engines import finish, greedy, load_goldens, tiny_runner
+from test_hosts import free_port
+
+from jaxserve.grammar import Grammar
+from jaxserve.request import Request, SamplingParams, TokenOutput
+from jaxserve.rpc.client import EngineClient
+
+SECRET = "sixteen characters"
+# Two ways to have few programs, all of which both hosts compile.
+ONE_SHAPE = ("--deterministic",)
+ONE_SLOT = "--max-batch-size", "1", "--disable-grammar-support"
+AS_OTHER_TESTS = {"slots": 4, "max_batch_tokens": 32, "kv_tokens": 640, "max_total_tokens": 512, "masked": True}  # compiled once
+LOSS_TIME = 30.0  # seconds
+READY_TIME = 180.0  # seconds, of a machine that has other things to do
+
+
+class TwoHosts:
+    """`jaxserve` twice, with the devices of a mesh shared between them.
+
+    Args:
+        folder: for the run folders and logs; short.
+        cache: of compiled programs.
+        flags: of both.
+        each: flags of the one and of the other.
+    """
+
+    def __init__(self, model: Path, folder: Path, cache: Path, *flags: str, each: tuple[list[str], list[str]] = ([], [])):
+        self.port, coordinator = free_port(), free_port()
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._folder = folder
+        self._logs = [folder / "log0", folder / "log1"]
+        common = ["--model-id", model, "--mesh", "1x4", "--num-hosts", "2", "--coordinator", f"127.0.0.1:{coordinator}"]
+        common += ["--hostname", "127.0.0.1", "--port", self.port, "--max-batch-size", "2", "--max-batch-prefill-tokens", "32"]
+        common += ["--max-total-tokens", "240", "--cpu-kv-cache-gib", "0.01", "--compilation-cache-dir", cache, *flags]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "TMPDIR": str(folder),
+            "CLUSTER_SECRET": SECRET,
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=3",  # one more than the mesh takes of each host
+        }
+        for index in range(2):
+            command = [sys.executable, "-m", "jaxserve", *map(str, common), "--host-index", str(index), *each[index]]
+            with open(self._logs[index], "w") as log:
+                self.processes.append(subprocess.Popen(command, env=environment, stderr=log, stdout=log))
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + READY_TIME
+        while not condition():
+            assert time.monotonic() < deadline and all(process.poll() is None for process in self.processes), self.log(0) + self.log(1)
+            time.sleep(0.05)
+
+    def until_ready(self) -> "TwoHosts":
+        self.until(lambda: all("ready: " in self.log(index) for index in range(2)))
+        return self
+
+    def log(self, index: int) -> str:
+        return self._logs[index].read_text()
+
+    def jax_process(self, index: int) -> psutil.Process:
+        """The process of a host that uses JAX."""
+        children = psutil.Process(self.processes[index].pid).children()
+        return next(child for child in children if "jaxserve.launcher.host_process" in child.cmdline())
+
+    def last_line(self, index: int, code: int, timeout: float) -> str:
+        """What a launcher says last, once it has ended with this exit code."""
+        assert self.processes[index].wait(timeout) == code, self.log(index)
+        assert "Traceback" not in self.log(index), self.log(index)
+        return self.log(index).strip().splitlines()[-1]
+
+    def answers(self, requests: list[Request]) -> dict[tuple[str, int], list[TokenOutput]]:
+        """Outputs of requests that are sent to host 0's engine all at once, by (request id, sample index)."""
+        return asyncio.run(self._answers(requests))
+
+    async def _answers(self, requests: list[Request]) -> dict[tuple[str, int], list[TokenOutput]]:
+        client = EngineClient(next(self._folder.glob("jaxserve-*/engine-0.sock")))
+        client.start()
+        while not client.available:
+            await asyncio.sleep(0.01)
+        outputs: dict[tuple[str, int], list[TokenOutput]] = {}
+
+        async def read(request: Request) -> None:
+            async for output in client.generate(request):
+                outputs.setdefault((request.request_id, output.index), []).append(output)
+
+        await asyncio.gather(*map(read, requests))
+        await client.close()
+        return outputs
+
+    def stream(self) -> Iterator[str]:
+        """Events of a long answer over HTTP."""
+        body = {"prompt": "abc", "max_tokens": 200, "stream": True, "ignore_eos": True, "temperature": 0}
+        with httpx.stream("POST", f"http://127.0.0.1:{self.port}/v1/completions", json=body, timeout=60) as response:
+            assert response.status_code == 200
+            yield from (line for line in response.iter_lines() if line)
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def two_hosts(tiny_checkpoint: Callable[[str], Path], cache: Path) -> Iterator[Callable[..., TwoHosts]]:
+    """Starts pairs of hosts; those that are left at the end are killed."""
+    with tempfile.TemporaryDirectory(prefix="js", dir="/tmp") as folder:  # pytest's own are too long for a socket's name
+        made: list[TwoHosts] = []
+
+        def start(*flags: str, **options: Any) -> TwoHosts:
+            (own := Path(folder) / str(len(made))).mkdir()
+            made.append(TwoHosts(tiny_checkpoint("llama"), own, cache, *flags, **options))
+            return made[-1]
+
+        yield start
+        for each in made:
+            each.close()
+
+
+def some_requests() -> list[Request]:
+    """Requests that together need every program: chunks, decodes, masks, page copies, loaded slots, page entries, scores."""
+    prompts, tokens = load_goldens("llama")
+    requests = [Request(f"golden {i}", tuple(prompts[i]), greedy(len(tokens[i]))) for i in range(12)]
+    seeded = dict(temperature=1.0, seed=7, max_tokens=12, ignore_eos=True)
+    ways: dict[str, dict[str, Any]] = {
+        "sampled": dict(n=2, top_p=0.9),
+        "loaded": dict(repetition_penalty=1.3, logit_bias={77: 4.0}),
+        "told": dict(logprobs=3),
+        "scored": dict(prompt_logprobs=2),
+    }
+    for name, options in ways.items():
+        requests.append(Request(name, tuple(prompts[20]), SamplingParams(**seeded, **options)))
+    words = Grammar.regex("[a-z]{3} [a-z]{3}", "regex")
+    return [*requests, Request("constrained", (9, 8, 7), SamplingParams(temperature=1.0, seed=3, max_tokens=12, grammar=words))]
+
+
+def tokens_by_sample(outputs: dict[tuple[str, int], list[TokenOutput]]) -> dict[tuple[str, int], list[int]]:
+    return {sample: [token for output in each for token in output.token_ids] for sample, each in outputs.items()}
+
+
+def test_two_hosts_give_the_tokens_of_one_device_until_one_is_killed(
+    two_hosts: Callable[..., TwoHosts], tiny_checkpoint: Callable[[str], Path]
+):
+    both = two_hosts(*ONE_SHAPE).until_ready()
+    engine = tiny_runner(tiny_checkpoint("llama"), **AS_OTHER_TESTS).engine(eos_token_ids=(0,))
+    for request in some_requests():
+        engine.add_request(request)
+    expected, given = finish(engine), both.answers(some_requests())
+    assert tokens_by_sample(given) == tokens_by_sample(expected)
+    _, tokens = load_goldens("llama")
+    assert all(tokens_by_sample(given)[f"golden {i}", 0] == tokens[i] for i in range(12))
+    scores = [next(o.prompt_logprobs for o in outputs["scored", 0] if o.prompt_logprobs) for outputs in (given, expected)]
+    assert scores[0].raw == pytest.approx(scores[1].raw, abs=1e-4)
+    metrics = httpx.get(f"http://127.0.0.1:{both.port}/metrics").text
+    assert [line.split()[-1] for line in metrics.splitlines() if line.startswith("jaxserve_compile_events_total")] == ["0.0"]
+
+    stream = both.stream()
+    assert next(stream).startswith("data: {")
+    both.jax_process(1).kill()
+    killed = time.monotonic()
+    *_, error, done = stream
+    assert done == "data: [DONE]" and "host 1 was lost" in json.loads(error.removeprefix("data: "))["error"]["message"]
+    assert both.last_line(0, 1, LOSS_TIME).startswith("jaxserve: error: host 1 was lost (")
+    assert both.last_line(1, 1, LOSS_TIME) == "jaxserve: error: worker was killed by SIGKILL"
+    assert time.monotonic() - killed < LOSS_TIME
+
+
+def test_the_end_of_host_0_is_the_end_of_all(two_hosts: Callable[..., TwoHosts]):
+    """Whether it is killed or told to end; a worker that is told too waits for it."""
+    killed = two_hosts(*ONE_SLOT).until_ready()
+    prompts, tokens = load_goldens("llama")
+    given = killed.answers([Request(f"{i}", tuple(prompts[i]), greedy(len(tokens[i]))) for i in range(6)])
+    assert tokens_by_sample(given) == {(f"{i}", 0): tokens[i] for i in range(6)}
+    killed.jax_process(0).kill()
+    assert killed.last_line(1, 1, LOSS_TIME).startswith("jaxserve: error: host 0 was lost (127.0.0.1:")
+    assert killed.last_line(0, 1, LOSS_TIME) == "jaxserve: error: engine 0 was killed by SIGKILL"
+
+    ended = two_hosts(*ONE_SLOT)
+    ended.until(lambda: "host 1 of 2 has joined" in ended.log(0))
+    for process in reversed(ended.processes):
+        process.send_signal(signal.SIGTERM)
+    for index in range(2):
+        ended.last_line(index, 0, LOSS_TIME)
+
+
+def test_hosts_that_were_started_otherwise_are_one_line_each(two_hosts: Callable[..., TwoHosts]):
+    other = two_hosts(each=(["--dtype", "float32"], ["--dtype", "bfloat16"]))
+    stranger = two_hosts(each=([], ["--cluster-secret", "another secret of mine"]))
+    told = "jaxserve: error: the hosts disagree on --dtype: float32 on host 0, bfloat16 on host 1"
+    assert [other.last_line(index, 1, READY_TIME) for index in range(2)] == [told, told]
+    assert stranger.last_line(1, 1, READY_TIME).endswith("has another --cluster-secret")
+    assert stranger.processes[0].poll() is None  # anybody may knock
