@@ -30,7 +30,7 @@ class Foreign:
 
 
 _PADDED = "prompts join the running batch at every step (TGI ignores it too, with chunked prefill)"
-_RENDEZVOUS = "the devices of a host need no rendezvous"
+_RENDEZVOUS = "the devices of a host need no rendezvous, and several hosts meet at --coordinator"
 UNNEEDED = (
     Foreign("waiting-served-ratio", _PADDED),
     Foreign("max-waiting-tokens", _PADDED),
