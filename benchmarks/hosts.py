@@ -104,15 +104,16 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--log", default="/tmp/hosts.log")
-    parser.add_argument("flags", nargs="*", help="of jaxserve, after --")
-    arguments = parser.parse_args()
+    own = sys.argv[1:]
+    flags = own[own.index("--") + 1 :] if "--" in own else []  # of jaxserve
+    arguments = parser.parse_args(own[: len(own) - len(flags) - ("--" in own)])
     generator = random.Random(0)
     prompts = [[generator.randrange(3, 300) for _ in range(length)] for length in (5, 100, 300)]
     long = [generator.randrange(3, 300) for _ in range(64 if os.environ.get("JAX_PLATFORMS") == "cpu" else 1024)]
     answers: list[list[str]] = []
     with open(arguments.log, "w") as log:
         for num_hosts in (1, arguments.hosts):
-            server = Server(arguments.folder, arguments.gpus, num_hosts, arguments.flags, log)
+            server = Server(arguments.folder, arguments.gpus, num_hosts, flags, log)
             print(f"{num_hosts} host(s): ready after {server.seconds_until_ready():.1f} s", flush=True)
             answers.append([server.complete(prompt, 64)["text"] for prompt in prompts])
             print(f"{num_hosts} host(s): decode step B=1 {server.decode_step(long):.2f} ms", flush=True)

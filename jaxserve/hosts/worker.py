@@ -83,7 +83,7 @@ class Worker(Group):
         writing = asyncio.ensure_future(self._write())
         reason = f"host 0 was lost ({self._coordinator})"
         try:
-            while (message := await self._stream.read()) is not grpc.aio.EOF:
+            while isinstance(message := await self._stream.read(), pb.LeaderMessage):  # else it is gRPC's EOF
                 if message.WhichOneof("message") == "ended":
                     self.dismissed = not message.ended.reason and self.failure is None
                     reason = message.ended.reason or "host 0 is ending"
@@ -156,9 +156,9 @@ class Worker(Group):
             raise StartupError(message.ended.reason)
 
     async def _read_one(self) -> pb.LeaderMessage:
-        if (message := await self._stream.read()) is grpc.aio.EOF:
-            raise StartupError(f"host 0 ({self._coordinator}) hung up")
-        return message
+        if isinstance(message := await self._stream.read(), pb.LeaderMessage):
+            return message
+        raise StartupError(f"host 0 ({self._coordinator}) hung up")
 
     def _other_secret(self) -> StartupError:
         return StartupError(f"host 0 ({self._coordinator}) has another --cluster-secret")
