@@ -78,7 +78,7 @@ class Server:
 
     def lose_last_host(self, prompt: list[int]) -> tuple[float, str]:
         """Kill the last host's process in the middle of an answer; seconds until all launchers have ended, and how the answer ended."""
-        body = {"prompt": prompt, "max_tokens": 4000, "stream": True, "ignore_eos": True}
+        body = {"prompt": prompt, "max_tokens": 400, "stream": True, "ignore_eos": True}
         with self._client.stream("POST", "/v1/completions", json=body) as answer:
             lines = (line for line in answer.iter_lines() if line)
             next(lines)
@@ -118,7 +118,7 @@ def main() -> None:
             answers.append([server.complete(prompt, 64)["text"] for prompt in prompts])
             print(f"{num_hosts} host(s): decode step B=1 {server.decode_step(long):.2f} ms", flush=True)
             if num_hosts > 1:
-                seconds, told = server.lose_last_host(long)
+                seconds, told = server.lose_last_host(prompts[0])
                 print(f"{num_hosts} host(s): all ended {seconds:.1f} s after the last was killed; {told}", flush=True)
             else:
                 server.end()
