@@ -18,6 +18,7 @@ JOIN_TIME = 600.0  # seconds until all hosts must be there
 CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", int(PING_INTERVAL * 1000)),
     ("grpc.keepalive_timeout_ms", int(PING_TIMEOUT * 1000)),
+    ("grpc.http2.ping_timeout_ms", int(PING_TIMEOUT * 1000)),  # else a minute, and it goes before
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_send_message_length", -1),
