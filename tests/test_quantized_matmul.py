@@ -18,6 +18,7 @@ from jaxserve.pallas_kernels.quantized_matmul.reference import quantized_matmul_
 from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfig, quantized_matmul_triton
 
 BF16, F16, F32, FLOAT8 = (jnp.dtype(name) for name in ("bfloat16", "float16", "float32", "float8_e4m3fn"))
+NF4 = tuple(float(TABLES["nf4"][code]) for code in range(16))
 HALF_OF_THE_LAST_BIT = {BF16: 2.5e-3, F16: 3e-4}
 
 
@@ -73,7 +74,7 @@ def test_a_group_is_never_cut():
 CUTS = [
     (four_bit(72, 384, 64, zeros=True), 17, F16, TritonQuantizedConfig(64, 16, 2, 2, 4, 2)),  # rows, tokens and columns beyond the last
     (four_bit(64, 256, 32), 3, BF16, TritonQuantizedConfig(32, 16, 1, 1, 2, 2)),
-    (four_bit(32, 256, 64, values=tuple(TABLES["nf4"].tolist())), 3, F16, TritonQuantizedConfig(32, 16, 1, 1, 2, 2)),
+    (four_bit(32, 256, 64, values=NF4), 3, F16, TritonQuantizedConfig(32, 16, 1, 1, 2, 2)),
     (eight_bit(72, 304, 1, FLOAT8), 16, F16, TritonQuantizedConfig(32, 16, 1, 2, 2, 2)),
     (eight_bit(64, 256, 8, jnp.int8), 3, BF16, TritonQuantizedConfig(32, 16, 1, 1, 2, 2)),
 ]
@@ -103,7 +104,7 @@ def test_the_mosaic_kernel_multiplies(weight, config):
 
 
 def test_a_widened_weight_is_the_dequantized_one():
-    for weight in (four_bit(40, 256, 32, zeros=True, minima=True), four_bit(40, 256, 64, values=tuple(TABLES["nf4"].tolist()))):
+    for weight in (four_bit(40, 256, 32, zeros=True, minima=True), four_bit(40, 256, 64, values=NF4)):
         np.testing.assert_array_equal(dequantize_triton(weight, F32, interpret=True), weight.dequantize(F32))
     x, weight = activations(48, 256), eight_bit(64, 256, 1, FLOAT8)
     assert error(widened_matmul(x, weight, F32), x, weight) < HALF_OF_THE_LAST_BIT[BF16]
@@ -168,7 +169,9 @@ def test_what_is_lowered_for_gpus(monkeypatch):
 def test_the_cut_fits(size, depth):
     for weight in (abstract(four_bit(64, 256, 128), size, depth), abstract(eight_bit(64, 256, 1, FLOAT8), size, depth)):
         for num_tokens in (1, 16, 33, 64, 130, 256):
-            config = triton_config(jax.ShapeDtypeStruct((num_tokens, depth), BF16), weight, HOPPER)
+            x = jax.ShapeDtypeStruct((num_tokens, depth), BF16)
+            config = triton_config(x, weight, HOPPER)  # pyright: ignore[reportArgumentType]
             assert config is not None and config.splits * 4 <= max(4, depth // 128) and config.num_warps * 16 <= max(16, config.tile)
             assert config.tile * config.tokens <= 256 * 64  # float32 sums in registers
-        assert triton_config(jax.ShapeDtypeStruct((257, depth), BF16), weight, HOPPER) is None
+        many = jax.ShapeDtypeStruct((257, depth), BF16)
+        assert triton_config(many, weight, HOPPER) is None  # pyright: ignore[reportArgumentType]

@@ -289,4 +289,5 @@ def _numbers(codes: jax.Array, piece: int, zeros: jax.Array, dtype: jnp.dtype, i
                 registers[(place[0], 2 * place[1] + half, *place[2:])] = bitcast(llvm.extractvalue(word(), halves, [half]), pairs())
         return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
 
-    return four_bit_numbers(codes, zeros) if four_bit else eight_bit_numbers(codes)
+    # The decorator takes the first argument, a context, away.
+    return four_bit_numbers(codes, zeros) if four_bit else eight_bit_numbers(codes)  # pyright: ignore[reportCallIssue]

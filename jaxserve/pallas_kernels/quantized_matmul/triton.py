@@ -121,6 +121,7 @@ def _quantized_matmul_kernel(
     hoisted = one_zero_ref is not None and one_zero_ref.shape[0] == 2
 
     def one_zero(step):
+        assert one_zero_ref is not None
         return plt.load(one_zero_ref.at[step, jnp.arange(config.tile, dtype=jnp.int32)])
 
     one_addend = addends(one_zero(0), dtype) if hoisted else None
@@ -151,7 +152,9 @@ def _quantized_matmul_kernel(
                 if values is not None:
                     numbers = table_numbers(words, plane, values, dtype, interpret)
                 else:
-                    numbers = four_bit_numbers(words, plane, one_addend if zeros is None else addends(zeros, dtype), interpret)
+                    added = one_addend if zeros is None else addends(zeros, dtype)
+                    assert added is not None
+                    numbers = four_bit_numbers(words, plane, added, interpret)
                 yield numbers, block * BLOCK + 32 * plane
         else:
             width = BLOCK // parts

@@ -89,7 +89,10 @@ def table_numbers(words: jax.Array, plane: int, values: tuple[float, ...], dtype
     """What 16 codes stand for, bytes at a time: PRMT chooses among 8 bytes, so twice among the lower and twice among the upper bytes."""
     if interpret:
         codes = _codes(words, plane)
-        return sum((jnp.where(codes == code, value, 0.0) for code, value in enumerate(values)), jnp.zeros(())).astype(dtype)
+        numbers = jnp.zeros(codes.shape, jnp.float32)
+        for code, value in enumerate(values):
+            numbers = jnp.where(codes == code, value, numbers)
+        return numbers.astype(dtype)
     numbers = np.asarray(values, ml_dtypes.bfloat16 if dtype == jnp.bfloat16 else np.float16).view(np.uint8).reshape(16, 2)
     lower, upper = (np.ascontiguousarray(numbers[:, byte]).view(np.uint32) for byte in (0, 1))
     code = "{ .reg .b32 t, s, m, a<4>, b<4>;"

@@ -45,11 +45,7 @@ class FourBitWeight:
 
     def rows(self, indices: jax.Array, dtype: Any) -> jax.Array:
         """Rows [T, K] of the matrix in dtype; indices int32 [T] within it."""
-
-        def take(x: jax.Array | None) -> jax.Array | None:
-            return None if x is None else x.at[:, indices].get(mode="promise_in_bounds")
-
-        return FourBitWeight(take(self.codes), take(self.scales), take(self.zeros), take(self.minima), self.values).dequantize(dtype)
+        return jax.tree.map(lambda x: x.at[:, indices].get(mode="promise_in_bounds"), self).dequantize(dtype)
 
     def dequantize(self, dtype: Any) -> jax.Array:
         """The matrix [N, K] in dtype."""
@@ -104,12 +100,8 @@ class EightBitWeight:
 
     def rows(self, indices: jax.Array, dtype: Any) -> jax.Array:
         """Rows [T, K] of the matrix in dtype; indices int32 [T] within it."""
-
-        def take(x: jax.Array | None) -> jax.Array | None:
-            return None if x is None else x.at[:, indices].get(mode="promise_in_bounds")
-
-        codes = self.codes.at[indices].get(mode="promise_in_bounds")
-        return EightBitWeight(codes, take(self.scales), take(self.zeros)).dequantize(dtype)
+        scales, zeros = jax.tree.map(lambda x: x.at[:, indices].get(mode="promise_in_bounds"), (self.scales, self.zeros))
+        return EightBitWeight(self.codes.at[indices].get(mode="promise_in_bounds"), scales, zeros).dequantize(dtype)
 
     def dequantize(self, dtype: Any) -> jax.Array:
         """The matrix [N, K] in dtype."""
