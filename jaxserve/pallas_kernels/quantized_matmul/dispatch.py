@@ -19,9 +19,9 @@ _LEAST_EIGHT_BIT_TOKENS = 33
 _LEAST_SPLIT_BLOCKS = 4  # blocks of 128 columns in a share
 
 
-def takes_eight_bit_products(x: jax.Array, weight: FourBitWeight | EightBitWeight, gpu: Gpu) -> bool:
+def takes_eight_bit_products(x: jax.Array, weight: EightBitWeight, gpu: Gpu) -> bool:
     """Whether x [T, K] is rounded and multiplied in 8 bits; float8 needs a Hopper GPU, cuBLASLt multiples of 16."""
-    if not isinstance(weight, EightBitWeight) or not weight.quantized_activations or weight.zeros is not None or weight.scales.shape[0] > 1:
+    if not weight.quantized_activations or weight.zeros is not None or weight.scales.shape[0] > 1:
         return False
     fits = all(length % 16 == 0 for length in (*x.shape, weight.shape[0]))
     return fits and x.shape[0] >= _LEAST_EIGHT_BIT_TOKENS and (gpu.is_hopper or weight.codes.dtype == jnp.int8)
