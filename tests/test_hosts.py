@@ -1,7 +1,11 @@
 """Several hosts: who they are, that they agree, and the stream between leader and workers; no JAX and no processes."""
 
 import asyncio
+import os
+import signal
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -247,6 +251,33 @@ def test_a_lost_host_is_known_to_all():
             assert hosts.workers[2].failure == hosts.leader.failure and not hosts.workers[2].dismissed
             with pytest.raises(HostsFailed, match="host 1 was lost"):
                 await asyncio.to_thread(hosts.workers[2].gather, "after it", "")
+
+    asyncio.run(run())
+
+
+def test_a_host_that_is_silent_is_lost():
+    """Its connection stays open, and only pings tell."""
+    program = (
+        "import asyncio, sys\n"
+        "from jaxserve.hosts.worker import Worker\n"
+        "async def run():\n"
+        "    worker = Worker('127.0.0.1', int(sys.argv[1]), 1, 2, sys.argv[2])\n"
+        "    await worker.join()\n"
+        "    await worker.listen()\n"
+        "asyncio.run(run())\n"
+    )
+
+    async def run() -> None:
+        async with hosts_of(2) as hosts:
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+            with subprocess.Popen([sys.executable, "-c", program, str(hosts.port), SECRET], env=environment) as process:
+                try:
+                    await asyncio.to_thread(hosts.leader.wait_for_all)
+                    process.send_signal(signal.SIGSTOP)
+                    await until(lambda: hosts.leader.failure is not None)
+                finally:
+                    process.kill()
+            assert (hosts.leader.failure or "").startswith("host 1 was lost (")
 
     asyncio.run(run())
 
