@@ -25,14 +25,14 @@ from jaxserve.pallas_kernels import TABLES, weight_of
 _DTYPES = {"I32": np.int32, "I8": np.int8, "U8": np.uint8, "F32": np.float32, "F64": np.float32}
 
 
-def write_quantized(folder: Path, quantization_config: Mapping[str, Any], name: str = "llama", hidden_size: int = 64) -> Path:
-    """A tiny checkpoint whose matrices are quantized as a quantization_config says, in groups that suit sizes of 64 and 96.
+def write_quantized(folder: Path, quantization_config: Mapping[str, Any], name: str = "llama") -> Path:
+    """A tiny checkpoint of one layer whose matrices are quantized as a quantization_config says, in groups that suit sizes of 64 and 96.
 
     Returns:
         The folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = {**CONFIGS[name], "hidden_size": hidden_size, "quantization_config": dict(quantization_config)}
+    config = {**CONFIGS[name], "num_hidden_layers": 1, "quantization_config": dict(quantization_config)}
     quantization = ModelConfig.from_hf(config).quantization
     random = np.random.default_rng(0)
     tensors: dict[str, np.ndarray] = {}

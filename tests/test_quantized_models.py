@@ -35,7 +35,7 @@ def compressed(
 CONFIGS: dict[str, dict[str, Any]] = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "lm_head": True},
     "gptq-8-desc_act": {"quant_method": "gptq", "bits": 8, "group_size": 32, "sym": False, "desc_act": True},
-    "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "modules_to_not_convert": ["layers.1.mlp", "v_proj"]},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "modules_to_not_convert": ["mlp.gate_proj", "v_proj"]},
     "fp8": {"quant_method": "fp8", "activation_scheme": "static"},
     "fp8-block": {"quant_method": "fp8", "weight_block_size": [16, 32]},
     "nf4-double": {
@@ -46,7 +46,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "w4a16": compressed("pack-quantized", INT4 | {"symmetric": False}, ignore=("model.layers.0.self_attn.k_proj",)),
     "w8a8": compressed("int-quantized", INT8, TOKEN),
 }  # fmt: skip
-TOKENS = list(range(5, 45))
+TOKENS = list(range(5, 21))
 
 
 def load(folder: Path, tensor: int = 1, **options: Any) -> Model:
@@ -55,11 +55,11 @@ def load(folder: Path, tensor: int = 1, **options: Any) -> Model:
 
 
 def check(quantized: Model, sharded: Model | None) -> None:
-    expected = logits_of(made_dense(quantized, make_mesh(1)), make_mesh(1), TOKENS, 40)
+    expected = logits_of(made_dense(quantized, make_mesh(1)), make_mesh(1), TOKENS, 16)
     assert expected.std() > 0.3
-    np.testing.assert_allclose(logits_of(quantized, make_mesh(1), TOKENS, 40), expected, atol=1e-3, rtol=0)
+    np.testing.assert_allclose(logits_of(quantized, make_mesh(1), TOKENS, 16), expected, atol=1e-3, rtol=0)
     if sharded is not None:
-        np.testing.assert_allclose(logits_of(sharded, make_mesh(4), TOKENS, 40), expected, atol=1e-3, rtol=0)
+        np.testing.assert_allclose(logits_of(sharded, make_mesh(4), TOKENS, 16), expected, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -17,7 +17,7 @@ _EXPONENTS = ("U8", "F8_E8M0")
 
 def mxfp4_scheme(variant: str) -> Scheme:
     """The scheme of either variant, see the module."""
-    return Scheme("mxfp4", Layout("e2m1", _GROUP), _GROUP, variant=variant)
+    return Scheme("mxfp4", Layout("e2m1", _GROUP, scale_dtype="bfloat16"), _GROUP, variant=variant)
 
 
 class MXFP4Storage:

@@ -11,6 +11,8 @@ from jaxserve.pallas_kernels import ScaleDtype
 
 LINEAR = r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 HEAD = r"lm_head"
+# Storages that have scales in whichever dtype the checkpoint was made with.
+_SCALED = ("awq", "fp8", "gptq", "int8", "packed")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Quantization:
 
     def with_scales(self, dtype: ScaleDtype) -> "Quantization":
         """The same, where the checkpoint's scales are of this dtype; those that were not read from it stay as they are."""
-        kept = tuple(scheme if scheme.stored in ("dense", "gguf") else _with_scales(scheme, dtype) for scheme in self.schemes)
+        kept = tuple(_with_scales(scheme, dtype) if scheme.stored in _SCALED else scheme for scheme in self.schemes)
         return replace(self, schemes=kept)
 
     def __bool__(self) -> bool:
