@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from threading import Lock
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -12,7 +12,7 @@ from jaxserve.errors import WeightsError
 
 _REMAP_BYTES = 64 << 20
 # Of which safetensors makes no numpy arrays.
-_MAPPED = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E8M0": np.dtype(np.uint8)}
+_MAPPED = {"F8_E4M3": np.dtype(jnp.float8_e4m3fn), "F8_E8M0": np.dtype(np.uint8)}
 
 
 class SafetensorsCheckpoint:
