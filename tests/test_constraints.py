@@ -13,6 +13,7 @@ from engines import Outputs, TinyRunner, ended, finish, greedy, load_goldens, ru
 from json_schemas import random_schema
 from tiny_models import END_OF_TURN, EOS
 
+from jaxserve.chat_output import TOOL_CALL_PARSERS, MessageParser, answer_or_calls
 from jaxserve.config import EngineOptions
 from jaxserve.engine import AsyncEngine, Engine
 from jaxserve.engine import constraints as constraints_module
@@ -69,6 +70,25 @@ def test_random_schemas_are_obeyed_whatever_happens_to_their_requests(runner: Ti
             validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER)
             validator.validate(json.loads(text_of(runner, sample)))
     assert num_ended >= 0.9 * len(schemas)
+
+
+@pytest.mark.parametrize("name", TOOL_CALL_PARSERS)
+def test_an_answer_by_its_schema_or_calls(runner: TinyRunner, engine: Engine, name: str):
+    tool_format = TOOL_CALL_PARSERS[name]
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 99}}, "required": ["n"], "additionalProperties": False}
+    arguments = {**schema, "properties": {"n": {"enum": [1, 2]}}}
+    either = answer_or_calls(Grammar.json_schema(schema), tool_format, [("f", arguments), ("g", arguments)], False, None, "")
+    for seed in range(8):
+        engine.add_request(Request(str(seed), PROMPT, params(either, 120, seed=seed, temperature=5000.0)))
+    num_calls, outputs = 0, finish(engine)
+    for sample in outputs.values():
+        assert sample[-1].finish_reason is FinishReason.EOS, sample[-1].error
+        parser = MessageParser(tool_format, ("f", "g"), alone=True)
+        delta = parser.push(text_of(runner, sample), last=True)
+        num_calls += parser.num_calls
+        assert (parser.num_calls == 1) == (delta.content == "")
+        jsonschema.validate(json.loads(delta.content or delta.tool_calls[0].arguments), schema)
+    assert 0 < num_calls < len(outputs)  # every token that is allowed is as likely as the others
 
 
 def test_neighbours_get_what_they_get_alone(runner: TinyRunner):
