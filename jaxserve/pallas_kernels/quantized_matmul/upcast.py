@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax import lax
 from jax.experimental.pallas import triton as plt
@@ -38,7 +37,7 @@ class _Magic:
 
 def _pair(value: float, dtype: jnp.dtype) -> str:
     """The 32 bits that hold a number twice."""
-    bits = int(np.asarray(value, ml_dtypes.bfloat16 if dtype == jnp.bfloat16 else np.float16).view(np.uint16))
+    bits = int(np.asarray(value, np.dtype(jnp.bfloat16) if dtype == jnp.bfloat16 else np.dtype(np.float16)).view(np.uint16))
     return f"0x{bits * 0x10001:08x}"
 
 
@@ -93,7 +92,7 @@ def table_numbers(words: jax.Array, plane: int, values: tuple[float, ...], dtype
         for code, value in enumerate(values):
             numbers = jnp.where(codes == code, value, numbers)
         return numbers.astype(dtype)
-    numbers = np.asarray(values, ml_dtypes.bfloat16 if dtype == jnp.bfloat16 else np.float16).view(np.uint8).reshape(16, 2)
+    numbers = np.asarray(values, np.dtype(jnp.bfloat16) if dtype == jnp.bfloat16 else np.dtype(np.float16)).view(np.uint8).reshape(16, 2)
     lower, upper = (np.ascontiguousarray(numbers[:, byte]).view(np.uint32) for byte in (0, 1))
     code = "{ .reg .b32 t, s, m, a<4>, b<4>;"
     for name, table in (("a", lower), ("b", upper)):
