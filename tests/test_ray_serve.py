@@ -102,4 +102,4 @@ def test_a_replica_asks_for_its_gpus():
 
     for arguments, gpus in (({"mesh": "1x4"}, 4), ({"num-shard": 2}, 2), ({"num_gpus": 0}, 0)):
         deployment = app(arguments)._bound_deployment
-        assert deployment.ray_actor_options["num_gpus"] == gpus and deployment.max_ongoing_requests == 1024
+        assert (deployment.ray_actor_options or {})["num_gpus"] == gpus and deployment.max_ongoing_requests == 1024
