@@ -29,9 +29,31 @@ def quantize(weight: jax.Array, layout: Layout, cut_columns: bool) -> dict[str, 
     if cut_columns and not layout.group:
         largest = jax.lax.pmax(largest, "tensor")
     scales = largest / jnp.float32(_LARGEST[layout.code])
+    if layout.code == "fp8":
+        scales = _best_scales(groups, scales, layout, cut_columns)
     # A group of zeros keeps a scale of zero, and codes of zero.
     relative = groups * jnp.where(scales > 0, jnp.float32(1) / scales, jnp.float32(0))[:, :, None]
     return {"codes": _codes(relative, layout).reshape(n, k), "scales": scales}
+
+
+def _best_scales(groups: jax.Array, scales: jax.Array, layout: Layout, cut_columns: bool) -> jax.Array:
+    """Of the scales within an octave above the least ones, those with the least squared error.
+
+    The steps of a float double at powers of two, so that it matters where in an octave the bulk of a row comes to lie.
+    """
+    candidates = [scales * jnp.float32(2 ** (step / 8)) for step in range(8)]
+
+    def error(scales: jax.Array) -> jax.Array:
+        steps = jnp.where(scales > 0, scales, jnp.float32(1))[:, :, None]
+        missed = (_codes(groups / steps, layout).astype(jnp.float32) * steps - groups) ** 2
+        total = missed.sum(axis=2)
+        return jax.lax.psum(total, "tensor") if cut_columns and not layout.group else total
+
+    best, least = candidates[0], error(candidates[0])
+    for candidate in candidates[1:]:
+        found = error(candidate)
+        best, least = jnp.where(found < least, candidate, best), jnp.minimum(found, least)
+    return best
 
 
 def _codes(relative: jax.Array, layout: Layout) -> jax.Array:
