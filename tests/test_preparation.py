@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def prepare(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> Callable[..
     monkeypatch.setattr(preparation, "use_compilation_cache", lambda folder: None)
     opened = open_model(source, ModelOptions(), make_mesh(1))
 
-    def prepare(config: RunnerConfig, tensor_size: int = 1, **options: int) -> tuple[Preparation, list[str]]:
+    def prepare(config: RunnerConfig, tensor_size: int = 1, **options: Any) -> tuple[Preparation, list[str]]:
         lowered: list[str] = []
 
         def count(program, platform):

@@ -21,7 +21,7 @@ _NF4 = (
 _FP4 = tuple(sign * value for sign in (1, -1) for value in (0, 0.005208333333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25))
 # OCP's E2M1 (Open Compute Project, Microscaling Formats Specification 1.0, section 5.3.3).
 _E2M1 = tuple(sign * value for sign in (1, -1) for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
-TABLES = {"nf4": np.float32(_NF4), "fp4": np.float32(_FP4), "e2m1": np.float32(_E2M1)}
+TABLES = {name: np.array(table, np.float32) for name, table in (("nf4", _NF4), ("fp4", _FP4), ("e2m1", _E2M1))}
 
 
 @dataclass(frozen=True)

@@ -222,6 +222,7 @@ def _quantized_matmul_kernel(
                         return sums[...]
 
                     sums = multiply(None, slot, part, codes) if interpret else in_accumulator(product)
+                    assert sums is not None
                     total = total + sums * across(plgpu.load(scales_smem.at[slot, part, warpgroup], layout=_ROW))
                 plgpu.barrier_arrive(emptied.at[slot])
                 return count + 1, total
