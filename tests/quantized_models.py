@@ -50,7 +50,7 @@ def write_quantized(folder: Path, quantization_config: Mapping[str, Any], name: 
             state = {"blocksize": 64, "shape": list(tensor.shape), "nested_blocksize": 256, "nested_offset": 0.02}
             kind = scheme.layout.code
             tensors[f"{key}.quant_state.bitsandbytes__{kind}"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
-            tensors[f"{key}.quant_map"] = TABLES[kind]
+            tensors[f"{key}.quant_map"] = np.asarray(TABLES[kind])
         if not scheme.ordered:
             name = next(stored.name for stored in storage.tensors(scheme, module, *tensor.shape) if stored.name.endswith("g_idx"))
             tensors[name] = random.permutation(np.arange(tensor.shape[1], dtype=np.int32) // scheme.group)

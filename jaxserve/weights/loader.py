@@ -181,7 +181,9 @@ def resolve_dtype(name: str, config: ModelConfig, platform: str) -> jnp.dtype:
 def _scale_dtype(checkpoint: Checkpoint) -> ScaleDtype:
     """In which dtype the scales of a checkpoint are kept: the one that loses nothing."""
     dtypes = {checkpoint.dtypes[name] for name in checkpoint.dtypes if name.endswith(_SCALES)}
-    return {("F16",): "float16", ("BF16",): "bfloat16"}.get(tuple(dtypes), "float32")
+    if len(dtypes) != 1:
+        return "float32"
+    return "float16" if dtypes == {"F16"} else "bfloat16" if dtypes == {"BF16"} else "float32"
 
 
 def _read_json(path: Path) -> Mapping[str, Any] | None:

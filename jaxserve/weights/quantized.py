@@ -79,7 +79,7 @@ def _quantizer(layout: Layout, mesh: Mesh, dense: P, cut_columns: bool, spec: P)
 @functools.cache
 def _maker(
     layout: Layout, mesh: Mesh, spec: P, shapes: tuple[tuple[str, tuple[int, ...], jnp.dtype], ...]
-) -> Callable[[jax.Array], dict[str, jax.Array]]:
+) -> Callable[[np.uint32], dict[str, jax.Array]]:
     def make(seed: jax.Array) -> dict[str, jax.Array]:
         shard = jax.lax.axis_index("tensor").astype(jnp.uint32) if spec else jnp.uint32(0)
         made: dict[str, jax.Array] = {}

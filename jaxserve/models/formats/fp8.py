@@ -74,7 +74,7 @@ def read_scales(scheme: Scheme, tensors: Tensors, module: str, rows: slice, colu
     if scheme.group_rows:
         starts = np.arange(columns.start, columns.stop, scheme.layout.group_of(k))
         groups = starts // scheme.group if scheme.group else np.zeros(1, np.int64)
-        part = {"scales": scales[np.arange(rows.start, rows.stop) // scheme.group_rows][:, groups]}
+        part: Unpacked = {"scales": scales[np.arange(rows.start, rows.stop) // scheme.group_rows][:, groups]}
     else:
         part = {"scales": np.full((height, 1), scales.reshape(-1)[0], np.float32)}
     if scheme.layout.static:
