@@ -12,6 +12,7 @@ from tiny_models import CONFIGS
 
 from jaxserve.errors import UnsupportedModel
 from jaxserve.models import Architecture, KVGroup, ModelConfig
+from jaxserve.models.parameters import Parameter
 from jaxserve.pallas_kernels import AttentionMetadata, layer_kv_shape
 
 
@@ -137,7 +138,7 @@ def test_padded_vocabulary_rows_never_win() -> None:
     config = ModelConfig.from_hf(changed("llama", num_attention_heads=6, num_key_value_heads=6, hidden_size=48))
     architecture = Architecture.of(config)
     (embedding,) = (p for p in architecture.parameters if p.sources[0].name == "model.embed_tokens.weight")
-    assert embedding.shape(6) == (324, 48)
+    assert isinstance(embedding, Parameter) and embedding.shape(6) == (324, 48)
     table = np.arange(320 * 48, dtype=np.float32).reshape(320, 48)
     shard = embedding.read(lambda name, index: table[index], 5, 6, np.dtype(np.float32))
     np.testing.assert_array_equal(shard[:50], table[270:])

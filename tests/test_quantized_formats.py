@@ -52,8 +52,8 @@ class Case:
     def whole_of(self, key: str) -> np.ndarray:
         return self.whole.read(key, tuple(slice(0, size) for size in self.whole.shapes[key]))
 
-    def read(self, place: str, index: tuple[slice, ...]) -> np.ndarray:
-        return self.changed[place][index] if place in self.changed else self.whole.read(self.names[place], index)
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        return self.changed[name][index] if name in self.changed else self.whole.read(self.names[name], index)
 
     def matrix(self, rows: int = 0, columns: int = 0) -> QuantizedMatrix:
         """Its axes cut into so many units; 0: not."""

@@ -135,7 +135,7 @@ def _read(kind: Any, value: Any) -> Any:
         return _read(typing.get_args(kind)[0], value)
     if kind is jax.numpy.dtype:
         return jax.numpy.dtype(value)
-    if typing.get_origin(kind) is tuple:
+    if typing.get_origin(kind) is tuple and value is not None:
         kinds = typing.get_args(kind)
         return tuple(map(_read, kinds[:1] * len(value) if kinds[-1] is ... else kinds, value))
     return value
