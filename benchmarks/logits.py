@@ -84,8 +84,7 @@ class Prompts:
             rows.append(ScheduledRow(occupant, start, count, ids, True, self._is_new[occupant.slot], 0))  # pyright: ignore
             self._is_new[occupant.slot] = False
         step = self._runner.forward(ScheduledBatch(rows, num_tokens=sum(count for _, _, count in pieces)))  # pyright: ignore
-        assert step.logits is not None
-        logits = step.logits[0]
+        logits = self._runner.logits
         self._runner.sample(step)
         self._runner.collect(step)
         return logits

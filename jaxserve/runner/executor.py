@@ -65,6 +65,11 @@ class Executor:
         return self._plan
 
     @property
+    def logits(self) -> jax.Array:
+        """Of the step between its forward and its sampler, float32 [rows of the bucket's logits, V]."""
+        return self._logits[0]
+
+    @property
     def compile_events(self) -> int:
         """What was compiled in this process since warmup()."""
         return self._compile_events.count

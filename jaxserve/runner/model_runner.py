@@ -96,6 +96,11 @@ class ModelRunner:
         return self._buckets.step_sizes
 
     @property
+    def logits(self) -> jax.Array:
+        """Of the step between forward() and sample(), float32 [rows of the bucket's logits, V]: for checks."""
+        return self._executor.logits
+
+    @property
     def max_total_tokens(self) -> int:
         """Most tokens of a request."""
         return self._plan.max_total_tokens
