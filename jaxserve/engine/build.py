@@ -19,7 +19,7 @@ from jaxserve.runner import Hosts, ModelRunner, RunnerConfig
 from jaxserve.scheduler import KVGroupPages, Scheduler, SchedulerConfig
 from jaxserve.structured import GrammarCompiler, read_tokens
 from jaxserve.tokenizer import Tokenizer, load_pipeline
-from jaxserve.weights import ModelSource, resolve_model
+from jaxserve.weights import ModelSource
 
 
 def build_engine(
@@ -30,6 +30,7 @@ def build_engine(
     source: ModelSource | None = None,
     tokenizer: Tokenizer | None = None,
     hosts: Hosts | None = None,
+    found: Callable[[Path], None] | None = None,
 ) -> Engine:
     """Load a model on its devices and compile every program that a legal request can hit.
 
@@ -38,11 +39,12 @@ def build_engine(
         source: the model's files, where they were found already.
         tokenizer: the model's, where it was loaded already.
         hosts: those that the mesh spans, where they are several; this one leads them.
+        found: is told the path of the model's files as soon as they are there.
 
     Raises:
         StartupError: one line says why.
     """
-    start = begin_start(model_options, engine_options, replica, source, hosts)
+    start = begin_start(model_options, engine_options, replica, source, hosts, found)
     source, mesh, opened = start.source, start.mesh, start.opened
     with closing(start.preparation) as preparation, ThreadPoolExecutor(1, "grammars") as thread:
         compiler = thread.submit(_grammar_compiler, source, opened.architecture.config, engine_options, tokenizer)
@@ -95,16 +97,12 @@ def build_async_engine(
 
     Args:
         replica: as for build_engine(); 0 where the process sees only its own devices.
-        hosts: as for build_engine().
-        found: is told the path of the model's files as soon as they are there.
+        hosts, found: as for build_engine().
 
     Raises:
         StartupError: one line says why.
     """
-    source = resolve_model(model_options)
-    if found is not None:
-        found(source.path)
-    engine = build_engine(model_options, engine_options, replica, source=source, hosts=hosts)
+    engine = build_engine(model_options, engine_options, replica, hosts=hosts, found=found)
     return AsyncEngine(engine, engine_options.max_concurrent_requests, None if hosts is None else hosts.why_failed)
 
 

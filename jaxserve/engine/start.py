@@ -6,6 +6,7 @@ Where a mesh spans hosts, all of them start alike, and hold on the way what they
 import logging
 import os
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,12 +57,17 @@ class Start:
 
 
 def begin_start(
-    model_options: ModelOptions, engine_options: EngineOptions, replica: int, source: ModelSource | None, hosts: Hosts | None
+    model_options: ModelOptions,
+    engine_options: EngineOptions,
+    replica: int,
+    source: ModelSource | None,
+    hosts: Hosts | None,
+    found: Callable[[Path], None] | None = None,
 ) -> Start:
     """Find the model and the devices, and begin to prepare the programs.
 
     Args:
-        replica, source, hosts: as for build_engine(); of these hosts this one may be any.
+        replica, source, hosts, found: as for build_engine(); of these hosts this one may be any.
 
     Raises:
         StartupError: one line says why.
@@ -70,6 +76,8 @@ def begin_start(
     if hosts is not None:
         agree(hosts, "flags", _flags(model_options, engine_options))
     source = source or resolve_model(model_options)
+    if found is not None:
+        found(source.path)
     limit_gpu_memory(engine_options)
     if hosts is not None:
         files = fingerprint(source, with_weights=model_options.load_format != "dummy")

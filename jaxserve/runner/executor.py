@@ -78,7 +78,7 @@ class Executor:
         """Wait for every program that a legal request can hit, and run each once, for nobody; from then on nothing is compiled."""
         self._compiled = self._preparation.finish()
         self._keys = {key.name: key for key in self._compiled}
-        # Not before: XLA tries out variants of products as it compiles, and wants memory for their operands.
+        # Last: the device memory that compiling takes for a time is free again.
         vocab_size = self._model.config.vocab_size
         hidden = jax.ShapeDtypeStruct((self._config.max_batch_tokens, self._model.config.hidden_size), self._model.dtype)
         self._state = allocate_state(self._plan, self._config.max_batch_size, vocab_size, hidden, self._mesh)
