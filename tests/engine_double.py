@@ -78,7 +78,9 @@ class EngineDouble:
     def submit(self, request: Request, sink: Any) -> None:
         request.validate(self.info)
         with self._lock:
-            if self._closing or self.failure is not None:
+            if self.failure is not None:
+                raise EngineUnavailable(self.failure)
+            if self._closing:
                 raise EngineUnavailable
             running = {sample.request.request_id for sample in self._samples}
             if request.request_id in running:

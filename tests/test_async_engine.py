@@ -108,7 +108,7 @@ def test_a_step_that_raises_ends_every_request_with_its_message(tiny_checkpoint:
     (output,) = sink.wait(ended(1))
     assert output.finish_reason is FinishReason.ERROR and "the device fell off" in output.error
     assert engine.failure is not None and "the device fell off" in engine.failure
-    with pytest.raises(EngineUnavailable):
+    with pytest.raises(EngineUnavailable, match="the device fell off"):
         engine.submit(Request("b", (5, 6), greedy(5)), sink)
     engine.close()
 

@@ -249,6 +249,7 @@ def test_a_failed_engine_has_not_begun_what_waits(tmp_path: Path):
         async with _served(tmp_path, engine) as client:
             running, waiting = client.submit(_request("r", max_tokens=None)), client.submit(_request("w", n=2))
             await running.read()
+            await _until(lambda: engine.stats().num_waiting == 2)
             engine.fail()
             with pytest.raises(GenerationFailed, match="the device is gone"):
                 while await running.read():

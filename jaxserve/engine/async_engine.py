@@ -78,7 +78,9 @@ class AsyncEngine:
         """
         request.validate(self.info)
         with self._wake:
-            if self._closing or self.failure is not None:
+            if self.failure is not None:
+                raise EngineUnavailable(self.failure)
+            if self._closing:
                 raise EngineUnavailable()
             if len(self._permits) >= self._max_concurrent_requests:
                 raise Overloaded()
