@@ -1,12 +1,15 @@
 """The whole engine on one model's shape: decode step by batch size, prefill throughput, what sampling adds, host time a step.
 
-    python -m benchmarks.engine FOLDER [--label 1b] [--only decode prefill top_p] [--results FILE]
+    python -m benchmarks.engine FOLDER [--label 1b] [--quantize fp8] [--only decode prefill top_p] [--results FILE]
 
 FOLDER holds a config.json and a tokenizer; the weights are random. The engine runs with its default flags but for three: dummy
 weights, no prefix cache, requests of at most 32768 tokens. Prompts are token ids uniform in 3..48999, new ones for every run; greedy,
 `ignore_eos`, all requests sent at once. A decode step is (time of [1024 in, 257 out] - time of [1024 in, 1 out]) / 256. The extra
 time of sampling is the same figure with temperature 0.8 and top_p 0.95 less the greedy one. Each figure is the median of
 the repetitions. A decode figure comes with the host's milliseconds a step, by verb.
+
+With --quantize rows are called after the format: fp8_decode_step_b1_ms. fp8 is the engine's flag; w4 serves the shape as a GPTQ
+checkpoint of 4 bits in groups of 128.
 """
 
 import argparse
@@ -15,7 +18,9 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+from benchmarks.quantized_model import CHOICES, quantized_model
 from benchmarks.rows import Rows, add_row_flags, command_line, make_rows
 from jaxserve import LLM, SamplingParams
 
@@ -47,14 +52,16 @@ class Measurement:
     """The figures of one engine.
 
     Args:
+        quantize: the weights' format, with which the rows' names begin; None for none.
         label: of the shape, part of the rows' names; "" for none.
         tokens_in, tokens_out: of a request of a decode figure.
         repetitions: of each figure.
     """
 
-    def __init__(self, llm: LLM, rows: Rows, label: str, tokens_in: int, tokens_out: int, repetitions: int):
+    def __init__(self, llm: LLM, rows: Rows, quantize: str | None, label: str, tokens_in: int, tokens_out: int, repetitions: int):
         self._llm = llm
         self._rows = rows
+        self._format = f"{quantize}_" if quantize else ""
         self._label = f"{label}_" if label else ""
         self._in, self._out = tokens_in, tokens_out
         self._repetitions = repetitions
@@ -64,19 +71,19 @@ class Measurement:
     def decode(self, count: int) -> float:
         """Milliseconds of a decode step of `count` requests."""
         milliseconds = self._step_milliseconds(count)
-        self._rows.add(f"decode_step_{self._label}b{count}_ms", milliseconds, "ms", self._command)
+        self._rows.add(f"{self._format}decode_step_{self._label}b{count}_ms", milliseconds, "ms", self._command)
         return milliseconds
 
     def sampled(self, count: int, greedy_milliseconds: float) -> None:
         """What temperature and top_p add to a step."""
         extra = self._step_milliseconds(count, temperature=0.8, top_p=0.95) - greedy_milliseconds
-        self._rows.add(f"top_p_extra_{self._label}ms_b{count}", extra, "ms", self._command)
+        self._rows.add(f"{self._format}top_p_extra_{self._label}ms_b{count}", extra, "ms", self._command)
 
     def prefill(self, count: int, length: int) -> None:
         """Prompt tokens a second."""
         self._workload.seconds(min(count, 2), length, 1)
         rate = count * length / self._median(lambda: self._workload.seconds(count, length, 1))
-        self._rows.add(f"prefill_{self._label}{count}x{length}_tok_s", rate, "tok/s", self._command)
+        self._rows.add(f"{self._format}prefill_{self._label}{count}x{length}_tok_s", rate, "tok/s", self._command)
 
     def _step_milliseconds(self, count: int, **sampling: float) -> float:
         self._workload.seconds(count, min(64, self._in), 4, **sampling)
@@ -98,15 +105,17 @@ class Measurement:
 def main() -> None:
     """Read the arguments and measure."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("folder")
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--label", default="", help="part of the rows' names, for a shape that is not the 8B one: 1b")
+    parser.add_argument("--quantize", choices=CHOICES, help="random weights in this format")
+    parser.add_argument("--kv-cache-dtype", help="the engine's flag; then the rows are not of default flags: give a --label")
     parser.add_argument("--only", nargs="+", choices=("decode", "prefill", "top_p"), default=("decode", "prefill", "top_p"))
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--prefills", nargs="*", default=["64x2048", "8x8192"], metavar="COUNTxLENGTH")
     parser.add_argument("--tokens-in", type=int, default=1024)
     parser.add_argument("--tokens-out", type=int, default=257)
     parser.add_argument("--max-total-tokens", type=int, default=MAX_TOTAL_TOKENS)
-    parser.add_argument("--attention", default="auto", help="the engine's flag; then the rows are not of default flags: give a --label")
+    parser.add_argument("--attention", default="auto", help="likewise")
     parser.add_argument("--deterministic", action="store_true", help="likewise")
     parser.add_argument("--repetitions", type=int, default=3)
     add_row_flags(parser)
@@ -114,10 +123,14 @@ def main() -> None:
     begin = time.perf_counter()
     options = dict(prefix_caching=False, max_total_tokens=arguments.max_total_tokens, attention=arguments.attention)
     options["deterministic"] = arguments.deterministic
-    llm = LLM(arguments.folder, load_format="dummy", **options)
+    if arguments.kv_cache_dtype is not None:
+        options["kv_cache_dtype"] = arguments.kv_cache_dtype
+    with quantized_model(arguments.folder, arguments.quantize) as (folder, weights):
+        llm = LLM(str(folder), **weights, **options)
     print(f"ready after {time.perf_counter() - begin:.1f} s on {llm.info.device}, {llm.info.dtype}, {llm.info.num_pages} pages", flush=True)
     rows = make_rows(arguments, llm.info.device)
-    measurement = Measurement(llm, rows, arguments.label, arguments.tokens_in, arguments.tokens_out, arguments.repetitions)
+    named = arguments.quantize, arguments.label
+    measurement = Measurement(llm, rows, *named, arguments.tokens_in, arguments.tokens_out, arguments.repetitions)
     if "prefill" in arguments.only:
         for prefill in arguments.prefills:
             measurement.prefill(*map(int, prefill.split("x")))

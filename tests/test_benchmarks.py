@@ -1,0 +1,85 @@
+"""Benchmarks that run on a GPU: what they call their rows, and what they count, on a tiny model and the CPU."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from engines import tiny_runner
+from tiny_models import CONFIGS
+
+from benchmarks.engine import Measurement
+from benchmarks.quantized_model import quantized_model
+from benchmarks.rows import Rows
+from benchmarks.throughput import Run, row_name
+from jaxserve.config import ModelOptions
+from jaxserve.runner import make_mesh
+from jaxserve.weights import ModelSource
+from jaxserve.weights.loader import open_model
+
+
+class InstantLLM:
+    """An LLM that answers at once, with two tokens in turns."""
+
+    info = SimpleNamespace(vocab_size=100)
+
+    def __init__(self):
+        self._num_steps = 0
+        self.engines = [self]
+
+    def stats(self) -> Any:
+        return SimpleNamespace(num_steps=self._num_steps, schedule_seconds=0.0, dispatch_seconds=0.0, collect_seconds=0.0)
+
+    def generate(self, prompts: list[list[int]], params: Any) -> list[Any]:
+        self._num_steps += params.max_tokens
+        outputs = [SimpleNamespace(token_ids=[(i + step) % 2 for step in range(params.max_tokens)]) for i in range(len(prompts))]
+        return [SimpleNamespace(outputs=[output]) for output in outputs]
+
+
+@pytest.mark.parametrize(
+    "quantize, label, names",
+    [
+        ("fp8", "", {"fp8_decode_step_b1_ms", "fp8_decode_step_b64_ms", "fp8_prefill_64x2048_tok_s"}),
+        ("w4", "", {"w4_decode_step_b1_ms", "w4_decode_step_b64_ms", "w4_prefill_64x2048_tok_s"}),
+        (None, "1b", {"decode_step_1b_b1_ms", "decode_step_1b_b64_ms", "prefill_1b_64x2048_tok_s"}),
+    ],
+)
+def test_rows_of_the_engine(quantize: str | None, label: str, names: set[str]):
+    rows = Rows(None, "", "cpu")
+    measurement = Measurement(InstantLLM(), rows, quantize, label, 4, 3, 1)  # type: ignore[arg-type]
+    for count in (1, 64):
+        measurement.decode(count)
+    measurement.prefill(64, 2048)
+    assert {row["name"] for row in rows.added} == names
+
+
+def test_row_of_the_throughput():
+    assert row_name("fp8", "", 1000, 1000) == "fp8_1000_1000_tok_s"
+    assert row_name(None, "1b", 1000, 10) == "1b_1000_10_tok_s"
+
+
+@pytest.mark.parametrize("quantize, code", [("fp8", "fp8"), ("w4", "int4"), (None, None)])
+def test_quantized_shapes(quantize: str | None, code: str | None, tmp_path: Path):
+    config = {**CONFIGS["llama"], "hidden_size": 256, "intermediate_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with quantized_model(tmp_path, quantize) as (folder, options):
+        source = ModelSource("random", "", folder, quantize=options.pop("quantize", None))
+        opened = open_model(source, ModelOptions(**options), make_mesh(1))
+    schemes = opened.architecture.config.quantization.schemes
+    assert [scheme.layout.code for scheme in schemes] == ([code] if code else [])
+    if code == "int4":
+        assert schemes[0].group == 128 and schemes[0].layout.correction == "none"
+
+
+def test_throughput_counts_each_token(tiny_checkpoint: Callable[[str], Path]):
+    engine = tiny_runner(tiny_checkpoint("llama")).engine(prefix_caching=False)
+    run = Run(engine, 20, 6)
+    tokens, seconds = run.measure(7, 60.0)
+    assert tokens == 42 and seconds > 0
+    # At the time's end the others are left, and nothing stays behind.
+    tokens, _ = run.measure(7, 1e-9)
+    assert tokens == 0 and not engine.has_work
+    assert run.measure(2, 60.0)[0] == 12
+    engine.check_integrity()
