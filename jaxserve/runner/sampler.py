@@ -4,7 +4,7 @@ The order of operations is vLLM's: logit bias, bans, penalties (repetition, then
 min_p, top_k, top_p, typical_p; Gumbel-max. Raw logprobs are of the logits as the model gave them, processed ones of the distribution
 that is sampled (for a greedy row: at temperature 1, nothing truncated).
 
-On a GPU one kernel chooses the tokens (pallas_kernels/token_choice.py), and log probabilities are in a form of the program that the host
+On a GPU kernels choose the tokens (pallas_kernels/token_choice/), and log probabilities are in a form of the program that the host
 takes where a row wants them: XLA brings the predicate of a conditional to the host. Elsewhere XLA does all, each costly part under a
 `lax.cond` on whether any row wants it. A greedy batch pays for an argmax.
 

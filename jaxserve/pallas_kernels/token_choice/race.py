@@ -1,0 +1,77 @@
+"""Rows that are greedy, or sample with no truncation but min_p and top_p. A greedy row is one pass over its logits, a sampled one two, with
+top_p mostly three.
+
+**top_p** needs no threshold. The noise of a token depends on nothing but (seed, position, token id), so a winner of the race among all
+tokens that is itself kept is the winner among those kept. It is kept if the likelier tokens have less mass than asked for; otherwise it
+and all that is not likelier drop out, and the race is run again (rejection sampling as in FlashInfer, arXiv 2501.01005, made
+deterministic).
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from jaxserve.pallas_kernels.token_choice.row import Row, lowest
+
+NUM_WARPS = 32
+_BLOCK = 8192  # tokens read at once, and lanes: eight a thread
+
+
+def choose(*refs, vocab_size: int, masked: bool):
+    """The kernel. Rows of truncation.py's are left alone, but for their tokens, which it writes again."""
+    num_shared = 5 + masked
+    shared, (counts_ref, last_ref, counts_out_ref, last_out_ref, tokens_ref) = refs[:num_shared], refs[num_shared:]
+    row = Row(shared, counts_ref, last_ref, vocab_size, _BLOCK)
+
+    @pl.when(~row.needs_truncation)
+    def _():
+        best, token, _ = row.largest()
+        row.keep(lax.cond(row.draws, lambda: _draw(row, best, token), lambda: token), tokens_ref, counts_out_ref, last_out_ref)
+
+
+def _draw(row: Row, best, most_likely):
+    """The token with the largest probability / noise among those kept; the most likely one if none is (broken logits)."""
+    nothing = best * 0
+    widest = jnp.where(row.min_p > 0, -jnp.log(jnp.where(row.min_p > 0, row.min_p, 1.0)), jnp.inf)
+
+    def race(limit):
+        """Winner among the tokens within the limit, -1 where there is none; its distance; the mass of all of them."""
+
+        def run(i, carry):
+            scores, winners, reached, mass = carry
+            token, distance = row.distances(i, best)
+            weight = jnp.where((distance <= limit) & (distance < jnp.inf), jnp.exp(-distance), -1.0)
+            score = jnp.where(weight >= 0, weight / row.noise(token), -1.0)
+            wins = score > scores  # tokens of a lane come in rising order
+            mass += jnp.maximum(weight, 0.0)
+            return jnp.where(wins, score, scores), jnp.where(wins, token, winners), jnp.where(wins, distance, reached), mass
+
+        zeros = jnp.zeros((row.block,), jnp.float32)
+        start = jnp.full((row.block,), -1.0, jnp.float32), jnp.arange(row.block, dtype=jnp.int32), zeros, zeros
+        scores, winners, reached, mass = lax.fori_loop(0, row.num_blocks, run, start)
+        highest = jnp.max(scores)
+        winner = lowest(scores == highest, winners)
+        distance = jnp.max(jnp.where((scores == highest) & (winners == winner), reached, 0.0))
+        return jnp.where(highest >= 0, winner, -1), distance, jnp.sum(mass)
+
+    def likelier(distance):
+        """Mass of the tokens nearer than a distance."""
+
+        def add(i, mass):
+            _, others = row.distances(i, best)
+            return mass + jnp.where(others < distance, jnp.exp(-others), 0.0)
+
+        return jnp.sum(lax.fori_loop(0, row.num_blocks, add, jnp.zeros((row.block,), jnp.float32)))
+
+    def round(carry):
+        limit, whole, _, _ = carry
+        winner, distance, mass = race(limit)
+        whole = jnp.where(whole < 0, mass, whole)  # the first round's
+        unchecked = (row.top_p >= 1) | (winner < 0) | (distance <= 0)
+        above = lax.cond(unchecked, lambda: jnp.minimum(distance, 0.0) - 1, lambda: likelier(distance))  # no literal leaves a branch
+        below = lax.bitcast_convert_type(lax.bitcast_convert_type(distance, jnp.int32) - 1, jnp.float32)
+        done = unchecked | (above < row.top_p * whole)
+        return jnp.where(done, limit, below), whole, jnp.where(winner < 0, most_likely, winner), done
+
+    start = nothing + widest, nothing - 1, most_likely, most_likely < 0
+    return lax.while_loop(lambda carry: ~carry[3], round, start)[2]

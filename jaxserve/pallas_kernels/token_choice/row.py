@@ -1,0 +1,103 @@
+"""One row of logits as the kernels of this folder read it, and what becomes of the token that it chooses."""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from jaxserve.pallas_kernels.noise import exponential_noise, is_green
+from jaxserve.pallas_kernels.token_options import ADJUSTS, Column, Flag, adjust_logits
+
+
+class Row:
+    """This program's options, and its logits, adjusted as they are read.
+
+    Args:
+        shared_refs: the operands that `choose_tokens` gives both kernels.
+        counts_ref, last_ref: the state by slot.
+        vocab_size: V.
+        block: tokens read at once.
+    """
+
+    def __init__(self, shared_refs, counts_ref, last_ref, vocab_size: int, block: int):
+        self._logits_ref, ints_ref, floats_ref, keys_ref, self._bias_ref, *masks = shared_refs
+        self._counts_ref = counts_ref
+        self._masks_ref = masks[0] if masks else None
+        self.vocab_size, self.block, self.num_blocks = vocab_size, block, pl.cdiv(vocab_size, block)
+        self.number = row = pl.program_id(0)
+        self.slot, self.flags, self.top_k = (ints_ref[row, column] for column in (Column.SLOT, Column.FLAGS, Column.TOP_K))
+        self.temperature, self.top_p, self.min_p, self.typical_p = (
+            floats_ref[row, column] for column in (Column.TEMPERATURE, Column.TOP_P, Column.MIN_P, Column.TYPICAL_P)
+        )
+        self._repetition, self._presence = floats_ref[row, Column.REPETITION], floats_ref[row, Column.PRESENCE]
+        self._frequency = floats_ref[row, Column.FREQUENCY]
+        self._green_share, self._green_bias = floats_ref[row, Column.GREEN_SHARE], floats_ref[row, Column.GREEN_BIAS]
+        self._key = keys_ref[row, 0], keys_ref[row, 1]
+        previous = ints_ref[row, Column.PREVIOUS]
+        self._previous = jnp.where(previous < 0, last_ref[self.slot, 0], previous)
+        self.draws = self.temperature > 0
+        self.inverse_temperature = jnp.where(self.draws, 1 / jnp.where(self.draws, self.temperature, 1.0), 1.0)
+        self.wants_logprobs = self.flags & Flag.LOGPROBS != 0
+        # Which kernel's row it is.
+        self.needs_truncation = self.wants_logprobs | (self.draws & ((self.top_k > 0) | (self.typical_p < 1)))
+
+    def read(self, i):
+        """Token ids [block] of block i, and their logits; -inf behind the vocabulary."""
+        place = pl.ds(i * self.block, self.block)
+        token = i * self.block + jnp.arange(self.block, dtype=jnp.int32)
+        inside = token < self.vocab_size
+        value = plt.load(self._logits_ref.at[self.number, place], mask=inside, other=-jnp.inf)
+
+        def adjust(value):
+            has_bias, bans, penalized = (self.flags & flag != 0 for flag in (Flag.BIAS, Flag.BANS, Flag.PENALTIES))
+            bias = plt.load(self._bias_ref.at[self.slot, place], mask=inside & has_bias, other=0.0)
+            counts = plt.load(self._counts_ref.at[self.slot, place], mask=inside, other=0)
+            green = is_green(self._previous[None], token, self._green_share[None]).reshape(self.block)
+            bias += jnp.where(green & (self.flags & Flag.WATERMARK != 0), self._green_bias, 0.0)
+            return adjust_logits(value, bias, counts, bans, penalized, self._repetition, self._presence, self._frequency)
+
+        value = lax.cond(self.flags & ADJUSTS != 0, adjust, lambda value: value, value)
+        if self._masks_ref is not None:
+            words = plt.load(self._masks_ref.at[self.number, token // 32], mask=inside, other=jnp.uint32(0))
+            allowed = (words >> (token % 32).astype(jnp.uint32)) & jnp.uint32(1)
+            value = jnp.where(allowed != 0, value, -jnp.inf)
+        return token, value
+
+    def distances(self, i, best):
+        """Token ids [block] of block i, and their distances from the best logit over the temperature; inf behind the vocabulary."""
+        token, value = self.read(i)
+        return token, jnp.where(token < self.vocab_size, (best - value) * self.inverse_temperature, jnp.inf)
+
+    def noise(self, token):
+        """Exponential noise [block] of token ids [block]."""
+        return exponential_noise((self._key[0][None], self._key[1][None]), token).reshape(self.block)
+
+    def largest(self):
+        """The largest logit, its lowest token id, and the largest logit of each lane [block]."""
+
+        def add(i, carry):
+            values, tokens = carry
+            token, value = self.read(i)
+            return jnp.where(value > values, value, values), jnp.where(value > values, token, tokens)
+
+        nothing = jnp.full((self.block,), -jnp.inf, jnp.float32), jnp.arange(self.block, dtype=jnp.int32)
+        values, tokens = lax.fori_loop(0, self.num_blocks, add, nothing)
+        best = jnp.max(values)
+        return best, lowest(values == best, tokens), values
+
+    def keep(self, token, tokens_ref, counts_ref, last_ref):
+        """Hand out the token, and note it in the state if the row samples."""
+        tokens_ref[self.number] = token
+
+        @pl.when(self.flags & Flag.SAMPLES != 0)
+        def _():
+            last_ref[self.slot, 0] = token
+
+            @pl.when(self.flags & Flag.PENALTIES != 0)
+            def _():
+                counts_ref[self.slot, token] += 1
+
+
+def lowest(where, tokens):
+    """Lowest token id where a condition holds."""
+    return -jnp.max(jnp.where(where, -tokens, jnp.int32(-(2**31) + 1)))
