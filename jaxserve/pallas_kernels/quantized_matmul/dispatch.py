@@ -11,7 +11,8 @@ from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, EightBitWeig
 
 # At most so many tokens go to the kernel that widens codes in registers; more are cuBLAS's, with a weight that was widened before.
 _MOST_KERNEL_TOKENS = 256
-_MOST_MOSAIC_TOKENS = 0
+_MOST_MOSAIC_TOKENS = 128
+_LEAST_MOSAIC_TOKENS = 17, 9  # of a weight that Triton would split, and of one large enough without
 _BUSY_SHARE = 0.85  # of the multiprocessors draw all that the memory gives
 _SMEM_BYTES = 225 * 1024  # of a block of Mosaic's, but for its barriers
 # From so many on, 8-bit products win where activations may be rounded.
@@ -32,16 +33,16 @@ def mosaic_config(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtyp
     (num_tokens, depth), size = x.shape, weight.shape[0]
     tabled = isinstance(weight, FourBitWeight) and weight.values not in (None, tuple(range(16)))
     fits = x.dtype in (jnp.bfloat16, jnp.float16) and out_dtype == x.dtype and size % HEIGHT == 0 and depth % BLOCK == 0 and not tabled
-    if not gpu.is_hopper or not fits or num_tokens > _MOST_MOSAIC_TOKENS:
+    if not gpu.is_hopper or not fits or not _LEAST_MOSAIC_TOKENS[_is_large(weight, gpu)] <= num_tokens <= _MOST_MOSAIC_TOKENS:
         return None
+    lanes = pl.cdiv(num_tokens, 8) * 8
     cuts = [
         (teams, splits)
-        for teams in (4, 3, 2, 1)
+        for teams in ((4, 3, 2, 1) if lanes <= 32 else (2, 1))  # with more tokens deep stages are worth more than shared tokens
         for splits in (1, 2, 4, 8)
         if size % (teams * HEIGHT) == 0 and depth % (splits * BLOCK) == 0 and depth >= splits * BLOCK * _LEAST_SPLIT_BLOCKS
     ]
 
-    lanes = pl.cdiv(num_tokens, 8) * 8
     code_bytes = HEIGHT * BLOCK // (2 if isinstance(weight, FourBitWeight) else 1)
 
     def cost(cut: tuple[int, int]) -> float:
@@ -60,6 +61,11 @@ def mosaic_config(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtyp
     return MosaicQuantizedConfig(teams, splits, min(8, (_SMEM_BYTES - out) // stage), gpu.num_multiprocessors)
 
 
+def _is_large(weight: FourBitWeight | EightBitWeight, gpu: Gpu) -> bool:
+    """Whether a 4-bit weight keeps all multiprocessors busy in tiles of 64 rows, three each."""
+    return isinstance(weight, FourBitWeight) and weight.shape[0] >= 2.9 * gpu.num_multiprocessors * 64
+
+
 def triton_config(x: jax.Array, weight: FourBitWeight | EightBitWeight, gpu: Gpu) -> TritonQuantizedConfig | None:
     """The kernel's cut for x [T, K]; None where it is not the fastest or does not take the arrays."""
     (num_tokens, depth), size = x.shape, weight.shape[0]
@@ -67,9 +73,9 @@ def triton_config(x: jax.Array, weight: FourBitWeight | EightBitWeight, gpu: Gpu
         return None
     tokens = min(64 if num_tokens <= 128 else 128, max(16, pl.next_power_of_2(num_tokens)))
     tile, num_warps, num_stages, programs_a_multiprocessor = (64, 2, 4, 2.9) if tokens == 16 else (128, 8, 4, 1.4)
-    blocks, uncut = 1, isinstance(weight, FourBitWeight) and size >= programs_a_multiprocessor * gpu.num_multiprocessors * tile
-    if uncut:  # more work in a step
-        tile, blocks, num_stages = (64, 2, 3) if tokens == 16 else (256, 1, 3)
+    uncut = isinstance(weight, FourBitWeight) and size >= programs_a_multiprocessor * gpu.num_multiprocessors * tile
+    if uncut and tokens > 16:
+        tile, num_stages = 256, 3
     if tokens == 128:
         tile, num_stages = 128, 3
     while tile > 16 and size % tile and size < tile * gpu.num_multiprocessors:
@@ -80,4 +86,4 @@ def triton_config(x: jax.Array, weight: FourBitWeight | EightBitWeight, gpu: Gpu
     splits = 1
     while not uncut and programs * splits < programs_a_multiprocessor * gpu.num_multiprocessors and 2 * splits <= most:
         splits *= 2
-    return TritonQuantizedConfig(tile, tokens, blocks, splits, num_warps, num_stages)
+    return TritonQuantizedConfig(tile, tokens, 1, splits, num_warps, num_stages)
