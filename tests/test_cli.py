@@ -139,6 +139,12 @@ def test_log_level_as_tgi_has_it(text: str, level: str) -> None:
     assert read_options([], {"LOG_LEVEL": text})[2].log_level == level
 
 
+@pytest.mark.parametrize("name", ["paged", "flashdecoding", "flashdecoding-ipex", "flashinfer"])
+def test_tgis_names_of_attention_kernels_leave_the_choice(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert read_options([], {"ATTENTION": name})[1].attention == "auto"
+    assert "--attention must be one of" in refused(capsys, ["--attention", name])
+
+
 def test_the_hub_cache_reaches_the_environment() -> None:
     environment: dict[str, str] = {}
     read_options(["--huggingface-hub-cache", "/data"], environment)

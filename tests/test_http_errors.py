@@ -6,6 +6,9 @@ from typing import Any
 import pytest
 from live_front_end import LiveFrontEnd
 
+from jaxserve.errors import InvalidRequest
+from jaxserve.http.errors import tgi_error
+
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "hello"}]
 TOOL = {"type": "function", "function": {"name": "f"}}
@@ -26,6 +29,12 @@ def _refused(front_end: LiveFrontEnd, path: str, content: bytes | str | dict[str
     return response.json()
 
 
+# Fields of vLLM and SGLang that would change the answer.
+NOT_YET = (
+    "allowed_token_ids", "bad_words", "logits_processors", "custom_logit_processor", "flat_logprobs", "input_ids", "logprob_token_ids",
+    "lora_path", "prompt_embeds", "repetition_detection", "return_hidden_states", "separate_reasoning", "session_params", "stop_regex",
+    "thinking_token_budget", "watermarking",
+)  # fmt: skip
 OPENAI_BAD: list[tuple[str, dict[str, Any], str | None, str]] = [
     # path, fields, the field that is named, a part of the message
     (CHAT, {"messages": None}, "messages", "messages"),
@@ -85,6 +94,7 @@ OPENAI_BAD: list[tuple[str, dict[str, Any], str | None, str]] = [
     (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]}, "tools[0].function.parameters", "dict"),
     (CHAT, {"tool_choice": "required"}, "tool_choice", "tools"),
     (CHAT, {"tools": [TOOL], "tool_choice": "sometimes"}, "tool_choice", "none of"),
+    (CHAT, {"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice", "of type `allowed_tools` is not supported"),
     (CHAT, {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "none of"),
     (CHAT, {"tools": [TOOL], "tool_choice": "required", "response_format": {"type": "json_object"}}, "response_format", "exclude"),
     (CHAT, {"tools": [TOOL] * 600}, "tools", "512"),
@@ -98,7 +108,11 @@ OPENAI_BAD: list[tuple[str, dict[str, Any], str | None, str]] = [
     (CHAT, {"guided_choice": []}, "guided_choice", "guided_choice"),
     (CHAT, {"structured_outputs": {"regex": ""}}, "structured_outputs.regex", "empty"),
     (CHAT, {"structured_outputs": {"structural_tag": "{"}}, "structured_outputs.structural_tag", "JSON"),
+    (CHAT, {"regex": "a", "ebnf": "b"}, "ebnf", "exclude"),
     (CHAT, {"priority": 1}, "priority", "order"),
+    (CHAT, {"detokenize": False}, "detokenize", "other than True is not supported"),
+    (COMPLETIONS, {"prompt": "a", "truncation_side": "right"}, "truncation_side", "other than left is not supported"),
+    *((CHAT, {name: ["x"]}, name, "not supported") for name in NOT_YET),
     (CHAT, {"truncate_prompt_tokens": -2}, "truncate_prompt_tokens", "-1"),
     (CHAT, {"truncate_prompt_tokens": 5000}, "truncate_prompt_tokens", "2047"),
     (CHAT, {"truncate_prompt_tokens": 0}, "prompt", "at least one"),
@@ -244,6 +258,11 @@ def test_tgi_messages(front_end: LiveFrontEnd, path: str, parameters: dict[str, 
     if path == "/generate_stream" and parameters.get("best_of", 1) == 2:
         message = "`best_of` != 1 is not supported when streaming tokens"
     assert told["error_type"] == "validation" and told["error"].startswith(f"Input validation error: {message}")
+
+
+def test_a_grammar_that_the_engine_refuses_is_told_in_tgis_words():
+    status, told = tgi_error(InvalidRequest("`grammar`: the grammar cannot be compiled: why", "grammar"))
+    assert (status, told["error"]) == (422, "Input validation error: grammar is not valid: the grammar cannot be compiled: why")
 
 
 def test_tgi_input_messages(front_end: LiveFrontEnd):

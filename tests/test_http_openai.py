@@ -10,8 +10,10 @@ import pytest
 from huggingface_hub import InferenceClient
 from live_front_end import LiveFrontEnd
 
+from jaxserve.grammar import Grammar
 from jaxserve.http.answer import Sample, SampleResult, SampleToken
 from jaxserve.http.openai_rendering import best
+from jaxserve.http.openai_types import CompletionBody
 from jaxserve.request import TokenLogprobs
 
 
@@ -193,6 +195,20 @@ def test_vllm_fields_reach_the_engine(front_end: LiveFrontEnd):
     assert _post(front_end, "/v1/completions", prompt="abcdef", max_tokens=20, stop_token_ids=[69])["choices"][0]["text"] == "ab"
     assert _post(front_end, "/v1/completions", prompt="ab", max_tokens=9, min_tokens=5)["usage"]["completion_tokens"] == 6
     _post(front_end, "/v1/completions", prompt="ab", top_k=-1, min_p=0.1, repetition_penalty=1.1, logit_bias={"67": 1}, user="me")
+
+
+@pytest.mark.parametrize(
+    ("fields", "grammar"),
+    [
+        ({"regex": "a+"}, Grammar.regex("a+")),
+        ({"ebnf": 'root ::= "a"'}, Grammar.ebnf('root ::= "a"')),
+        ({"json_schema": '{"type": "null"}'}, Grammar.json_schema({"type": "null"})),
+    ],
+)
+def test_sglangs_names_mean_the_same(fields: dict[str, Any], grammar: Grammar):
+    params = CompletionBody.model_validate({"prompt": "a", "no_stop_trim": True, **fields}).params({}, 20)
+    assert (params.grammar, params.include_stop_str_in_output) == (grammar, True)
+    assert params.grammar is not None and params.grammar.param == next(iter(fields))
 
 
 def test_null_is_absence(front_end: LiveFrontEnd):

@@ -101,7 +101,8 @@ def test_the_wheel_is_complete(tmp_path: Path) -> None:
     wanted = {str(path.relative_to(source)) for path in (source / "jaxserve").rglob("*") if path.is_file()}
     assert wanted <= held and not any(name.startswith("tests/") for name in held)
     entry = next(name for name in held if name.endswith("entry_points.txt"))
-    assert "jaxserve = jaxserve.cli:main" in zipfile.ZipFile(wheel).read(entry).decode()
+    commands = zipfile.ZipFile(wheel).read(entry).decode()
+    assert all(f"\n{name} = jaxserve.cli:main" in commands for name in ("jaxserve", "text-generation-launcher"))
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").iterdir() if path.suffix == ""))

@@ -30,6 +30,7 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveFrontEnd]:
         ({"top_p": 1.0}, "`top_p` must be > 0.0 and < 1.0"),
         ({"typical_p": 1.0}, "`typical_p` must be > 0.0 and < 1.0"),
         ({"grammar": {"type": "json", "value": {"type": "string"}}}, "grammar is not valid: Grammar must have a 'properties' field"),
+        ({"grammar": {"type": "json", "value": True}}, "grammar is not valid: Grammar must have a 'properties' field"),
     ],
 )
 def test_values_that_mean_off_are_refused(strict: LiveFrontEnd, parameters: dict[str, Any], message: str):
@@ -72,6 +73,27 @@ def test_bodies_that_do_not_fit_are_told_in_plain_text(strict: LiveFrontEnd):
 def test_openai_routes_answer_in_tgis_shape(strict: LiveFrontEnd):
     told = strict.client.post("/v1/completions", json={"prompt": "a", "temperature": -1}).json()
     assert told["error_type"] == "validation" and told["error"].startswith("Input validation error: ")
+
+
+def test_any_model_is_the_one_that_is_served(strict: LiveFrontEnd):
+    def told(path: str, **fields: Any) -> Any:
+        answer = strict.client.post(path, json=fields)
+        assert answer.status_code == 200, answer.text
+        return answer
+
+    served = strict.client.get("/v1/models").json()["data"][0]["id"]
+    chat: dict[str, Any] = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+    assert told("/v1/chat/completions", model="my-adapter", **chat).json()["model"] == "my-adapter"
+    assert '"model":"my-adapter"' in told("/v1/chat/completions", model="my-adapter", stream=True, **chat).text
+    assert told("/v1/chat/completions", model="tgi", **chat).json()["model"] == served
+    assert told("/v1/completions", model="my-adapter", prompt="a", max_tokens=1).json()["model"] == served
+
+
+def test_completions_go_on_to_the_end_of_the_context(strict: LiveFrontEnd):
+    told = strict.client.post("/v1/completions", json={"prompt": "z" * 40, "temperature": 0}).json()
+    assert (told["choices"][0]["finish_reason"], told["usage"]["completion_tokens"]) == ("stop", 41)  # the double repeats the prompt
+    told = strict.client.post("/v1/completions", json={"prompt": "z" * 40, "temperature": 0, "max_tokens": 3}).json()
+    assert told["usage"]["completion_tokens"] == 3
 
 
 def test_open_routes(strict: LiveFrontEnd):

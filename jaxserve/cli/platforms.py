@@ -13,6 +13,8 @@ _SYNONYMS = {
 }
 _SAGEMAKER = ("HF_MODEL_ID", "SM_NUM_GPUS", "SAGEMAKER_BIND_TO_PORT")
 SAGEMAKER_PORT = "8080"
+# Names of TGI's kernels, which deployments set to work around one of the others.
+_TGI_ATTENTION = ("paged", "flashdecoding", "flashdecoding-ipex", "flashinfer")
 _LEVELS = {"trace": "debug", "warn": "warning", "off": "error", "critical": "error"}
 _VERTEX_ROUTES = ("AIP_PREDICT_ROUTE", "AIP_HEALTH_ROUTE")
 
@@ -37,6 +39,8 @@ def apply_platforms(environment: dict[str, str]) -> None:
         environment["PORT"] = environment.get("SAGEMAKER_BIND_TO_PORT") or SAGEMAKER_PORT
     if level := environment.get("LOG_LEVEL"):
         environment["LOG_LEVEL"] = _level(level)
+    if environment.get("ATTENTION") in _TGI_ATTENTION:
+        environment["ATTENTION"] = "auto"
     for name in _VERTEX_ROUTES:
         if (route := environment.get(name)) and (not route.startswith("/") or "{" in route or "}" in route):
             raise StartupError(f"environment variable {name}: must be a path. Given: {route}")

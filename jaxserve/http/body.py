@@ -79,3 +79,13 @@ def _refuse(value: Any) -> Any:
 
 # A field that would change what is generated, and that nothing here implements: refused unless it says "no".
 Unsupported = Annotated[Any, BeforeValidator(_refuse)]
+
+
+def only(*allowed: Any) -> BeforeValidator:
+    """Refuse all values but those that ask for nothing special."""
+
+    def check(value: Any) -> None:
+        if value is not None and value not in allowed:
+            raise ValueError(f"other than {allowed[0]} is not supported yet")
+
+    return BeforeValidator(check)

@@ -23,6 +23,7 @@ With --tgi-strict all routes answer in TGI's shape, and a body that is not what 
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,7 +102,8 @@ def tgi_error(error: Exception) -> tuple[int, dict[str, Any]]:
     """Status and body in TGI's shape."""
     match error:
         case InvalidRequest():
-            return 422, _tgi(f"Input validation error: {error}", "validation")
+            reason = re.sub("^`grammar`: ", "grammar is not valid: ", str(error))  # what the engine found, in TGI's words
+            return 422, _tgi(f"Input validation error: {reason}", "validation")
         case Overloaded():
             return 429, _tgi("Model is overloaded", "overloaded")
         case EngineUnavailable():

@@ -1,4 +1,5 @@
-"""Fields of a request that say what the answer must look like: OpenAI's response_format and vLLM's guided_* and structured_outputs."""
+"""Fields of a request that say what the answer must look like: OpenAI's response_format, vLLM's guided_* and
+structured_outputs, and SGLang's json_schema, regex and ebnf."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from jaxserve.errors import InvalidRequest
 from jaxserve.grammar import Grammar
 from jaxserve.http.body import Body
 from jaxserve.http.sampler_fields import SamplerFields
+from jaxserve.http.tgi_schema import tgi_json_grammar
 
 JsonSchema = dict[str, Any] | bool
 
@@ -39,7 +41,7 @@ class ResponseFormat(Body):
             case "json_object" | "json":
                 if self.value is None:
                     return Grammar.json_object(param)
-                return Grammar.json_schema(self.value, param)
+                return tgi_json_grammar(self.value, param)
             case "regex":
                 return Grammar.regex(self.value, param)
             case "structural_tag":
@@ -49,7 +51,7 @@ class ResponseFormat(Body):
         value = self.value.get("schema") if isinstance(self.value, dict) and "schema" in self.value else self.value
         if value is None:
             raise InvalidRequest(f"`{param}.json_schema` is required", f"{param}.json_schema")
-        return Grammar.json_schema(value, param)
+        return tgi_json_grammar(value, param)
 
 
 class StructuredOutputs(Body):
@@ -73,6 +75,7 @@ _MAKERS: dict[str, Callable[[Any, str], Grammar]] = {
     "choice": Grammar.choice,
     "grammar": Grammar.ebnf,
 }
+_SGLANG = {"json_schema": "json", "regex": "regex", "ebnf": "grammar"}
 
 
 class GrammarFields(SamplerFields):
@@ -86,6 +89,10 @@ class GrammarFields(SamplerFields):
     guided_grammar: str | None = Field(None, description="Lark, or GBNF.")
     guided_decoding_backend: Any = Field(None, description="Accepted without effect.")
     guided_whitespace_pattern: None = None
+    # SGLang's
+    json_schema: JsonSchema | str | None = Field(None, description="As guided_json.")
+    regex: str | None = Field(None, description="As guided_regex.")
+    ebnf: str | None = Field(None, description="As guided_grammar.")
 
     def grammar(self) -> Grammar | None:
         """What the answer must match, if anything.
@@ -105,6 +112,8 @@ class GrammarFields(SamplerFields):
         for name, make in _MAKERS.items():
             for param, value in ((f"guided_{name}", getattr(self, f"guided_{name}")), (f"structured_outputs.{name}", inner.value(name))):
                 given[param] = None if value is None else make(value, param)
+        for param, name in _SGLANG.items():
+            given[param] = None if (value := getattr(self, param)) is None else _MAKERS[name](value, param)
         given["structured_outputs.json_object"] = Grammar.json_object("structured_outputs.json_object") if inner.json_object else None
         given["structured_outputs.structural_tag"] = _structural_tag(inner.structural_tag)
         return [(param, grammar) for param, grammar in given.items() if grammar is not None]

@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -31,6 +32,7 @@ class EmbeddingBody(Body):
 
 def openai_routes(service: Service) -> APIRouter:
     """The routes under /v1."""
+    strict = service.options.tgi_strict
     router = APIRouter(prefix="/v1", route_class=json_route(service.options.payload_limit), tags=["OpenAI"], responses=OPENAI_ERRORS)
 
     @router.get("/models")
@@ -66,18 +68,21 @@ def openai_routes(service: Service) -> APIRouter:
             truncate=None if body.truncate_prompt_tokens is None else truncate,
         )
         headers = {"x-request-id": request_id}
+        beginning = head(service, request_id)
+        if strict and body.model not in (None, "", "tgi"):
+            beginning["model"] = body.model
         goes_on = body.echo and conversation.variables["continue_final_message"]
         streamed = {**headers, **stream_headers(service, len(turn.prompt))}
         echoes = [(body.messages[-1].content or "") if goes_on else ""] * len(turn.answers.samples)
         if body.stream and turn.plain:
-            return EventStream(ChatEvents(service, turn.answers, head(service, request_id), body, echoes), streamed)
+            return EventStream(ChatEvents(service, turn.answers, beginning, body, echoes), streamed)
         if body.stream:
-            return EventStream(TurnEvents(service, turn, head(service, request_id), body, echoes), streamed)
+            return EventStream(TurnEvents(service, turn, beginning, body, echoes), streamed)
         async with aborted_on_disconnect(request.receive, turn.answers):
             messages = await turn.collect()
         for message in messages:
             message.content = echoes[message.sample.choice] + message.content
-        told = chat_body(head(service, request_id), turn, messages, body, service.tokenizer)
+        told = chat_body(beginning, turn, messages, body, service.tokenizer)
         return JSONResponse(told, headers={**headers, **timing_headers(service, turn.answers, len(turn.prompt))})
 
     @router.post("/completions", response_model=None)
@@ -88,6 +93,8 @@ def openai_routes(service: Service) -> APIRouter:
         service.check_stop(body.stop)
         body.check_stream_options()
         params = body.params(service.info.defaults, service.options.max_top_n_tokens)
+        if strict and body.max_tokens is None:
+            params = replace(params, max_tokens=None)  # to the end of the context
         params.validate(service.info.vocab_size)
         if len(body.prompt) > (most := service.options.max_client_batch_size):
             raise InvalidRequest(f"`prompt` supports up to {most} prompts. Given: {len(body.prompt)}", "prompt")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, FailFast, Field, field_validator
 
 from jaxserve.errors import InvalidRequest
-from jaxserve.http.body import Unsupported
+from jaxserve.http.body import Unsupported, only
 from jaxserve.http.conversation import Conversation, ToolUse
 from jaxserve.http.openai_messages import MAX_TOOLS, FunctionTool, Message, NamedChoice, tool_use
 from jaxserve.http.sampler_fields import Ignored
@@ -20,14 +20,13 @@ TEMPLATE_VARIABLES = frozenset({"enable_thinking", "thinking", "reasoning_effort
 DEFAULT_COMPLETION_TOKENS = 16
 
 
-def _only(*allowed: Any) -> BeforeValidator:
-    """Refuse all values but those that ask for nothing special."""
+def _known_choice(value: Any) -> Any:
+    if isinstance(value, dict) and (kind := value.get("type", "function")) != "function":
+        raise ValueError(f"of type `{str(kind)[:64]}` is not supported yet")
+    return value
 
-    def check(value: Any) -> Any:
-        if value is not None and value not in allowed:
-            raise ValueError(f"other than {allowed[0]} is not supported yet")
 
-    return BeforeValidator(check)
+ToolChoice = Annotated[Annotated[str, Field(max_length=256)] | NamedChoice, BeforeValidator(_known_choice)]
 
 
 class ChatBody(SamplingFields):
@@ -38,9 +37,7 @@ class ChatBody(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[FunctionTool] | None = Field(None, max_length=MAX_TOOLS)
-    tool_choice: Annotated[str, Field(max_length=256)] | NamedChoice | None = Field(
-        None, description="auto, none, required, or a function; TGI's clients give its name alone."
-    )
+    tool_choice: ToolChoice | None = Field(None, description="auto, none, required, or a function; TGI's clients give its name alone.")
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = Field(None, max_length=64, description="A variable of the chat template.")
     include_reasoning: bool | None = Field(None, description="False: reasoning is not told.")
@@ -53,12 +50,13 @@ class ChatBody(SamplingFields):
     # Those that nothing here implements yet.
     functions: Unsupported = None
     function_call: Unsupported = None
-    modalities: Annotated[Any, _only(["text"], [])] = None
+    modalities: Annotated[Any, only(["text"], [])] = None
     audio: Unsupported = None
     prediction: Unsupported = None
     web_search_options: Unsupported = None
     chat_template: Unsupported = None
     documents: Unsupported = None
+    prompt_embeds: Unsupported = None
 
     @field_validator("chat_template_kwargs")
     @classmethod

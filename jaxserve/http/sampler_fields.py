@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, FailFast, Field
 
 from jaxserve.grammar import Grammar
-from jaxserve.http.body import Body, Unsupported
+from jaxserve.http.body import Body, Unsupported, only
 from jaxserve.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, SamplingParams
 
 
@@ -75,11 +75,27 @@ class SamplerFields(Body):
     include_stop_str_in_output: bool | None = None
     cache_salt: str | None = Field(None, max_length=256, description="Cached prefixes are shared among requests of one salt only.")
     priority: Annotated[Any, BeforeValidator(_only_zero)] = Field(None, description="Only 0.")
-    # Those that nothing here implements yet.
+    # SGLang's
+    no_stop_trim: bool | None = Field(None, description="As include_stop_str_in_output.")
+    # Those of vLLM and SGLang that nothing here implements yet, and that would change the answer.
     allowed_token_ids: Unsupported = None
     bad_words: Unsupported = None
     use_beam_search: Unsupported = None
     logits_processors: Unsupported = None
+    custom_logit_processor: Unsupported = None
+    detokenize: Annotated[Any, only(True)] = None
+    flat_logprobs: Unsupported = None
+    input_ids: Unsupported = None
+    logprob_token_ids: Unsupported = None
+    lora_path: Unsupported = None
+    repetition_detection: Unsupported = None
+    return_hidden_states: Unsupported = None
+    separate_reasoning: Annotated[Any, only(True)] = None
+    session_params: Unsupported = None
+    stop_regex: Unsupported = None
+    thinking_token_budget: Unsupported = None
+    truncation_side: Annotated[Any, only("left")] = None
+    watermarking: Unsupported = None
 
     def sampler_params(
         self,
@@ -98,6 +114,8 @@ class SamplerFields(Body):
         """
         values: dict[str, Any] = model_defaults(defaults)
         values |= {name: value for name in _PLAIN if (value := getattr(self, name)) is not None}
+        if self.no_stop_trim:
+            values["include_stop_str_in_output"] = True
         if self.top_k is not None:
             values["top_k"] = 0 if self.top_k == -1 else self.top_k
         stop, stop_token_ids = tuple(self.stop), tuple(self.stop_token_ids or ())

@@ -118,8 +118,9 @@ class Service:
         return self._chat_format
 
     def check_model(self, name: str | None) -> None:
-        """Raise ModelNotServed unless it is a name of the model served here."""
-        if name and name not in (self.model_name, self.info.model_id, *PLACEHOLDER_NAMES):
+        """Raise ModelNotServed unless it is a name of the model served here. TGI takes any other for an adapter, and one that it has not
+        for the model itself."""
+        if name and not self.options.tgi_strict and name not in (self.model_name, self.info.model_id, *PLACEHOLDER_NAMES):
             raise ModelNotServed(name)
 
     def check_stop(self, stop: Sequence[str]) -> None:

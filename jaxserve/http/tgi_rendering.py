@@ -53,6 +53,11 @@ def mean_logprob(result: SampleResult) -> float:
     return sum(values) / max(len(values), 1)
 
 
+def best_first(results: Sequence[SampleResult]) -> list[int]:
+    """Places of the results in the order of their mean log probabilities, the highest first."""
+    return sorted(range(len(results)), key=lambda place: mean_logprob(results[place]), reverse=True)
+
+
 def generate_body(
     service: Service,
     answers: Answers,
@@ -66,7 +71,7 @@ def generate_body(
     Args:
         prefix: goes before every text: the prompt, where `return_full_text` asks for it.
     """
-    order = sorted(range(len(results)), key=lambda place: mean_logprob(results[place]), reverse=True)
+    order = best_first(results)
     best, *others = [_details(service, answers, results[place], task, place, parameters.decoder_input_details) for place in order]
     texts = [prefix + results[place].text for place in order]
     body: dict[str, Any] = {"generated_text": texts[0]}

@@ -15,7 +15,7 @@ from jaxserve.http.body import json_route
 from jaxserve.http.service import LONG_TEXT, Service
 from jaxserve.http.sse import EventStream
 from jaxserve.http.tgi_answers import GenerateResponse
-from jaxserve.http.tgi_rendering import FailedEvents, GenerateEvents, generate_body
+from jaxserve.http.tgi_rendering import FailedEvents, GenerateEvents, best_first, generate_body
 from jaxserve.http.tgi_types import CompatGenerateBody, GenerateBody, GenerateTask, check_truncate, checked_prompt, generate_task
 from jaxserve.http.timing import stream_headers, timing_headers
 
@@ -74,7 +74,8 @@ def tgi_routes(service: Service) -> APIRouter:
         async with aborted_on_disconnect(request.receive, answers):
             results = await answers.collect()
         told: Any = generate_body(service, answers, results, body.given, task, prefix(body, full_text))
-        headers = {"x-request-id": request_id, **timing_headers(service, answers, len(body.inputs))}
+        best = answers.answers[best_first(results)[0]]  # the other candidates are told of in the details alone
+        headers = {"x-request-id": request_id, **timing_headers(service, answers, len(body.inputs), [best])}
         return JSONResponse([told] if as_list else told, headers=headers)
 
     async def streamed(body: GenerateBody, full_text: bool) -> Response:

@@ -1,9 +1,10 @@
 """TGI's response headers: what an answer cost."""
 
 import os
+from collections.abc import Sequence
 
 from jaxserve.config import parse_mesh
-from jaxserve.http.answer import Answers
+from jaxserve.http.answer import Answer, Answers
 from jaxserve.http.service import Service
 
 
@@ -18,15 +19,17 @@ def stream_headers(service: Service, num_characters: int) -> dict[str, str]:
     return {"x-compute-type": compute_type(service), "x-compute-characters": str(num_characters)}
 
 
-def timing_headers(service: Service, answers: Answers, num_characters: int) -> dict[str, str]:
+def timing_headers(service: Service, answers: Answers, num_characters: int, told: Sequence[Answer] = ()) -> dict[str, str]:
     """What is known at the end: the longest times of the answers, in milliseconds, and their tokens together.
 
     Args:
         num_characters: of the prompts.
+        told: those whose tokens count; all unless given.
     """
     times = [answer.times for answer in answers.answers]
     total, inference = max(each.total for each in times), max(each.inference for each in times)
-    num_tokens = answers.num_output_tokens
+    counted = told or answers.answers
+    num_tokens = sum(sample.num_tokens for answer in counted for sample in answer.samples)
     milliseconds = {
         "x-total-time": total,
         "x-validation-time": max(each.validation for each in times),
@@ -38,6 +41,6 @@ def timing_headers(service: Service, answers: Answers, num_characters: int) -> d
         **stream_headers(service, num_characters),
         "x-compute-time": f"{total:.6f}",
         **{name: str(round(1000 * value)) for name, value in milliseconds.items()},
-        "x-prompt-tokens": str(sum(len(answer.request.prompt_token_ids) for answer in answers.answers)),
+        "x-prompt-tokens": str(sum(len(answer.request.prompt_token_ids) for answer in counted)),
         "x-generated-tokens": str(num_tokens),
     }

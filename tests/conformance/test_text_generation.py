@@ -120,5 +120,10 @@ def test_grammars(client: Any, text_generation: ModuleType):
         grammar = types.Grammar(type=types.GrammarType.Json, value=value)
         events = list(client.generate_stream("A city as JSON:", grammar=grammar, max_new_tokens=60))
         assert isinstance(json.loads(events[-1].generated_text)["city"], str)
-    with pytest.raises(text_generation.errors.ValidationError, match="grammar"):
+    # TGI's own example: nothing but `properties` is an object with these alone.
+    example = types.Grammar(type=types.GrammarType.Json, value={"properties": {"city": schema["properties"]["city"]}})
+    for seed in range(3):
+        answer = client.generate("A city as JSON:", grammar=example, max_new_tokens=60, do_sample=True, temperature=2.0, seed=seed)
+        assert set(json.loads(answer.generated_text)) <= {"city"}
+    with pytest.raises(text_generation.errors.ValidationError, match="grammar is not valid: the grammar cannot be compiled: "):
         client.generate("x", grammar=types.Grammar(type=types.GrammarType.Regex, value="[0-9"))

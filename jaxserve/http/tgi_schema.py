@@ -1,0 +1,78 @@
+"""JSON schemas as TGI reads them, in terms of what JSON Schema says.
+
+A schema with `properties` is to TGI an object with these and no others (outlines-core's to_regex looks for `properties` before all else,
+and its parse_properties knows no further ones). JSON Schema would accept a number there, too, or further properties; the examples in TGI's
+documentation have no `type`.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from jaxserve.grammar import Grammar
+
+_MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+_LISTS = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
+_SINGLE = frozenset({"items", "additionalProperties"})
+_OPEN = frozenset({"additionalProperties", "patternProperties", "unevaluatedProperties"})
+# Keywords by which several schemas speak of one value: if one of them names all properties, there is no room for those of the others.
+_SEVERAL = frozenset({"allOf", "anyOf", "oneOf", "$ref", "not", "if", "dependentSchemas"})
+
+
+def tgi_json_grammar(value: Mapping[str, Any] | bool | str, param: str) -> Grammar:
+    """JSON that a schema accepts, as TGI reads it.
+
+    Args:
+        value: the schema, parsed or as JSON text.
+        param: see Grammar.
+
+    Raises:
+        InvalidRequest: it is no JSON schema.
+    """
+    schema = json.loads(Grammar.json_schema(value, param).text)
+    return Grammar.json_schema(_read(schema, closes=not _overlap(schema)), param)
+
+
+def _parts(schema: dict[str, Any]) -> list[Any]:
+    """The schemas right inside a schema."""
+    found = []
+    for key, value in schema.items():
+        if key in _MAPS and isinstance(value, dict):
+            found += value.values()
+        elif key in _LISTS and isinstance(value, list):
+            found += value
+        elif key in _SINGLE:
+            found.append(value)
+    return found
+
+
+def _overlap(schema: Any) -> bool:
+    """Whether several schemas with properties may speak of one value."""
+    if not isinstance(schema, dict):
+        return False
+    together = schema.get("allOf")
+    if "if" in schema or "not" in schema or (isinstance(together, list) and len(together) > 1):
+        return True
+    if "properties" in schema and not _SEVERAL.isdisjoint(schema):
+        return True
+    return any(map(_overlap, _parts(schema)))
+
+
+def _read(schema: Any, closes: bool) -> Any:
+    if not isinstance(schema, dict):
+        return schema
+    read: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _MAPS and isinstance(value, dict):
+            read[key] = {name: _read(each, closes) for name, each in value.items()}
+        elif key in _LISTS and isinstance(value, list):
+            read[key] = [_read(each, closes) for each in value]
+        else:
+            read[key] = _read(value, closes) if key in _SINGLE else value
+    properties, required = schema.get("properties"), schema.get("required", [])
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        return read
+    read.setdefault("type", "object")
+    if closes and _OPEN.isdisjoint(schema) and all(isinstance(name, str) and name in properties for name in required):
+        read["additionalProperties"] = False
+    return read
