@@ -223,6 +223,32 @@ def test_env_tells_versions(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit.value.code == 0 and "jax: " in told and "python: 3." in told and "cpu: " in told
 
 
+def test_env_beside_what_to_serve_does_not_end_the_server(capsys: pytest.CaptureFixture[str]) -> None:
+    """TGI goes on, and deployments have the flag among others."""
+    for arguments, environment in (["--env", "--port", "80"], {}), (["-e"], {"MODEL_ID": "m"}), (["-e"], {"HF_MODEL_ID": "m"}):
+        read_options(arguments, environment)
+        assert "python: 3." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "mesh"),
+    [
+        (["--sharded", "true"], {"CUDA_VISIBLE_DEVICES": "4,5,6"}, "1x3"),
+        ([], {"SHARDED": "true", "CUDA_VISIBLE_DEVICES": "4,5,6"}, "1x3"),
+        (["--sharded", "true", "--num-shard", "2"], {"CUDA_VISIBLE_DEVICES": "4,5,6"}, "1x2"),
+        ([], {"CUDA_VISIBLE_DEVICES": "4,5,6"}, "1x1"),
+        (["--tgi-strict"], {"CUDA_VISIBLE_DEVICES": "4,5,6"}, "1x3"),
+        (["--tgi-strict"], {"CUDA_VISIBLE_DEVICES": "4,5,6", "JAX_PLATFORMS": "cpu"}, "1x1"),
+        (["--tgi-strict"], {"CUDA_VISIBLE_DEVICES": ""}, "1x1"),
+        (["--tgi-strict", "--sharded", "false"], {"CUDA_VISIBLE_DEVICES": "4,5,6"}, "1x1"),
+        (["--tgi-strict", "--num-shard", "2"], {"CUDA_VISIBLE_DEVICES": "4,5,6"}, "1x2"),
+        (["--tgi-strict"], {"CUDA_VISIBLE_DEVICES": "4,5,6", "MESH": "2x1"}, "2x1"),
+    ],
+)
+def test_sharded_takes_all_gpus(arguments: list[str], environment: dict[str, str], mesh: str) -> None:
+    assert read_options(arguments, environment)[1].mesh == mesh
+
+
 def test_errors_raised_on_purpose_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(arguments: object) -> int:
         raise StartupError("no such folder: /nowhere")

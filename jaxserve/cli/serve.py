@@ -36,13 +36,14 @@ def read_options(
     """
     parser = parser or _parser()
     parsed = parse(parser, arguments)
-    if hasattr(parsed, "env"):
-        print("\n".join(f"{name}: {value}" for name, value in describe_environment().items()))
-        parser.exit(0)
     try:
         apply_platforms(environment)
     except StartupError as error:
         parser.error(str(error))
+    if hasattr(parsed, "env"):
+        print("\n".join(f"{name}: {value}" for name, value in describe_environment().items()), flush=True)
+        if set(vars(parsed)) == {"env"} and not environment.get("MODEL_ID"):
+            parser.exit(0)
     apply_tgi_flags(parser, parsed, environment)
     if read_flags(parser, parsed, ServerOptions, environment).tgi_strict:
         apply_strict_limits(parsed, environment)
@@ -84,7 +85,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--version", "-V", action="version", version=f"jaxserve {versions().get('jaxserve', 'unknown')}", help="Show the version."
     )
-    parser.add_argument("-e", "--env", action="store_const", const=True, help="Show versions and devices, for bug reports.")
+    parser.add_argument("-e", "--env", action="store_const", const=True, help="Show versions and devices, for bug reports, and serve if anything else is said.")
     add_all_flags(parser)
     return parser
 

@@ -70,7 +70,7 @@ def add_tgi_flags(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("TGI", "\n".join(textwrap.fill(line, 114, break_on_hyphens=False) for line in told))
     group.add_argument("--num-shard", metavar="N", type=whole_number, help="Devices a replica: the same as --mesh 1xN.")
-    group.add_argument("--sharded", metavar="{true,false}", nargs="?", const="true", help="false: one device; true needs --num-shard.")
+    group.add_argument("--sharded", metavar="{true,false}", nargs="?", const="true", help="false: one device; true: all GPUs, unless --num-shard says otherwise.")
     group.add_argument("--max-input-length", metavar="N", type=whole_number, help="Old name of --max-input-tokens.")
     group.add_argument("--huggingface-hub-cache", metavar="DIR", help="Folder of downloaded models: the same as HF_HUB_CACHE=DIR.")
     for flag in UNNEEDED + REFUSED:
@@ -105,10 +105,12 @@ def apply_tgi_flags(parser: argparse.ArgumentParser, arguments: argparse.Namespa
 
 
 def apply_strict_limits(arguments: argparse.Namespace, environment: Mapping[str, str]) -> None:
-    """Take TGI's limits where neither a flag nor a variable sets them; `arguments` is changed in place."""
+    """Take TGI's limits, and all GPUs that can be seen, where neither a flag nor a variable says otherwise; `arguments` is changed."""
     for name, limit in STRICT_LIMITS.items():
         if not hasattr(arguments, name) and not environment.get(name.upper()):
             setattr(arguments, name, limit)
+    if not hasattr(arguments, "mesh") and not environment.get("MESH") and _sharded(arguments, environment) != "false":
+        arguments.mesh = f"1x{max(_num_gpus(environment), 1)}"
 
 
 def _with_reason(why: str) -> str:
@@ -124,11 +126,13 @@ def _refuse(parser: argparse.ArgumentParser, flag: Foreign, told: str, values: l
 
 def _apply_num_shard(parser: argparse.ArgumentParser, arguments: argparse.Namespace, environment: Mapping[str, str]) -> None:
     count = _old_value(parser, arguments, environment, "num_shard", "mesh")
-    sharded = getattr(arguments, "sharded", environment.get("SHARDED", "")).lower()
+    sharded = _sharded(arguments, environment)
     if sharded not in ("", "true", "false"):
         parser.error(f"--sharded must be true or false. Given: {sharded}")
     if sharded == "true" and count is None and not hasattr(arguments, "mesh") and not environment.get("MESH"):
-        parser.error("--sharded needs --num-shard N, or say --mesh 1xN instead")
+        count = _num_gpus(environment)
+        if count < 2:
+            parser.error(f"--sharded takes all GPUs and needs two of them; --num-shard N says how many devices. Visible: {count}")
     if sharded == "false" and count is not None and count > 1:
         parser.error(f"--sharded false and --num-shard {count} say different things")
     if count is None:
@@ -139,6 +143,17 @@ def _apply_num_shard(parser: argparse.ArgumentParser, arguments: argparse.Namesp
     if getattr(arguments, "mesh", mesh).lower() != mesh:
         parser.error(f"--num-shard {count} means --mesh {mesh}, but --mesh {arguments.mesh} was given too")
     arguments.mesh = mesh
+
+
+def _sharded(arguments: argparse.Namespace, environment: Mapping[str, str]) -> str:
+    return getattr(arguments, "sharded", environment.get("SHARDED", "")).lower()
+
+
+def _num_gpus(environment: Mapping[str, str]) -> int:
+    """GPUs that JAX would see."""
+    from jaxserve.launcher.devices import visible_gpus  # late: it brings the launcher with it
+
+    return 0 if environment.get("JAX_PLATFORMS") == "cpu" else len(visible_gpus(environment))
 
 
 def _old_value(
