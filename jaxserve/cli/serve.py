@@ -85,7 +85,8 @@ def _parser() -> Parser:
     parser.add_argument(
         "--version", "-V", action="version", version=f"jaxserve {versions().get('jaxserve', 'unknown')}", help="Show the version."
     )
-    parser.add_argument("-e", "--env", action="store_const", const=True, help="Show versions and devices, for bug reports, and serve if anything else is said.")
+    told = "Show versions and devices, for bug reports, and serve if anything else is said."
+    parser.add_argument("-e", "--env", action="store_const", const=True, help=told)
     add_all_flags(parser)
     return parser
 

@@ -70,7 +70,8 @@ def add_tgi_flags(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("TGI", "\n".join(textwrap.fill(line, 114, break_on_hyphens=False) for line in told))
     group.add_argument("--num-shard", metavar="N", type=whole_number, help="Devices a replica: the same as --mesh 1xN.")
-    group.add_argument("--sharded", metavar="{true,false}", nargs="?", const="true", help="false: one device; true: all GPUs, unless --num-shard says otherwise.")
+    sharded = "false: one device; true: all GPUs, unless --num-shard says otherwise."
+    group.add_argument("--sharded", metavar="{true,false}", nargs="?", const="true", help=sharded)
     group.add_argument("--max-input-length", metavar="N", type=whole_number, help="Old name of --max-input-tokens.")
     group.add_argument("--huggingface-hub-cache", metavar="DIR", help="Folder of downloaded models: the same as HF_HUB_CACHE=DIR.")
     for flag in UNNEEDED + REFUSED:
