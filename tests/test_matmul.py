@@ -52,7 +52,7 @@ def test_the_kernel_for_few_tokens_multiplies(num_tokens, size, depth, config, g
 
 
 WIDE_CASES = [
-    (100, 256, 128, WideMatmulConfig(2, 64, 64, 1, 2, 2), True),  # padded tokens, blocks with two tiles
+    (260, 256, 64, WideMatmulConfig(2, 64, 64, 1, 2, 2, panel=2), True),  # padded tokens, blocks with several tiles, an uneven panel
     (200, 128, 256, WideMatmulConfig(2, 128, 64, 2, 2, 1), False),  # partial sums
     (256, 96, 128, WideMatmulConfig(2, 64, 48, 1, 2, 8, 2, 2), False),  # fetches shared both ways, rows that no power of two divides
     (192, 64, 128, WideMatmulConfig(3, 64, 32, 1, 2, 4, 2), False),

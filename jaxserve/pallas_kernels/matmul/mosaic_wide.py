@@ -41,6 +41,7 @@ class WideMatmulConfig:
         num_blocks: at most so many blocks of threads; each walks several tiles if there are more.
         row_cluster: blocks with the same tokens that fetch them together, each a share for all of them.
         token_cluster: blocks with the same rows that fetch those together.
+        panel: groups of tokens (a cluster's) that are walked together, rows by rows, so that what they fetch stays in L2.
     """
 
     warpgroups: int
@@ -51,6 +52,7 @@ class WideMatmulConfig:
     num_blocks: int
     row_cluster: int = 1
     token_cluster: int = 1
+    panel: int = 1 << 30
 
     @classmethod
     def suited(cls, x: jax.Array, weight: jax.Array, num_multiprocessors: int, gated: bool = False) -> "WideMatmulConfig | None":
@@ -155,12 +157,16 @@ def _wide_kernel(
     token_sharers = "row_member" if config.row_cluster > 1 else None
     row_sharers = "token_member" if config.token_cluster > 1 else None
     num_chunks = lax.div(chunks - worker + (workers - 1), jnp.int32(workers))
+    panel = jnp.int32(min(config.panel, padded // (config.token_tile * config.token_cluster)))
+    row_groups = jnp.int32(units // (width * config.row_cluster) * config.splits)
 
     def place(i):
         """Of this block's i-th chunk: its first token, its first unit, its share of the columns."""
         chunk = worker + i * workers
-        rest = lax.div(chunk, token_groups)
-        token = (lax.rem(chunk, token_groups) * config.token_cluster + token_member) * config.token_tile
+        first = lax.div(chunk, panel * row_groups) * panel
+        within, across = chunk - first * row_groups, jnp.minimum(panel, token_groups - first)
+        rest = lax.div(within, across)
+        token = ((first + lax.rem(within, across)) * config.token_cluster + token_member) * config.token_tile
         unit = (lax.div(rest, splits) * config.row_cluster + row_member) * width
         return pl.multiple_of(token, config.token_tile), pl.multiple_of(unit, width), lax.rem(rest, splits)
 
