@@ -88,7 +88,7 @@ def test_a_second_start_traces_nothing_of_the_model(prepare, config: RunnerConfi
     model = load_model(source, ModelOptions(), make_mesh(1))
     first, lowered = prepare(config)
     logits = first_logits(model, config, first)
-    assert len(lowered) == 8  # the trial for the temporaries is one of them
+    assert len(lowered) == 7
 
     def traced(*_: object) -> None:
         raise AssertionError("the model was traced")
@@ -101,24 +101,24 @@ def test_a_second_start_traces_nothing_of_the_model(prepare, config: RunnerConfi
 
 
 def test_another_config_or_a_damaged_file_is_lowered_again(prepare, config: RunnerConfig):
-    prepare(config)[0].finish()
+    dict(prepare(config)[0].programs())
     folder = Path(config.compilation_cache_dir or "") / preparation.LOWERED_FOLDER
     sound = {path: path.read_bytes() for path in folder.iterdir()}
     largest, second, *_ = sorted(sound, key=lambda path: len(sound[path]), reverse=True)
     largest.write_bytes(sound[largest][:-1])
     second.write_bytes(sound[second][:-1] + b"\1")
     again, lowered = prepare(config)
-    again.finish()
+    dict(again.programs())
     assert len(lowered) == 2
     assert all(ProgramStore(folder).read(path.name) for path in sound) and set(folder.iterdir()) == set(sound)
     other, lowered = prepare(replace(config, masked=True))
-    assert len(other.finish()) == 8 and lowered
+    assert len(dict(other.programs())) == 8 and lowered
 
 
 @pytest.mark.parametrize("tensor_size", [1, 2])
 def test_the_state_is_donated_and_stays_where_it_is(prepare, config: RunnerConfig, tensor_size: int):
     prepared, _ = prepare(replace(config, kv_bytes=1 << 20, compilation_cache_dir=None), tensor_size)
-    plan, compiled = prepared.plan(), prepared.finish()
+    plan, compiled = prepared.plan(), dict(prepared.programs())
     for key in (FORWARD, ProgramKey("copy_pages"), ProgramKey("load_slot"), ProgramKey("add_page_entries")):
         analysis = compiled[key].memory_analysis()
         assert analysis is not None and analysis.alias_size_in_bytes >= plan.nbytes
@@ -129,16 +129,35 @@ def test_the_state_is_donated_and_stays_where_it_is(prepare, config: RunnerConfi
         assert len(before) == len(after) and (tensor_size == 1 or [s.spec for s in before] == [s.spec for s in after])
 
 
+def test_more_temporaries_than_expected(prepare, config: RunnerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = replace(config, compilation_cache_dir=str(tmp_path))
+    budgets: list[int] = []
+
+    def plan(*arguments: Any):
+        budgets.append(arguments[-1])
+        return plan_kv_cache(*arguments)
+
+    monkeypatch.setattr(preparation, "kv_cache_bytes", lambda *_: 1 << 24)
+    monkeypatch.setattr(preparation, "plan_kv_cache", plan)
+    monkeypatch.setattr(preparation, "expected_temporaries", lambda blueprint: 0)
+    prepared, _ = prepare(config)
+    assert len(dict(prepared.programs())) == 7
+    _, expected, measured = budgets
+    assert 0 < measured < expected
+    again, lowered = prepare(config)  # and the next start knows
+    assert budgets[-1] == measured and len(dict(again.programs())) == 7 and not lowered
+
+
 def test_other_processes_lower(prepare, config: RunnerConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch):
     config = replace(config, compilation_cache_dir=str(tmp_path))
     prepared, lowered = prepare(config, num_processes=1)
-    assert len(prepared.finish()) == 7
-    assert lowered == ["forward"] and not caplog.records  # the trial alone
+    assert len(dict(prepared.programs())) == 7
+    assert not lowered and not caplog.records
     # One that cannot even start: what it should have done is done here.
     monkeypatch.setattr(lowering_process.sys, "executable", "/bin/false")
     caplog.set_level(logging.WARNING)
     prepared, lowered = prepare(replace(config, masked=True), num_processes=1)
-    assert len(prepared.finish()) == 8
+    assert len(dict(prepared.programs())) == 8
     assert lowered and "lowered in this process: in another one: the process died" in caplog.text
 
 

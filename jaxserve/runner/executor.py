@@ -21,11 +21,13 @@ from jaxserve.runner.config import RunnerConfig
 from jaxserve.runner.hosts import Hosts
 from jaxserve.runner.kv_cache import KVCachePlan
 from jaxserve.runner.preparation import Preparation
-from jaxserve.runner.programs import TRITON_PRODUCTS, ProgramKey, SamplerForm, mask_words, num_scored_a_call
+from jaxserve.runner.programs import PAGE_COPIES, PAGE_ENTRIES, TRITON_PRODUCTS, ProgramKey, SamplerForm, mask_words, num_scored_a_call
 from jaxserve.runner.sampling_rows import neutral_columns
+from jaxserve.runner.sampling_state import SLOT_LOAD_SIZE
 from jaxserve.runner.state import allocate_state
 
 _MOST_RECORDED_TOKENS = 1024
+_NOWHERE = 2**30  # beyond all pages, slots and tokens
 RECOMPILE = "recompile"  # stands where the name of a program stands
 
 
@@ -76,17 +78,15 @@ class Executor:
 
     def warmup(self) -> None:
         """Wait for every program that a legal request can hit, and run each once, for nobody; from then on nothing is compiled."""
-        self._compiled = self._preparation.finish()
-        self._keys = {key.name: key for key in self._compiled}
-        # Last: the device memory that compiling takes for a time is free again.
         vocab_size = self._model.config.vocab_size
         hidden = jax.ShapeDtypeStruct((self._config.max_batch_tokens, self._model.config.hidden_size), self._model.dtype)
         self._state = allocate_state(self._plan, self._config.max_batch_size, vocab_size, hidden, self._mesh)
         if self._config.deterministic and self._config.masked:
-            num_rows = max(key.shape.num_rows for key in self._compiled if isinstance(key.shape, SamplerForm))
-            nothing = np.full((num_rows, mask_words(vocab_size)), 0xFFFFFFFF, np.uint32)
+            nothing = np.full((self._config.max_batch_size, mask_words(vocab_size)), 0xFFFFFFFF, np.uint32)
             self._nothing_masked = jax.make_array_from_process_local_data(self._replicated, nothing, nothing.shape)
-        self._rehearse()
+        for key, program in self._preparation.programs():  # while others are still compiled
+            self._keys[key.name], self._compiled[key] = key, program
+            self._rehearse(key)
         self._compile_events.start()
 
     def run(self, key: ProgramKey, *arrays: np.ndarray) -> jax.Array | None:
@@ -151,33 +151,47 @@ class Executor:
 
     def _recompile_products(self) -> None:
         keys = [key for key in self._compiled if key.kind in ("forward", "score")]
-        self._compiled.update(self._preparation.compile_again(keys, TRITON_PRODUCTS))
-        self._rehearse()
+        for key, program in self._preparation.compile_again(keys, TRITON_PRODUCTS).items():
+            self._compiled[key] = program
+            self._rehearse(key)
 
-    def _rehearse(self) -> None:
-        """Run what the first requests would otherwise be the first to run.
+    def _rehearse(self, key: ProgramKey) -> None:
+        """Run what the first request would otherwise be the first to run, for nobody: it changes nothing that somebody will read.
 
-        A GPU records a program's CUDA graph in its second run. That takes milliseconds, which only small steps must be spared.
+        A GPU records a program's CUDA graph in its second run. That takes milliseconds, which only small steps must be spared. A CPU has
+        nothing to record: of its forwards the smallest runs.
         """
-        on_cpu = self._platform == "cpu"
-        packer = BatchPacker(self._config.max_batch_size, len(self._plan.num_pages), self._config.page_size)
-        forwards = [(key, key.shape) for key in self._compiled if isinstance(key.shape, Bucket)]
-        samplers = {form.num_rows: key for key in reversed(self._compiled) if isinstance(form := key.shape, SamplerForm)}
-        last = None
-        again = [(key, bucket) for key, bucket in forwards if bucket.num_tokens <= _MOST_RECORDED_TOKENS]
-        for key, bucket in forwards[:1] if on_cpu else forwards + again:
-            self._run(key, [packer.padding(BatchLayout.of(bucket, len(self._plan.num_pages), self._config.page_size))])
-            last = jax.block_until_ready(self._run(samplers[self._logits[0].shape[0]], []))
-        for _ in range(1 if on_cpu else 2):
-            self._rehearse_samplers()
-            last = self._run(ProgramKey("score"), [np.zeros((2, num_scored_a_call(self._platform)), np.int32)])
-        jax.block_until_ready(last)
-
-    def _rehearse_samplers(self) -> None:
-        """Run every form of the sampler on rows that do not sample."""
-        vocab_size = self._model.config.vocab_size
-        for key in self._compiled:
+        on_cpu, times = self._platform == "cpu", 2
+        if isinstance(key.shape, Bucket):
+            if on_cpu and key.shape != min(shape for key in self._preparation.keys if isinstance(shape := key.shape, Bucket)):
+                return
+            times = 2 if key.shape.num_tokens <= _MOST_RECORDED_TOKENS else 1
+        for _ in range(1 if on_cpu else times):
             if isinstance(form := key.shape, SamplerForm):
-                arrays = np.zeros((form.num_rows, vocab_size), np.float32), np.tile(neutral_columns(), (form.num_rows, 1))
-                self._logits = [self._upload(array) for array in arrays]
-                self._run(key, [np.full((form.num_rows, mask_words(vocab_size)), 0xFFFFFFFF, np.uint32)] if form.masked else [])
+                logits = (
+                    np.zeros((form.num_rows, self._model.config.vocab_size), np.float32),
+                    np.tile(neutral_columns(), (form.num_rows, 1)),
+                )
+                self._logits = [self._upload(array) for array in logits]
+            self._run(key, self._idle_arrays(key))
+            self._logits = ()
+        jax.block_until_ready(self._state)
+
+    def _idle_arrays(self, key: ProgramKey) -> list[np.ndarray]:
+        """What the host would send up for nobody."""
+        num_groups = len(self._plan.num_pages)
+        match key.kind, key.shape:
+            case _, Bucket() as bucket:
+                packer = BatchPacker(self._config.max_batch_size, num_groups, self._config.page_size)
+                return [packer.padding(BatchLayout.of(bucket, num_groups, self._config.page_size))]
+            case _, SamplerForm(num_rows, masked, _):
+                return [np.full((num_rows, mask_words(self._model.config.vocab_size)), 0xFFFFFFFF, np.uint32)] if masked else []
+            case "score", _:
+                return [np.zeros((2, num_scored_a_call(self._platform)), np.int32)]
+            case kind, _:
+                shapes = {
+                    "copy_pages": (num_groups, 2, PAGE_COPIES),
+                    "load_slot": (SLOT_LOAD_SIZE,),
+                    "add_page_entries": (PAGE_ENTRIES, 2 + num_groups),
+                }
+                return [np.full(shapes[kind], _NOWHERE, np.int32)]

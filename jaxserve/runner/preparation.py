@@ -5,9 +5,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from jaxserve.runner.hosts import Hosts, smallest
 from jaxserve.runner.kv_cache import KVCachePlan, plan_kv_cache
 from jaxserve.runner.lowering import compile_lowered, lower
 from jaxserve.runner.lowering_process import LoweringFailed, LoweringProcesses
-from jaxserve.runner.memory import kv_cache_bytes
+from jaxserve.runner.memory import expected_temporaries, kv_cache_bytes
 from jaxserve.runner.program_store import ProgramStore
 from jaxserve.runner.programs import Program, ProgramKey, Programs
 
@@ -43,8 +42,9 @@ class Preparation:
     Where an earlier start left lowered programs in the compilation cache, nothing is traced: they are compiled, or taken from XLA's
     cache, while the weights are loaded. Otherwise they are lowered by other processes where there is a GPU to wait for, else in a thread.
 
-    The plan needs the temporaries of the largest program, which are known once it was compiled: on a cold start it is the first, in this
-    process, while the others begin. The weights may be loaded meanwhile: nothing is autotuned, which would leave holes between them.
+    The plan of the KV cache needs the temporaries of the largest program, and the programs need the plan. So the temporaries are expected,
+    rather too large, and the largest program is compiled first; where it takes more, all begin anew. The weights may be loaded meanwhile:
+    nothing is autotuned, which would leave holes between them.
 
     Where the mesh spans hosts, the KV cache is as large as the one with the least memory allows. On GPUs the leader alone compiles, and the
     others take what it compiled: autotuned apart, their programs could give other bits for what all devices compute alike, and in the end
@@ -91,67 +91,74 @@ class Preparation:
         self._compiling = ThreadPoolExecutor(_cores(), thread_name_prefix=_COMPILE_THREADS)
         self._futures: dict[ProgramKey, Future[Future[Compiled]]] = {}
         self._compile_seconds: dict[str, float] = {}
-        self._programs: Programs | None = None
-        self._trial: Future[int] | None = None
-        self._sharing: Future[None] | None = None
+        self._told = time.monotonic()
+        self._sharing: Future[None] | None = Future() if self._shares else None
         self._num_shared = 0
         self._misses = CacheMisses(_COMPILE_THREADS)
         self._bytes_left = smallest(hosts, "bytes for the KV cache", kv_cache_bytes(mesh, config.kv_bytes, weights_to_come))
-        if config.kv_bytes is not None:
-            self._plan = self._begin(0)
-            return
-        # Temporaries do not grow with the number of pages: the largest program is compiled with the pages of one request to see them.
-        self._one_request = Programs(self._blueprint(replace(config, max_batch_size=1), self._bytes_left))
-        state = self._one_request.state
-        beside = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.sampling, state.hidden)))  # allocated after the cache
-        self._bytes_left -= beside
-        temporaries = self._leaders("temporaries", self._store.read(self._temporaries_file()) or b"")
-        self._plan = self._begin(int(temporaries)) if temporaries else None
-        if self._plan is None and self._leads:
-            self._started_lowering(len([*self._one_request]))
-            self._trial = self._compiling.submit(self._try)
+        self._temporaries = 0
+        self._file_of_temporaries: str | None = None  # where they have still to be measured
+        if config.kv_bytes is None:
+            blueprint = self._blueprint()
+            state = Programs(blueprint).state  # all but the KV cache is allocated beside it
+            self._bytes_left -= sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.sampling, state.hidden)))
+            # XLA's choices are in its temporaries: its flags and the driver's version are in the name.
+            compiler = mesh.devices.flat[0].client.platform_version, os.environ.get("XLA_FLAGS", "")
+            name = blueprint.digest(f"temporaries {compiler}")
+            measured = self._leaders("temporaries", self._store.read(name) or b"")
+            self._temporaries = max(int(measured or 0), expected_temporaries(blueprint))
+            self._file_of_temporaries = None if measured else name
+        self._programs = self._begin()
+
+    @property
+    def keys(self) -> list[ProgramKey]:
+        """Of all programs, in the order of programs()."""
+        return list(self._futures)
 
     def plan(self) -> KVCachePlan:
-        """The sizes of the KV cache. To be called when the weights are loaded."""
-        temporaries = 0 if self._trial is None else self._trial.result()
-        if self._plan is None:
-            self._plan = self._begin(int(self._leaders("temporaries of a trial", str(temporaries).encode())))
-        return self._plan
+        """The sizes of the KV cache, once the largest program is compiled. To be called when the weights are loaded."""
+        if self._file_of_temporaries is not None:
+            measured = int(self._leaders("temporaries of the largest program", str(self._measure() if self._leads else 0).encode()))
+            self._store.write(self._file_of_temporaries, str(measured).encode())
+            self._file_of_temporaries = None
+            logger.info("temporaries: %.2f GiB, %.2f are kept for them", measured / 2**30, self._temporaries / 2**30)
+            if measured > self._temporaries:
+                self._temporaries = measured
+                for future in self._futures.values():
+                    future.cancel()
+                self._programs = self._begin()
+        return self._programs.plan
 
-    def finish(self) -> dict[ProgramKey, Compiled]:
-        """All programs, to be called with arrays of the declared shapes. Ends the preparation."""
+    def programs(self) -> Iterator[tuple[ProgramKey, Compiled]]:
+        """All programs as they become ready, in an order that is the same on all hosts. Ends the preparation."""
         self.plan()
         try:
-            lowered = self._results(self._futures)
-            logger.info("all programs are lowered")
-            compiled = self._results(lowered)
             if self._sharing is not None:
+                self._misses.start()
+                threading.Thread(target=self._share_programs, args=(self._sharing,), name="share", daemon=True).start()
                 self._sharing.result()
-                if not self._leads and (missed := self._misses.count):
-                    logger.warning("%d programs had to be compiled here: XLA did not take host 0's", missed)
+            for key, lowered in self._futures.items():
+                yield key, self._wait(self._wait(lowered))
+            if self._sharing is not None and not self._leads and (missed := self._misses.count):
+                logger.warning("%d programs had to be compiled here: XLA did not take host 0's", missed)
             slowest = sorted(self._compile_seconds.items(), key=lambda item: -item[1])[:_SLOWEST_TOLD]
             logger.info("slowest to compile: %s", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in slowest))
-            return compiled
         finally:
             self.close()
 
-    def _results[T](self, futures: dict[ProgramKey, Future[T]]) -> dict[ProgramKey, T]:
-        """Wait for them, and say now and then how far it is."""
-        results, told = {}, time.monotonic()
-        for key, future in futures.items():
-            while key not in results:
-                try:
-                    results[key] = future.result(timeout=max(0.0, told + _SECONDS_UNTOLD - time.monotonic()))
-                except TimeoutError:
-                    if future.done():
-                        raise
-                    told = time.monotonic()
-                    logger.info("%d of %d programs are compiled", len(self._compile_seconds), len(futures))
-        return results
+    def _wait[T](self, future: Future[T]) -> T:
+        """Its result; says now and then how far all of them are."""
+        while True:
+            try:
+                return future.result(timeout=max(0.0, self._told + _SECONDS_UNTOLD - time.monotonic()))
+            except TimeoutError:
+                if future.done():
+                    raise
+                self._told = time.monotonic()
+                logger.info("%d of %d programs are compiled", len(self._compile_seconds), len(self._futures))
 
     def compile_again(self, keys: Sequence[ProgramKey], options: dict[str, Any]) -> dict[ProgramKey, Compiled]:
-        """Compile programs with other options of XLA, after finish(). All hosts do it at the same time."""
-        assert self._programs is not None
+        """Compile programs with other options of XLA, after programs(). All hosts do it at the same time."""
         if not self._leads:
             self._share()
         compiled: dict[ProgramKey, Compiled] = {}
@@ -171,21 +178,16 @@ class Preparation:
         if self._processes is not None:
             self._processes.close()
 
-    def _begin(self, temporaries: int) -> KVCachePlan:
+    def _begin(self) -> Programs:
         """Plan, and start to make all programs ready."""
-        blueprint = self._blueprint(self._config, max(self._bytes_left - temporaries, 0))
-        self._programs = programs = Programs(blueprint)
-        stored = {key: self._store.read(blueprint.digest(key.name)) for key in programs}
+        programs = Programs(self._blueprint())
+        stored = {key: self._store.read(programs.blueprint.digest(key.name)) for key in programs}
         missing = sum(data is None for data in stored.values())
         logger.info("%d programs were lowered by an earlier start, %d are to be lowered", len(stored) - missing, missing)
         lowering = self._started_lowering(missing)
-        for key in sorted(stored, key=lambda key: stored[key] is None):  # a stable sort
-            self._futures[key] = lowering.submit(self._make_ready, programs, key, stored[key])
-        if self._shares:
-            self._sharing = Future()
-            self._misses.start()
-            threading.Thread(target=self._share_programs, args=(self._sharing,), name="share", daemon=True).start()
-        return blueprint.plan
+        self._programs = programs
+        self._futures = {key: lowering.submit(self._make_ready, programs, key, data) for key, data in stored.items()}
+        return programs
 
     def _make_ready(self, programs: Programs, key: ProgramKey, lowered: bytes | None) -> Future[Compiled]:
         lowered = lowered or self._lower(programs, key)
@@ -195,6 +197,8 @@ class Preparation:
         """On the leader at once, on other hosts as soon as they have what the leader compiled."""
         if self._sharing is not None and not self._leads:
             self._sharing.result()
+        if programs is not self._programs:
+            raise CancelledError  # all has begun anew
         begin = time.monotonic()
         compiled = self._compile(lowered, programs[key])
         self._compile_seconds[key.name] = time.monotonic() - begin
@@ -230,15 +234,10 @@ class Preparation:
         """The leader's value, a number or nothing."""
         return value if self._hosts is None else self._hosts.gather(topic, value.decode())[0].encode()
 
-    def _try(self) -> int:
-        """Compile the largest program and return the bytes of its temporaries; where no other host has to hear of them, begin with all."""
-        program = self._one_request[self._one_request.largest()]
-        analysis = self._compile(lower(program, self._one_request.blueprint.platform), program).memory_analysis()
+    def _measure(self) -> int:
+        """Bytes of the largest program's temporaries."""
+        analysis = self._wait(self._wait(self._futures[self._programs.largest()])).memory_analysis()
         assert analysis is not None, "XLA tells no memory analysis"
-        self._store.write(self._temporaries_file(), str(analysis.temp_size_in_bytes).encode())
-        logger.info("the largest program was compiled for its temporaries, %.2f GiB", analysis.temp_size_in_bytes / 2**30)
-        if self._hosts is None:
-            self._plan = self._begin(analysis.temp_size_in_bytes)
         return analysis.temp_size_in_bytes
 
     def _lower(self, programs: Programs, key: ProgramKey) -> bytes:
@@ -269,15 +268,10 @@ class Preparation:
         self._lowering = ThreadPoolExecutor(count if self._processes else 1, thread_name_prefix="lower")
         return self._lowering
 
-    def _blueprint(self, config: RunnerConfig, kv_bytes: int) -> Blueprint:
-        tensor_size = self._mesh.shape["tensor"]
-        plan = plan_kv_cache(self._architecture.config, config, tensor_size, self._dtype, kv_bytes)
+    def _blueprint(self) -> Blueprint:
+        kv_bytes = max(self._bytes_left - self._temporaries, 0)
+        plan = plan_kv_cache(self._architecture.config, self._config, self._mesh.shape["tensor"], self._dtype, kv_bytes)
         return Blueprint.of(self._architecture, self._dtype, self._mesh, plan, self._config)
-
-    def _temporaries_file(self) -> str:
-        """XLA's choices are in its temporaries: its flags and the driver's version are in the name."""
-        compiler = self._mesh.devices.flat[0].client.platform_version, os.environ.get("XLA_FLAGS", "")
-        return self._one_request.blueprint.digest(f"temporaries {compiler}")
 
 
 def _cores() -> int:

@@ -96,12 +96,16 @@ class Programs:
         self.state = abstract_state(self.plan, blueprint.num_slots, blueprint.model.vocab_size, hidden, self.mesh)
 
     def __iter__(self) -> Iterator[ProgramKey]:
-        """The key of every program that a legal request can hit. Those of few tokens, whose products are autotuned longest, come first."""
-        yield from (ProgramKey("forward", bucket) for bucket in sorted(self.buckets))
+        """The key of every program that a legal request can hit.
+
+        The largest comes first: the plan waits for it. Then those that take long to compile and are lowered quickly.
+        """
+        yield self.largest()
         masked = {self.blueprint.masked} if self.blueprint.deterministic else {False, self.blueprint.masked}
         logprobs = logprob_forms(self.blueprint.device_platform)
         for form in itertools.product(reversed(self.buckets.logits), sorted(masked), logprobs):
             yield ProgramKey("sample", SamplerForm(*form))
+        yield from (key for bucket in sorted(self.buckets, reverse=True) if (key := ProgramKey("forward", bucket)) != self.largest())
         yield from map(ProgramKey, ("score", "copy_pages", "load_slot", "add_page_entries"))
 
     def largest(self) -> ProgramKey:
