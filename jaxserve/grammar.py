@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from jaxserve.errors import InvalidRequest
+from jaxserve.json_schema import read_schema
 
 MAX_GRAMMAR_BYTES = 2**18
 MAX_JSON_DEPTH = 64
@@ -45,7 +46,7 @@ class Grammar:
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | bool | str, param: str = "response_format") -> Self:
-        """JSON that a schema accepts.
+        """JSON that a schema accepts, as read_schema() reads it.
 
         Args:
             schema: parsed, or as JSON text.
@@ -57,7 +58,8 @@ class Grammar:
         parsed = _parsed(schema, param) if isinstance(schema, str) else schema
         if not isinstance(parsed, Mapping | bool):
             raise InvalidRequest(f"`{param}`: a JSON schema must be an object or a boolean", param)
-        return cls(GrammarKind.JSON_SCHEMA, _as_json(parsed, param), param)
+        _check_depth(parsed, param)
+        return cls(GrammarKind.JSON_SCHEMA, _as_json(read_schema(parsed), param), param)
 
     @classmethod
     def regex(cls, pattern: str, param: str = "regex") -> Self:
@@ -134,12 +136,16 @@ def _parsed(text: str, param: str) -> Any:
 
 def _as_json(value: Any, param: str) -> str:
     """JSON text of a value, keys in the order given: it is the order in which an answer has them."""
-    if _depth(value) > MAX_JSON_DEPTH:
-        raise InvalidRequest(f"`{param}` may be nested {MAX_JSON_DEPTH} deep at most", param)
+    _check_depth(value, param)
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except (ValueError, TypeError) as error:
         raise InvalidRequest(f"`{param}` is not valid JSON: {error}", param) from error
+
+
+def _check_depth(value: Any, param: str) -> None:
+    if _depth(value) > MAX_JSON_DEPTH:
+        raise InvalidRequest(f"`{param}` may be nested {MAX_JSON_DEPTH} deep at most", param)
 
 
 def _depth(value: Any) -> int:

@@ -11,10 +11,9 @@ from live_front_end import LiveFrontEnd
 
 from jaxserve.config import ServerOptions
 from jaxserve.grammar import GrammarKind
-from jaxserve.http.grammar_fields import ResponseFormat
 from jaxserve.http.tgi_answers import GenerateResponse, SimpleToken, StreamResponse
-from jaxserve.http.tgi_schema import tgi_json_grammar
 from jaxserve.http.tgi_types import GenerateParameters, generate_task
+from jaxserve.json_schema import read_schema
 
 
 def _post(front_end: LiveFrontEnd, path: str, inputs: str, **parameters: Any) -> Any:
@@ -283,49 +282,7 @@ def test_grammars():
         made = generate_task(GenerateParameters.model_validate({"grammar": grammar}), ServerOptions(), False).params[0].grammar
         assert made is not None and made.kind is kind
         if kind is GrammarKind.JSON_SCHEMA:
-            assert json.loads(made.text) == {**schema, "additionalProperties": False}
-
-
-@pytest.mark.parametrize(
-    ("schema", "read"),
-    [
-        # TGI's own example: nothing but `properties`
-        ({"properties": {"a": {}}}, {"properties": {"a": {}}, "type": "object", "additionalProperties": False}),
-        (
-            {"$defs": {"properties": {"properties": {"properties": {"type": "null"}}}}, "items": {"$ref": "#/$defs/properties"}},
-            {
-                "$defs": {"properties": {"properties": {"properties": {"type": "null"}}, "type": "object", "additionalProperties": False}},
-                "items": {"$ref": "#/$defs/properties"},
-            },
-        ),
-        # What says itself which other properties there are
-        ({"properties": {}, "additionalProperties": {"properties": {}}, "type": ["object", "null"]}, None),
-        ({"properties": {}, "patternProperties": {}}, {"properties": {}, "patternProperties": {}, "type": "object"}),
-        ({"properties": {"a": {}}, "required": ["b"]}, {"properties": {"a": {}}, "required": ["b"], "type": "object"}),
-        # Several schemas of one object: none of them may close it
-        (
-            {"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]},
-            {"allOf": [{"properties": {"a": {}}, "type": "object"}, {"properties": {"b": {}}, "type": "object"}]},
-        ),
-        (
-            {"properties": {"a": {}}, "anyOf": [{"required": ["a"]}]},
-            {"properties": {"a": {}}, "anyOf": [{"required": ["a"]}], "type": "object"},
-        ),
-        # Values, and what is no schema
-        ({"const": {"properties": {}}}, {"const": {"properties": {}}}),
-        ({"properties": 1, "required": [[]], "allOf": 2, "items": True}, {"properties": 1, "required": [[]], "allOf": 2, "items": True}),
-        (True, True),
-    ],
-)
-def test_schemas_are_read_as_tgi_reads_them(schema: Any, read: Any):
-    if read is None:
-        read = {**schema, "additionalProperties": {"properties": {}, "type": "object", "additionalProperties": False}}
-    assert json.loads(tgi_json_grammar(schema, "grammar").text) == read
-    for format_ in ({"type": "json", "value": schema}, {"type": "json_schema", "value": {"name": "x", "schema": schema}}):
-        grammar = ResponseFormat.model_validate(format_).grammar("response_format")
-        assert grammar is not None and json.loads(grammar.text) == read
-    openais = ResponseFormat.model_validate({"type": "json_schema", "json_schema": {"schema": schema}}).grammar("response_format")
-    assert openais is not None and json.loads(openais.text) == schema
+            assert json.loads(made.text) == read_schema(schema)
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent / "jaxserve"
-PLAIN = {"errors", "config", "request", "grammar"}
+PLAIN = {"errors", "config", "request", "grammar", "json_schema"}
 ALLOWED: dict[str, set[str]] = {
     # plain types
     "errors": set(),
     "config": {"errors"},
-    "grammar": {"errors"},
+    "json_schema": set(),
+    "grammar": {"errors", "json_schema"},
     "request": {"errors", "grammar"},
     "step": set(),
     "page_key": {"request"},
@@ -31,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "hosts": {"errors", "config"},
     "metrics": {"errors", "request"},
     "rpc": {"errors", "request", "grammar", "page_key", "engine"},
-    "chat_output": {"grammar", "errors"},
+    "chat_output": {"grammar", "json_schema", "errors"},
     "http": PLAIN | {"rpc", "tokenizer", "chat_output", "metrics"},
     "launcher": PLAIN | {"rpc", "http", "metrics", "engine", "hosts"},
     # device half

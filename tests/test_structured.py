@@ -12,7 +12,6 @@ from tiny_models import write_tokenizer
 
 from jaxserve.errors import InvalidRequest, StartupError
 from jaxserve.grammar import Grammar
-from jaxserve.http.tgi_schema import tgi_json_grammar
 from jaxserve.structured import GrammarCompiler, MaskFiller, Matcher, examiner, read_tokens
 from jaxserve.structured import compiler as compiler_module
 from jaxserve.tokenizer import Tokenizer, load_pipeline, load_tokenizer
@@ -82,7 +81,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"$ref": "#/$defs/ß 1"}}, "requ
         (Grammar.choice(CHOICES), CHOICES, ["e", "a", "a|", "x", ""]),
         (Grammar.json_object(), ['{"a":[1,{"b":null}]}', "{}", '{\n  "a": "x"\n}'], ["[]", "1", "{", '{"a" :   1}']),
         (Grammar.json_schema(SCHEMA), ['{"a":"ü"}', '{"a": 1}'], ["{}", '{"a":2}']),
-        (tgi_json_grammar({"properties": {"a": {}}}, "grammar"), ['{"a": 1}', "{}"], ["1", "null", '{"a": 1, "b": 2}']),
+        (Grammar.json_schema({"properties": {"a": {}}}), ['{"a": 1}', "{}"], ["1", "null", '{"a": 1, "b": 2}']),
         (Grammar.json_schema(True), ["1", "[]", '"x"'], ["x"]),
         (Grammar.regex(r"^\d{3}-[a-c]+$"), ["123-abc"], ["12-a", "123-", "123-d"]),
         (Grammar.ebnf('root ::= "a" [0-9]+ ("x" | "y")'), ["a12x", "a1y"], ["ax", "a1"]),

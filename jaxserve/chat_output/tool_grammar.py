@@ -8,6 +8,7 @@ from jaxserve.chat_output.constrained import after_reasoning, json_body, json_sc
 from jaxserve.chat_output.formats import HERMES, LLAMA3_JSON, MISTRAL, ToolFormat
 from jaxserve.errors import InvalidRequest
 from jaxserve.grammar import Grammar, GrammarKind
+from jaxserve.json_schema import read_schema
 
 FunctionSchema = tuple[str, Mapping[str, Any]]
 
@@ -79,7 +80,7 @@ def _marker(tool_format: ToolFormat, marker_id: int | None) -> str:
 
 def _any_of(answer: Any, tools: Sequence[FunctionSchema]) -> Mapping[str, Any]:
     """A schema of the answer and of Llama's calls; each finds its own references in its own place."""
-    places = {"answer": answer} | {f"tool_{i}": schema for i, (_, schema) in enumerate(tools)}
+    places = {"answer": answer} | {f"tool_{i}": read_schema(schema) for i, (_, schema) in enumerate(tools)}
     calls = [
         {
             "type": "object",
@@ -113,7 +114,7 @@ def _moved(schema: Any, place: str) -> Any:
 def _compact(schema: Any) -> str:
     """A schema whose values have white space only where people put it: models may else write nothing else for ever."""
     if isinstance(schema, Mapping):
-        schema = {**schema, "x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
+        schema = {**read_schema(schema), "x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
     return json.dumps(schema)
 
 

@@ -10,7 +10,6 @@ from jaxserve.errors import InvalidRequest
 from jaxserve.grammar import Grammar
 from jaxserve.http.body import Body
 from jaxserve.http.sampler_fields import SamplerFields
-from jaxserve.http.tgi_schema import tgi_json_grammar
 
 JsonSchema = dict[str, Any] | bool
 
@@ -41,7 +40,7 @@ class ResponseFormat(Body):
             case "json_object" | "json":
                 if self.value is None:
                     return Grammar.json_object(param)
-                return tgi_json_grammar(self.value, param)
+                return Grammar.json_schema(self.value, param)
             case "regex":
                 return Grammar.regex(self.value, param)
             case "structural_tag":
@@ -51,7 +50,7 @@ class ResponseFormat(Body):
         value = self.value.get("schema") if isinstance(self.value, dict) and "schema" in self.value else self.value
         if value is None:
             raise InvalidRequest(f"`{param}.json_schema` is required", f"{param}.json_schema")
-        return tgi_json_grammar(value, param)
+        return Grammar.json_schema(value, param)
 
 
 class StructuredOutputs(Body):

@@ -11,7 +11,6 @@ from jaxserve.config import ServerOptions
 from jaxserve.errors import ContextTooLong, InvalidRequest
 from jaxserve.grammar import Grammar
 from jaxserve.http.body import Body
-from jaxserve.http.tgi_schema import tgi_json_grammar
 from jaxserve.request import EngineInfo, SamplingParams
 
 # TGI computes long answers in pieces of this many tokens and holds only the first against the context.
@@ -47,7 +46,7 @@ class GrammarField(Body):
                 return Grammar.json_object("grammar")
             if not isinstance(value, dict | str | bool):
                 raise InvalidRequest("the value must be a JSON schema")
-            made = tgi_json_grammar(value, "grammar")
+            made = Grammar.json_schema(value, "grammar")
             if strict and not (isinstance(schema := json.loads(made.text), dict) and "properties" in schema):
                 raise InvalidRequest("Grammar must have a 'properties' field")
         except InvalidRequest as error:

@@ -1,36 +1,28 @@
-"""JSON schemas as TGI reads them, in terms of what JSON Schema says.
+"""JSON schemas as those mean them who write them for language models, in terms of what JSON Schema says.
 
-A schema with `properties` is to TGI an object with these and no others (outlines-core's to_regex looks for `properties` before all else,
-and its parse_properties knows no further ones). JSON Schema would accept a number there, too, or further properties; the examples in TGI's
-documentation have no `type`.
+A schema with `properties` is an object with these and no others. JSON Schema would accept a number there, too, or further properties, and a
+model that may go on does. TGI and vLLM read schemas so as well: outlines-core's to_regex looks for `properties` before all else, and
+xgrammar's strict mode is its default. What a schema says itself about further properties counts.
 """
 
-import json
-from collections.abc import Mapping
 from typing import Any
-
-from jaxserve.grammar import Grammar
 
 _MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _LISTS = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
 _SINGLE = frozenset({"items", "additionalProperties"})
-_OPEN = frozenset({"additionalProperties", "patternProperties", "unevaluatedProperties"})
+# What is said of further properties, or asks for some.
+_OPEN = frozenset({"additionalProperties", "patternProperties", "unevaluatedProperties", "minProperties", "propertyNames"})
 # Keywords by which several schemas speak of one value: if one of them names all properties, there is no room for those of the others.
-_SEVERAL = frozenset({"allOf", "anyOf", "oneOf", "$ref", "not", "if", "dependentSchemas"})
+_SEVERAL = frozenset({"allOf", "anyOf", "oneOf", "$ref", "not", "if", "dependentSchemas", "dependentRequired"})
 
 
-def tgi_json_grammar(value: Mapping[str, Any] | bool | str, param: str) -> Grammar:
-    """JSON that a schema accepts, as TGI reads it.
+def read_schema(schema: Any) -> Any:
+    """A schema that accepts what is meant; all that it accepts is accepted by the given one.
 
     Args:
-        value: the schema, parsed or as JSON text.
-        param: see Grammar.
-
-    Raises:
-        InvalidRequest: it is no JSON schema.
+        schema: parsed JSON, not nested too deeply for a recursion; what is no schema stays as it is.
     """
-    schema = json.loads(Grammar.json_schema(value, param).text)
-    return Grammar.json_schema(_read(schema, closes=not _overlap(schema)), param)
+    return _read(schema, closes=not _overlap(schema))
 
 
 def _parts(schema: dict[str, Any]) -> list[Any]:
