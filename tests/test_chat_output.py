@@ -264,6 +264,7 @@ ANSWERS = [
     (Grammar.choice(["yes", "[no]"]), ["yes", "[no]"]),
     (Grammar.ebnf('start: "f{" x "}"\nx: /[a-c]*/'), ["f{ab}", "f{}"]),
 ]  # fmt: skip
+NO_PARAMETERS = {"type": "object", "properties": {}}
 ONE_CALL = {
     "hermes": '<tool_call>\n{"name": "get_weather", "arguments": {"city": "x", "days": 2}}\n</tool_call>',
     "llama3_json": '{"name": "get_weather", "parameters": {"city": "x", "days": 2}}',
@@ -297,6 +298,21 @@ def test_an_answer_is_what_its_grammar_says_or_calls(parser: str, reasoning: str
             json.loads(told.content)
         assert bool(told.calls) != bool(told.content)
     assert texts
+
+
+@pytest.mark.parametrize("parser", [parser for parser in PARSERS if parser != "pythonic"])
+def test_a_function_without_parameters_is_called_without_arguments(parser: str):
+    grammars = [tool_grammar(TOOL_CALL_PARSERS[parser], [("f", NO_PARAMETERS)], True, None, "")]
+    if (
+        either := answer_or_calls(Grammar.json_schema({"const": 1}), TOOL_CALL_PARSERS[parser], [("f", NO_PARAMETERS)], True, None, "")
+    ) is not None:
+        grammars.append(either.text)
+    tokenizer = llguidance.LLTokenizer("byte")
+    for grammar in grammars:
+        for arguments, good in (("{}", True), ('{"a": 1}', False)):
+            text = ONE_CALL[parser].replace("get_weather", "f").replace('{"city": "x", "days": 2}', arguments).encode()
+            matcher = llguidance.LLMatcher(tokenizer, llguidance.LLMatcher.grammar_from_lark(grammar))
+            assert (matcher.try_consume_tokens(list(text)) == len(text) and matcher.is_accepting()) is good
 
 
 def test_what_cannot_stand_beside_calls_stands_alone():
