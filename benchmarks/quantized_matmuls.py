@@ -122,7 +122,8 @@ def _mosaic_cuts() -> Iterator[Contender]:
     yield mosaic(Case("w4z", "gate_up", 16), 4, 1, 8, 132)
     yield mosaic(Case("w4g32", "gate_up", 16), 4, 1, 8, 132)
     yield mosaic(Case("int8", "gate_up", 16), 4, 1, 5, 132)
-    yield mosaic(Case("w4", "gate_up", 128), 2, 1, 4, 132)
+    for tokens in (128, 256):
+        yield mosaic(Case("w4", "gate_up", tokens), 2, 1, 4, 132)
 
 
 def _triton_cuts() -> Iterator[Contender]:

@@ -89,17 +89,17 @@ def test_the_triton_kernel_multiplies(weight, num_tokens, dtype, config):
 
 
 MOSAIC_CUTS = [
-    (four_bit(256, 512, 32, zeros=True), MosaicQuantizedConfig(2, 2, 2, 4)),
-    (eight_bit(128, 512, 1, FLOAT8), MosaicQuantizedConfig(2, 1, 2, 2)),
-    (eight_bit(128, 512, 2, jnp.int8), MosaicQuantizedConfig(1, 2, 2, 3)),
+    (four_bit(256, 512, 32, zeros=True), 3, MosaicQuantizedConfig(2, 2, 2, 4)),
+    (eight_bit(128, 512, 1, FLOAT8), 3, MosaicQuantizedConfig(2, 1, 2, 2)),
+    (eight_bit(128, 512, 2, jnp.int8), 130, MosaicQuantizedConfig(1, 2, 2, 3)),  # two tiles of tokens
 ]
 
 
-@pytest.mark.parametrize(("weight", "config"), MOSAIC_CUTS, ids=["4-bits", "float8", "int8-groups"])
-def test_the_mosaic_kernel_multiplies(weight, config):
-    x = activations(3, 512)
+@pytest.mark.parametrize(("weight", "num_tokens", "config"), MOSAIC_CUTS, ids=["4-bits", "float8", "int8-groups"])
+def test_the_mosaic_kernel_multiplies(weight, num_tokens, config):
+    x = activations(num_tokens, 512)
     parts = quantized_matmul_mosaic(x, weight, config=config, interpret=True)
-    assert parts.shape == (1 if config.splits == 1 else 4, 3, weight.shape[0])
+    assert parts.shape == (1 if config.splits == 1 else 4, num_tokens, weight.shape[0])
     assert error(parts.astype(F32).sum(axis=0), x, weight) < HALF_OF_THE_LAST_BIT[BF16]
 
 

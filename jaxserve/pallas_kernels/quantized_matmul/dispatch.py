@@ -5,13 +5,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jaxserve.pallas_kernels.gpu import Gpu
-from jaxserve.pallas_kernels.quantized_matmul.mosaic import HEIGHT, MosaicQuantizedConfig
+from jaxserve.pallas_kernels.quantized_matmul.mosaic import HEIGHT, MosaicQuantizedConfig, token_tiles
 from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfig
 from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, EightBitWeight, FourBitWeight
 
 # At most so many tokens go to the kernel that widens codes in registers; more are cuBLAS's, with a weight that was widened before.
 _MOST_KERNEL_TOKENS = 256
-_MOST_MOSAIC_TOKENS = 128
+_MOST_MOSAIC_TOKENS = 256
 _LEAST_MOSAIC_TOKENS = 17, 9  # of a weight that Triton would split, and of one large enough without
 _BUSY_SHARE = 0.85  # of the multiprocessors draw all that the memory gives
 _SMEM_BYTES = 225 * 1024  # of a block of Mosaic's, but for its barriers
@@ -35,7 +35,7 @@ def mosaic_config(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtyp
     fits = x.dtype in (jnp.bfloat16, jnp.float16) and out_dtype == x.dtype and size % HEIGHT == 0 and depth % BLOCK == 0 and not tabled
     if not gpu.is_hopper or not fits or not _LEAST_MOSAIC_TOKENS[_is_large(weight, gpu)] <= num_tokens <= _MOST_MOSAIC_TOKENS:
         return None
-    lanes = pl.cdiv(num_tokens, 8) * 8
+    lanes, tiles = token_tiles(num_tokens)
     cuts = [
         (teams, splits)
         for teams in ((4, 3, 2, 1) if lanes <= 32 else (2, 1))  # with more tokens deep stages are worth more than shared tokens
@@ -48,10 +48,10 @@ def mosaic_config(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtyp
     def cost(cut: tuple[int, int]) -> float:
         """Bytes of codes, of tokens for each tile and of parts, written and read; more where multiprocessors share them unequally."""
         teams, splits = cut
-        chunks = size // (teams * HEIGHT) * splits
+        chunks = size // (teams * HEIGHT) * splits * tiles
         largest = pl.cdiv(chunks, gpu.num_multiprocessors) * gpu.num_multiprocessors / chunks  # of a multiprocessor, beside the mean
-        parts = 0 if splits == 1 else 8 * splits * lanes * size
-        moved = size * depth / (HEIGHT * BLOCK) * (code_bytes + 2 * lanes * BLOCK / teams) + parts
+        parts = 0 if splits == 1 else 8 * splits * lanes * tiles * size
+        moved = size * depth / (HEIGHT * BLOCK) * tiles * (code_bytes + 2 * lanes * BLOCK / teams) + parts
         return moved * max(1.0, _BUSY_SHARE * largest)
 
     teams, splits = min(cuts, key=cost)

@@ -1,4 +1,4 @@
-"""Few tokens times a weight of 4 or 8 bits for sm_90 (Hopper), in Pallas Mosaic GPU: as fast as the codes can be read.
+"""Few tokens times a weight of 4 or 8 bits for sm_90 (Hopper), in Pallas Mosaic GPU: up to 64 as fast as the codes can be read.
 
 As matmul/mosaic.py: a warpgroup fetches by TMA and runs ahead over the borders of tiles, the others compute. Each of those takes 64 rows
 of the tile, makes its codes 16 bits wide in registers, in the very places where wgmma wants its left operand, and multiplies the float32
@@ -25,6 +25,7 @@ from jaxserve.pallas_kernels.quantized_matmul.upcast import addend_pair_asm, eig
 from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, EightBitWeight, FourBitWeight
 
 HEIGHT = 64  # of a wgmma
+MOST_LANES = 128  # tokens of a tile; more are cut into equal tiles
 _PIECE = 32  # columns that are widened and multiplied at once
 
 
@@ -57,21 +58,21 @@ def quantized_matmul_mosaic(
         [P, T, N] in x's dtype, parts whose sum is the product: one, or two for each split, as matmul_mosaic's.
     """
     num_tokens, (size, depth) = x.shape[0], weight.shape
-    lanes = pl.cdiv(num_tokens, 8) * 8
+    lanes, tiles = token_tiles(num_tokens)
     blocks = depth // BLOCK
     heights, teams = size // HEIGHT, config.warpgroups
-    chunks = heights // teams * config.splits
+    chunks = heights // teams * config.splits * tiles
     workers = pl.cdiv(chunks, pl.cdiv(chunks, config.num_blocks))
     planes = 1 if config.splits == 1 else 2
     zero = 0 if isinstance(weight, FourBitWeight) and weight.values else 8
-    x = jnp.pad(x, ((0, lanes - num_tokens), (0, 0)))
+    x = jnp.pad(x, ((0, lanes * tiles - num_tokens), (0, 0)))
     if isinstance(weight, FourBitWeight):
         codes, zeros = weight.codes.reshape(blocks, heights, HEIGHT, _PIECE), weight.zeros
         codes_smem = plgpu.SMEM((config.num_stages, teams, HEIGHT, _PIECE), codes.dtype, transforms=swizzled(_PIECE, codes.dtype))
     else:
         codes, zeros = weight.codes.reshape(heights, HEIGHT, depth), None
         if not interpret:
-            x = x.reshape(lanes, depth // 16, 4, 2, 2).swapaxes(2, 3).reshape(lanes, depth)
+            x = x.reshape(-1, depth // 16, 4, 2, 2).swapaxes(2, 3).reshape(-1, depth)
         codes_smem = plgpu.SMEM((config.num_stages, teams, HEIGHT, BLOCK), codes.dtype, transforms=swizzled(BLOCK, codes.dtype))
     # A scale a row is read once at the end.
     per_row = weight.scales.shape[0] == 1
@@ -88,7 +89,7 @@ def quantized_matmul_mosaic(
             workers=workers,
             interpret=interpret,
         ),
-        out_type=jax.ShapeDtypeStruct((config.splits * planes, lanes, size), x.dtype),
+        out_type=jax.ShapeDtypeStruct((config.splits * planes, lanes * tiles, size), x.dtype),
         scratch_types=(
             codes_smem,
             plgpu.SMEM((config.num_stages, lanes, BLOCK), x.dtype, transforms=swizzled(_PIECE, x.dtype)),
@@ -109,23 +110,37 @@ def quantized_matmul_mosaic(
     return sums[:, :num_tokens]
 
 
+def token_tiles(num_tokens: int) -> tuple[int, int]:
+    """The tokens of a tile, a multiple of 8, and how many tiles hold them all."""
+    tiles = pl.cdiv(num_tokens, MOST_LANES)
+    return pl.cdiv(num_tokens, 8 * tiles) * 8, tiles
+
+
 def _quantized_matmul_kernel(
     x_ref, codes_ref, scales_ref, zeros_ref, one_zero_ref, sums_ref, codes_smem, x_smem, scales_smem, zeros_smem, out_smem, filled, emptied,
     *, config: MosaicQuantizedConfig, per_row: bool, group: int, chunks: int, workers: int, interpret: bool,
 ):  # fmt: skip
     teams, stages, splits, planes = config.warpgroups, config.num_stages, jnp.int32(config.splits), out_smem.shape[1]
-    lanes, depth = x_ref.shape
+    depth, lanes = x_ref.shape[1], x_smem.shape[1]
+    tiles = jnp.int32(x_ref.shape[0] // lanes)
     four_bit = codes_ref.dtype == jnp.uint16
     parts = scales_smem.shape[1]
     steps = depth // BLOCK // config.splits
     worker = lax.axis_index("worker")
     warpgroup = lax.axis_index("warpgroup")
+
+    def place(chunk):
+        """A chunk's first row in units of a tile's, its share of the columns and its tile of tokens: tiles that share codes are neighbours."""
+        rest = lax.div(chunk, tiles)
+        return lax.div(rest, splits) * teams, lax.rem(rest, splits), pl.ds(lax.rem(chunk, tiles) * lanes, lanes)
+
     begin, end = lax.div(worker * chunks, jnp.int32(workers)), lax.div((worker + 1) * chunks, jnp.int32(workers))
 
     @pl.when(warpgroup == teams)
     def _fetch():
         def fetch_chunk(chunk, count):
-            heights = pl.ds(lax.div(chunk, splits) * teams, teams)
+            first, share, tokens = place(chunk)
+            heights = pl.ds(first, teams)
 
             def step(i, count):
                 slot = lax.rem(count, jnp.int32(stages))
@@ -135,11 +150,11 @@ def _quantized_matmul_kernel(
                     plgpu.barrier_wait(emptied.at[slot])
 
                 # Blocks of threads start at different columns: together at the same ones they would crowd some of the memory's channels.
-                block = lax.rem(chunk, splits) * steps + lax.rem(i + worker, jnp.int32(steps))
+                block = share * steps + lax.rem(i + worker, jnp.int32(steps))
                 columns = pl.ds(pl.multiple_of(block * BLOCK, BLOCK), BLOCK)
                 codes = codes_ref.at[block, heights] if four_bit else codes_ref.at[heights, :, columns]
                 plgpu.copy_gmem_to_smem(codes, codes_smem.at[slot], filled.at[slot])
-                plgpu.copy_gmem_to_smem(x_ref.at[:, columns], x_smem.at[slot], filled.at[slot])
+                plgpu.copy_gmem_to_smem(x_ref.at[tokens, columns], x_smem.at[slot], filled.at[slot])
                 groups = pl.ds(block * parts if group <= BLOCK else lax.div(block * BLOCK, jnp.int32(group)), parts)
                 if not per_row:
                     plgpu.copy_gmem_to_smem(scales_ref.at[groups, heights], scales_smem.at[slot], filled.at[slot])
@@ -205,7 +220,7 @@ def _quantized_matmul_kernel(
                 count, total = lax.fori_loop(0, steps, step, (count, jnp.zeros((HEIGHT, lanes), jnp.float32)))
             else:
                 count, total = in_accumulator(sum_all)
-            scales = plgpu.load(scales_ref.at[0, lax.div(chunk, splits) * teams + warpgroup], layout=_ROW, optimized=False)
+            scales = plgpu.load(scales_ref.at[0, place(chunk)[0] + warpgroup], layout=_ROW, optimized=False)
             return count, total * across(scales)
 
         def sum_by_groups(chunk, count):
@@ -239,11 +254,11 @@ def _quantized_matmul_kernel(
                 if plane + 1 < planes:
                     rest = rest - part.astype(jnp.float32)
             plgpu.commit_smem()
-            row = (lax.div(chunk, splits) * teams + warpgroup) * HEIGHT
-            place = lax.rem(chunk, splits) * planes
+            first, share, tokens = place(chunk)
+            row = (first + warpgroup) * HEIGHT
             for plane in range(planes):
                 rows = pl.ds(pl.multiple_of(row, HEIGHT), HEIGHT)
-                plgpu.copy_smem_to_gmem(out_smem.at[warpgroup, plane], sums_ref.at[place + plane, :, rows])
+                plgpu.copy_smem_to_gmem(out_smem.at[warpgroup, plane], sums_ref.at[share * planes + plane, tokens, rows])
             return count
 
         lax.fori_loop(begin, end, compute_chunk, jnp.int32(0))
