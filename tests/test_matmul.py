@@ -134,10 +134,15 @@ def lowered(num_tokens, size, depth, product=multiply) -> str:
 def test_a_hopper_gpu_takes_the_kernels_for_batches(monkeypatch):
     monkeypatch.setattr(api, "local_gpu", lambda: Gpu(132, True))
     gate_up, down = LLAMA_8B[2:]
-    for case in ((1, *down), (64, *gate_up), (128, *down), (256, *down), (256, *gate_up, gated_matmul)):
+    for case in ((1, *down), (64, *gate_up), (128, *down), (256, *down), (256, *gate_up, gated_matmul), (2048, *gate_up, gated_matmul)):
         text = lowered(*case)
         assert text.count("custom_call @mosaic_gpu_v2") == 1 and "dot_general" not in text
-    for case in ((512, *down), (64, 128256, 2048, functools.partial(matmul, out_dtype=jnp.float32))):
+    for case in (
+        (512, *down),
+        (2048, *gate_up),
+        (512, *gate_up, gated_matmul),
+        (64, 128256, 2048, functools.partial(matmul, out_dtype=jnp.float32)),
+    ):
         assert "mosaic_gpu_v2" not in lowered(*case)
     monkeypatch.setattr(api, "local_gpu", lambda: Gpu(108, False))
     assert "mosaic_gpu_v2" not in lowered(64, *down)
