@@ -4,7 +4,8 @@
 
 The text is Python's own reference, which every interpreter ships (pydoc_data.topics). The demo model's file is quantized itself (Q4_1):
 its weights are dequantized to float32 first, and "float32" is the model with these. "gptq" is a GPTQ checkpoint of them, of 4 bits, made
-by rounding to nearest without calibration.
+by rounding to nearest without calibration. "kv" rows are float32 weights over a KV cache of that dtype: a token is scored by the keys
+and values that its window left there.
 """
 
 import argparse
@@ -99,6 +100,7 @@ def models(folder: Path, only: list[str]) -> Iterator[tuple[str, Path, dict[str,
     cases: list[tuple[str, Path, dict[str, Any]]] = [("float32", dense, {})]
     cases += [(name, dense, {"quantize": name}) for name in ON_LOAD]
     cases += [("gptq", gptq, {}), ("Q4_1 file", source.path, {})]
+    cases += [(f"kv {name}", dense, {"kv_cache_dtype": name}) for name in ("fp8_e4m3fn", "fp8_e5m2")]
     yield from (case for case in cases if not only or case[0] in only)
 
 

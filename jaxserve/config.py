@@ -55,6 +55,11 @@ class EngineOptions:
         "Kernels that compute attention; auto: the fastest for each step that the device has.",
         ("auto", "mosaic", "triton", "xla"),
     )
+    kv_cache_dtype: str = option(
+        "auto",
+        "Dtype of the KV cache; auto: that of the activations; fp8 and fp8_e4m3 are fp8_e4m3fn.",
+        ("auto", "fp8", "fp8_e4m3", "fp8_e4m3fn", "fp8_e5m2"),
+    )
     cuda_memory_fraction: float = option(0.9, "Share of a GPU's memory that jaxserve may use.", low=0.01, high=1.0)
     cpu_kv_cache_gib: float = option(2.0, "Memory for the KV cache when serving on the CPU, in GiB.", low=0.001)
     max_batch_size: int | None = option(None, "Most requests that run at once. Default: 32 on CPU, 256 on a GPU.", low=1)
@@ -74,6 +79,13 @@ class EngineOptions:
     )
     sync: bool = option(False, "Collect every step at once instead of one step later; same tokens, slower.")
     compilation_cache_dir: str | None = option(None, "Folder of compiled programs. Default: ~/.cache/jaxserve/xla.", metavar="DIR")
+
+    @property
+    def kv_dtype(self) -> str | None:
+        """What --kv-cache-dtype is to JAX; None: the dtype of the activations."""
+        if self.kv_cache_dtype == "auto":
+            return None
+        return "float8_e5m2" if self.kv_cache_dtype == "fp8_e5m2" else "float8_e4m3fn"
 
     @property
     def data_size(self) -> int:

@@ -288,6 +288,7 @@ class EngineInfo:
         defaults: sampling defaults of generation_config.json (only the fields present), e.g. {"temperature": 0.6}.
         no_grammars: why SamplingParams.grammar is refused, "" where it is not.
         deterministic: a request gets the same tokens to the bit, whatever else runs.
+        kv_cache_dtype: of the KV cache, as --kv-cache-dtype calls it, or JAX: "fp8_e4m3fn", "bfloat16".
     """
 
     model_id: str
@@ -305,6 +306,7 @@ class EngineInfo:
     defaults: Mapping[str, float]
     no_grammars: str = ""
     deterministic: bool = False
+    kv_cache_dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True)

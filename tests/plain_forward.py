@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxserve.models import Architecture, Model
-from jaxserve.pallas_kernels import AttentionMetadata, layer_kv_shape
+from jaxserve.pallas_kernels import AttentionMetadata, layer_kv_shape, page_dtype
 
 PAGE_SIZE = 8
 
@@ -20,8 +20,8 @@ def make_mesh(tensor: int) -> Mesh:
     return Mesh(np.asarray(jax.devices()[:tensor]).reshape(1, tensor), ("data", "tensor"))
 
 
-def logits_of(model: Model, mesh: Mesh, tokens: list[int], bucket: int) -> np.ndarray:
-    """Logits, float32 [len(tokens), vocab], at every position of one prompt, padded to `bucket` tokens."""
+def logits_of(model: Model, mesh: Mesh, tokens: list[int], bucket: int, kv_dtype: str = "float32") -> np.ndarray:
+    """Logits, float32 [len(tokens), vocab], at every position of one prompt, padded to `bucket` tokens, over a cache of `kv_dtype`."""
     count, pages = len(tokens), -(-bucket // PAGE_SIZE)
     flat = np.arange(bucket, dtype=np.int32)
     real = flat < count
@@ -36,17 +36,18 @@ def logits_of(model: Model, mesh: Mesh, tokens: list[int], bucket: int) -> np.nd
         decode_only=False,
     )
     padded = jnp.asarray(np.where(real, np.pad(np.asarray(tokens, np.int32), (0, bucket - count)), 0))
-    return np.asarray(_forward(model.architecture, mesh, pages)(model.leaves, padded, jnp.asarray(flat), metadata))[:count]
+    return np.asarray(_forward(model.architecture, mesh, pages, kv_dtype)(model.leaves, padded, jnp.asarray(flat), metadata))[:count]
 
 
 @lru_cache
-def _forward(architecture: Architecture, mesh: Mesh, pages: int) -> Callable[..., jax.Array]:
+def _forward(architecture: Architecture, mesh: Mesh, pages: int, kv_dtype: str) -> Callable[..., jax.Array]:
     """(leaves, token ids [T], positions [T], metadata) -> logits [T, vocab], jitted over an empty cache of `pages` pages a layer."""
     config = architecture.config
     shape = layer_kv_shape(pages, PAGE_SIZE, config.local_kv_heads(mesh.shape["tensor"]), config.head_dim)
+    dtype = page_dtype(jnp.dtype(kv_dtype), "cpu")
 
     def step(leaves: tuple[jax.Array, ...], token_ids: jax.Array, positions: jax.Array, metadata: AttentionMetadata) -> jax.Array:
-        kv = tuple((jnp.zeros(shape), jnp.zeros(shape)) for _ in range(config.num_layers))
+        kv = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
         everywhere = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
         return architecture.apply(leaves, token_ids, positions, kv, (metadata,) * len(config.kv_groups), everywhere)[0]
 

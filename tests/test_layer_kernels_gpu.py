@@ -17,7 +17,7 @@ from jaxserve.pallas_kernels.gpu import Gpu
 from jaxserve.pallas_kernels.rotate_and_write_kv.reference import rotate_and_write_kv_reference
 from jaxserve.pallas_kernels.rotate_and_write_kv.triton import RotateConfig, rotate_and_write_kv_triton
 
-BF16, F16, F32, FLOAT8 = (jnp.dtype(name) for name in ("bfloat16", "float16", "float32", "float8_e4m3fn"))
+BF16, F16, F32, FLOAT8, E5M2 = (jnp.dtype(name) for name in ("bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"))
 PAGE_SIZE = 16
 
 
@@ -25,7 +25,7 @@ def normal(random, shape, dtype=BF16):
     return jnp.asarray(random.standard_normal(shape), jnp.float32).astype(dtype)
 
 
-def make_qkv(num_tokens, num_heads, num_kv_heads, head_dim, *, qk_norms=False, bias=False, kv_dtype=BF16):
+def make_qkv(num_tokens, num_heads, num_kv_heads, head_dim, *, qk_norms=False, bias=False, kv_dtype=BF16, scaled=False):
     """A step of `num_tokens` whose second token and last quarter are padding: arguments and options of `rotate_and_write_kv`."""
     random = np.random.default_rng(0)
     num_pages = -(-num_tokens // PAGE_SIZE) + 1
@@ -39,7 +39,8 @@ def make_qkv(num_tokens, num_heads, num_kv_heads, head_dim, *, qk_norms=False, b
     kv = tuple(normal(random, (num_pages, num_kv_heads, PAGE_SIZE, head_dim), kv_dtype) for _ in range(2))
     arguments = normal(random, (num_tokens, columns)), (jnp.cos(angles), jnp.sin(angles)), kv, metadata
     norms = (normal(random, (head_dim,)), normal(random, (head_dim,))) if qk_norms else None
-    return arguments, dict(bias=normal(random, (columns,)) if bias else None, norms=norms)
+    scales = tuple(jnp.asarray(random.uniform(0.05, 0.5, num_kv_heads).astype(np.float32)) for _ in range(2)) if scaled else None
+    return arguments, dict(bias=normal(random, (columns,)) if bias else None, norms=norms, scales=scales)
 
 
 def assert_equal_but_for_rounding(got, expected):
@@ -79,10 +80,12 @@ ROTATE_CASES = [
     ((9, 4, 2, 32), dict(qk_norms=True), RotateConfig(1, 2, 1)),
     ((4, 3, 1, 80), dict(bias=True, qk_norms=True), RotateConfig(4, 1, 1)),
     ((6, 2, 2, 64), dict(kv_dtype=FLOAT8), RotateConfig(2, 2, 1)),
+    ((9, 8, 4, 80), dict(kv_dtype=FLOAT8, scaled=True, bias=True), RotateConfig(4, 2, 1)),
+    ((6, 6, 2, 64), dict(kv_dtype=E5M2, scaled=True), RotateConfig(1, 2, 1)),
 ]
 
 
-@pytest.mark.parametrize(("sizes", "options", "config"), ROTATE_CASES, ids=["norms", "bias-odd-size", "float8"])
+@pytest.mark.parametrize(("sizes", "options", "config"), ROTATE_CASES, ids=["norms", "bias-odd-size", "float8", "float8-scaled", "e5m2"])
 def test_rotate_and_write_kv_is_the_reference(sizes, options, config):
     arguments, options = make_qkv(*sizes, **options)
     call = functools.partial(rotate_and_write_kv_triton, eps=1e-6, dtype=BF16, config=config, interpret=True, **options)
@@ -122,6 +125,8 @@ def test_add_rms_norm_kernel_lowers_for_cuda(num_tokens, size):
     ((256, 32, 8, 128), dict(qk_norms=True)),
     ((1024, 28, 4, 128), dict(bias=True)),
     ((64, 8, 1, 96), dict(kv_dtype=FLOAT8)),
+    ((256, 32, 8, 128), dict(kv_dtype=FLOAT8, scaled=True)),
+    ((64, 32, 8, 128), dict(kv_dtype=E5M2)),
 ])  # fmt: skip
 def test_rotate_and_write_kv_lowers_for_cuda_in_place(sizes, options):
     arguments, options = jax.eval_shape(lambda: make_qkv(*sizes, **options))

@@ -15,6 +15,7 @@ from jax import export
 import jaxserve
 from jaxserve.config import ModelOptions
 from jaxserve.models import Architecture, Model, ModelConfig
+from jaxserve.models.kv_scaling import KVScaling
 from jaxserve.runner import ModelRunner, Preparation, RunnerConfig, lowering_process, make_mesh, preparation
 from jaxserve.runner.batch import BatchLayout
 from jaxserve.runner.blueprint import Blueprint, digest_sources
@@ -183,15 +184,19 @@ def test_a_blueprint_travels():
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend")
-def test_programs_for_a_gpu_are_lowered_where_there_is_none():
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3fn"])
+def test_programs_for_a_gpu_are_lowered_where_there_is_none(kv_dtype: str):
     model, config = ModelConfig.from_hf(LLAMA), RunnerConfig(16, 64)
-    plan = plan_kv_cache(model, config, 1, jnp.dtype(jnp.bfloat16), 1 << 30)
+    if kv_dtype != "bfloat16":
+        model = replace(model, kv_scaling=KVScaling(names=("self_attn.k_scale", "self_attn.v_scale")))
+    plan = plan_kv_cache(model, config, 1, jnp.dtype(kv_dtype), 1 << 30)
     here = Blueprint.of(Architecture.of(model), jnp.dtype(jnp.bfloat16), make_mesh(1), plan, config)
     blueprint = replace(here, **H200)
     programs = Programs(blueprint)
     exported = export.deserialize(bytearray(lower(programs[FORWARD], blueprint.platform)))
     assert exported.platforms == ("cuda",)
     assert any(call in exported.mlir_module() for call in ("mosaic_gpu", "__gpu$xla.gpu.triton"))
+    assert ("f8E4M3FN" in exported.mlir_module()) == (kv_dtype != "bfloat16")
 
 
 def test_a_store_takes_nothing_that_it_did_not_write(tmp_path: Path, caplog: pytest.LogCaptureFixture):

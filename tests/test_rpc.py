@@ -115,7 +115,21 @@ def test_rejections_keep_their_class(error: Exception):
 
 def test_info_and_stats_round_trip():
     info = EngineInfo(
-        "m", "main", "/x", 10, 20, 19, (1, 2), 16, 5, "1x2", "float32", "cpu", {"temperature": 0.6, "top_k": 20}, deterministic=True
+        "m",
+        "main",
+        "/x",
+        10,
+        20,
+        19,
+        (1, 2),
+        16,
+        5,
+        "1x2",
+        "float32",
+        "cpu",
+        {"temperature": 0.6, "top_k": 20},
+        deterministic=True,
+        kv_cache_dtype="fp8_e5m2",
     )
     read = wire.info_from(wire.info_message(info))
     assert read == info

@@ -49,7 +49,6 @@ UNNEEDED = (
 )
 _NONE = ("", "false", "0", "none")
 REFUSED = (
-    Foreign("kv-cache-dtype", "FP8 KV caches come later; the KV cache has the dtype of the model", ("", "auto")),
     Foreign("speculate", "speculative decoding comes later", _NONE),
     Foreign("lora-adapters", "LoRA adapters come later", _NONE),
     Foreign("ngrok", "tunnels are not supported, in TGI 3 neither", _NONE),

@@ -5,6 +5,7 @@ Where a mesh spans hosts, all of them start alike, and hold on the way what they
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxserve.config import EngineOptions, ModelOptions
@@ -87,12 +89,13 @@ def begin_start(
     mesh = make_mesh(engine_options.tensor_size, replica, num_hosts=1 if hosts is None else hosts.count)
     platform = mesh.devices.flat[0].platform
     logger.info("devices: %d x %s", mesh.size, mesh.devices.flat[0].device_kind)
-    attention = engine_options.attention
+    attention, kv_dtype = engine_options.attention, engine_options.kv_dtype
+    _check_kv_dtype(kv_dtype, mesh)
     if attention != "auto":  # before the weights, which take long
         shape = read_config(source)
-        dtype = resolve_dtype(model_options.dtype, shape, platform)
-        check_attention(shape, attention, dtype, engine_options.page_size, engine_options.tensor_size)
-    opened = open_model(source, model_options, mesh, attention=attention)
+        dtype, of_cache = resolve_dtype(model_options.dtype, shape, platform), None if kv_dtype is None else jnp.dtype(kv_dtype)
+        check_attention(shape, attention, dtype, of_cache, engine_options.page_size, engine_options.tensor_size)
+    opened = open_model(source, model_options, mesh, attention=attention, kv_dtype=kv_dtype)
     config = RunnerConfig.from_options(engine_options, platform, str(compilation_cache(engine_options)))
     nbytes = opened.nbytes(engine_options.tensor_size)
     return Start(
@@ -140,6 +143,21 @@ def _check_deterministic(options: EngineOptions) -> None:
     if options.max_decode_gap_ms is not None:
         raise StartupError(
             "--max-decode-gap-ms does nothing under --deterministic: its steps all take as long. Set --max-batch-prefill-tokens"
+        )
+
+
+def _check_kv_dtype(kv_dtype: str | None, mesh: Mesh) -> None:
+    """Whether the GPU converts from and to the dtype of the cache.
+
+    Raises:
+        StartupError: naming one that it does.
+    """
+    capability = str(getattr(mesh.devices.flat[0], "compute_capability", ""))
+    if kv_dtype != "float8_e4m3fn" or not re.fullmatch(r"\d+\.\d+", capability):
+        return
+    if tuple(map(int, capability.split("."))) < (8, 9):
+        raise StartupError(
+            f"--kv-cache-dtype fp8_e4m3fn needs a GPU of compute capability 8.9 or later, this one is of {capability}; fp8_e5m2 serves it"
         )
 
 

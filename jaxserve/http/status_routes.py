@@ -78,6 +78,7 @@ def status_routes(service: Service, environment: Mapping[str, str]) -> APIRouter
             "model_dtype": told.dtype,
             "model_device_type": told.device,
             "mesh": told.mesh,
+            "kv_cache_dtype": told.kv_cache_dtype,
             "deterministic": told.deterministic,
             "max_concurrent_requests": service.max_concurrent_requests,
             "max_best_of": options.max_best_of,

@@ -8,6 +8,7 @@ from jaxserve.errors import UnsupportedModel
 from jaxserve.models.family import Traits
 from jaxserve.models.fields import Fields
 from jaxserve.models.formats import Quantization, read_quantization
+from jaxserve.models.kv_scaling import KVScaling
 from jaxserve.models.registry import find_family
 from jaxserve.models.rope import Rope, read_rope
 
@@ -40,6 +41,7 @@ class ModelConfig:
         dtype: of the checkpoint, such as "bfloat16"; "" where config.json does not tell.
         defaults: (field, value) of generation_config.json's sampling fields that are present.
         quantization: which matrices are quantized, and how.
+        kv_scaling: of keys and values in a cache of 8 bits.
     """
 
     family: str
@@ -62,6 +64,7 @@ class ModelConfig:
     dtype: str
     defaults: tuple[tuple[str, float], ...]
     quantization: Quantization
+    kv_scaling: KVScaling
 
     @property
     def group_of_layer(self) -> tuple[int, ...]:
@@ -120,6 +123,7 @@ class ModelConfig:
             bos_token_id=bos[0] if bos else None,
             dtype=str(config.get("dtype") or config.get("torch_dtype") or ""),
             quantization=read_quantization(config, quantize),
+            kv_scaling=KVScaling.from_hf(config),
             defaults=tuple((name, generation.number(name)) for name in _SAMPLING_FIELDS if generation.values.get(name) is not None),
         )
 

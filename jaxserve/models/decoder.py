@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.kv_scaling import KVScale
 from jaxserve.models.layers import Embedding, Linear, Place, RMSNorm, norm_weight
-from jaxserve.models.parameters import Axis
+from jaxserve.models.parameters import Axis, Source
 from jaxserve.pallas_kernels import AttentionMetadata, LayerKV, add_parts, paged_attention, rotate_and_write_kv
 
 Rotation = tuple[jax.Array, jax.Array]
@@ -30,15 +31,26 @@ class Attention(nnx.Module):
         self.output = Linear(("self_attn.o_proj",), (hidden,), heads, traits.output_bias, place)
         self.norms = nnx.List([norm_weight(f"self_attn.{name}_norm", head_dim) for name in "qk"]) if traits.qk_norm else None
         self.norm_eps = config.norm_eps
+        each_head = Axis("KV heads", config.num_kv_heads, units=config.num_kv_heads, repeat=True)
+        scales = [nnx.Param(KVScale((Source(name, (each_head,)),), "ones")) for name in config.kv_scaling.names]
+        self.kv_scales = nnx.List(scales) if scales else None
 
     def __call__(self, x: jax.Array, rotation: Rotation, kv: LayerKV, metadata: AttentionMetadata) -> tuple[jax.Array, LayerKV]:
         """x [T, hidden] -> as from `Linear.parts`, and the layer's cache with this step's keys and values in it."""
         bias = None if self.qkv.bias is None else self.qkv.bias[...]
         norms = None if self.norms is None else tuple(weight[...] for weight in self.norms)
+        scales = None if self.kv_scales is None else (self.kv_scales[0][...], self.kv_scales[1][...])
         qkv = self.qkv.matrix.matmul_parts(x)
-        q, kv = rotate_and_write_kv(qkv, rotation, kv, metadata, bias=bias, norms=norms, eps=self.norm_eps, dtype=x.dtype)
+        q, kv = rotate_and_write_kv(qkv, rotation, kv, metadata, bias=bias, norms=norms, eps=self.norm_eps, dtype=x.dtype, scales=scales)
         out = paged_attention(
-            q, kv, metadata, scale=self.head_dim**-0.5, window=self.window, soft_cap=None, implementation=self.implementation
+            q,
+            kv,
+            metadata,
+            scale=self.head_dim**-0.5,
+            window=self.window,
+            soft_cap=None,
+            implementation=self.implementation,
+            value_scales=None if scales is None else scales[1],
         )
         return self.output.parts(out.reshape(out.shape[0], -1), metadata.deterministic), kv
 

@@ -68,15 +68,15 @@ class Architecture:
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
 
 
-def check_attention(config: ModelConfig, attention: str, dtype: jnp.dtype, page_size: int, shards: int) -> None:
-    """Whether `attention` can serve this model, cut over `shards` devices.
+def check_attention(config: ModelConfig, attention: str, dtype: jnp.dtype, kv_dtype: jnp.dtype | None, page_size: int, shards: int) -> None:
+    """Whether `attention` can serve this model, cut over `shards` devices; keys and values are of `kv_dtype`, None: of `dtype`.
 
     Raises:
         StartupError: it cannot; one line.
     """
     sizes = dict(num_heads=config.num_heads // shards, num_kv_heads=config.local_kv_heads(shards))
     try:
-        check_implementation(attention, dtype, head_dim=config.head_dim, page_size=page_size, **sizes)
+        check_implementation(attention, dtype, kv_dtype, head_dim=config.head_dim, page_size=page_size, **sizes)
     except ValueError as error:
         raise StartupError(f"--attention: {error}") from None
 

@@ -6,9 +6,11 @@ Imports nothing else of jaxserve. The layout of the KV cache is private to this 
 from jaxserve.pallas_kernels.add_rms_norm import add_rms_norm as add_rms_norm
 from jaxserve.pallas_kernels.gpu import local_gpu as local_gpu
 from jaxserve.pallas_kernels.layer_kv import KV_HEADS_AXIS as KV_HEADS_AXIS
+from jaxserve.pallas_kernels.layer_kv import KVScales as KVScales
 from jaxserve.pallas_kernels.layer_kv import LayerKV as LayerKV
 from jaxserve.pallas_kernels.layer_kv import layer_kv_shape as layer_kv_shape
 from jaxserve.pallas_kernels.layer_kv import make_layer_kv as make_layer_kv
+from jaxserve.pallas_kernels.layer_kv import page_dtype as page_dtype
 from jaxserve.pallas_kernels.matmul import add_parts as add_parts
 from jaxserve.pallas_kernels.matmul import gated_matmul as gated_matmul
 from jaxserve.pallas_kernels.matmul import matmul as matmul

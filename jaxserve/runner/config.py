@@ -17,6 +17,7 @@ class RunnerConfig:
         max_batch_tokens: most tokens a step computes.
         page_size: tokens a KV page.
         max_total_tokens: most tokens of a request; None: what the model and the cache hold.
+        kv_dtype: of keys and values in the cache, as JAX calls it; None: that of the activations.
         kv_bytes: memory for the KV cache on each device; None: what the device has left.
         masked: compile what constrained requests need.
         deterministic: what a request gets is the same to the bit alone and in any batch: every step computes max_batch_tokens.
@@ -27,6 +28,7 @@ class RunnerConfig:
     max_batch_tokens: int
     page_size: int = 16
     max_total_tokens: int | None = None
+    kv_dtype: str | None = None
     kv_bytes: int | None = None
     masked: bool = False
     deterministic: bool = False
@@ -45,6 +47,7 @@ class RunnerConfig:
             max_batch_tokens=max(batch_tokens, batch_size),
             page_size=options.page_size,
             max_total_tokens=options.max_total_tokens,
+            kv_dtype=options.kv_dtype,
             masked=not options.disable_grammar_support,
             deterministic=options.deterministic,
             kv_bytes=int(options.cpu_kv_cache_gib * GIB) // options.tensor_size if on_cpu else None,

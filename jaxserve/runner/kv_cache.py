@@ -26,7 +26,7 @@ class KVCachePlan:
         group_of_layer: for each layer its KV group.
         num_kv_heads: on each device.
         head_dim: of a KV head.
-        dtype: of keys and values.
+        dtype: of the pages.
     """
 
     num_pages: tuple[int, ...]
@@ -75,7 +75,7 @@ def plan_kv_cache(model: ModelConfig, config: RunnerConfig, tensor_size: int, dt
         model: shapes and KV groups.
         config: limits; a given max_total_tokens must fit, otherwise it becomes what fits.
         tensor_size: devices that share the KV heads.
-        dtype: of keys and values.
+        dtype: of the pages.
         kv_bytes: memory on each device.
 
     Raises:

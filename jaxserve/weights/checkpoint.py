@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxserve.errors import WeightsError
 from jaxserve.models.formats import QuantizedPart
+from jaxserve.models.kv_scaling import is_kv_scale
 from jaxserve.models.parameters import Parameter
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -86,5 +87,5 @@ def _fits(shape: tuple[int, ...], declared: tuple[int, ...] | None) -> bool:
 
 
 def _is_derived(name: str) -> bool:
-    """Old Llama checkpoints store the rotary frequencies, which follow from config.json; others tell how an fp8 KV cache is scaled."""
-    return name.endswith((".rotary_emb.inv_freq", ".k_scale", ".v_scale", ".q_scale", ".kv_scale"))
+    """Old Llama checkpoints store the rotary frequencies, which follow from config.json; others tell how a KV cache of 8 bits is scaled."""
+    return name.endswith(".rotary_emb.inv_freq") or is_kv_scale(name)

@@ -17,6 +17,7 @@ from jaxserve.config import ModelOptions
 from jaxserve.errors import ModelNotFound, StartupError, UnsupportedModel
 from jaxserve.models import Architecture, Model, ModelConfig
 from jaxserve.models.formats import QuantizedMatrix, QuantizedPart
+from jaxserve.models.kv_scaling import KVScaling, is_kv_scale
 from jaxserve.models.parameters import Parameter
 from jaxserve.pallas_kernels import ScaleDtype
 from jaxserve.weights.checkpoint import HEAD, Checkpoint, check_tensors, embeddings_are_tied
@@ -74,11 +75,12 @@ class OpenModel:
         checkpoint, shards, axis = self.checkpoint, mesh.shape["tensor"], parameter.sharded_axis
         if checkpoint is None:
             return random_array(parameter, mesh, self.dtype)
+        dtype = parameter.dtype(self.dtype)
         local = parameter.local_shape(shards)
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
             start = 0 if axis is None or index is None else index[axis].start or 0
-            return parameter.read(checkpoint.read, 0 if axis is None else start // local[axis], shards, self.dtype)
+            return parameter.read(checkpoint.read, 0 if axis is None else start // local[axis], shards, dtype)
 
         return jax.make_array_from_callback(parameter.shape(shards), NamedSharding(mesh, parameter.spec), shard)
 
@@ -91,13 +93,19 @@ class OpenModel:
 
 
 def open_model(
-    source: ModelSource, options: ModelOptions, mesh: Mesh, dtype: jnp.dtype | None = None, attention: str = "auto"
+    source: ModelSource,
+    options: ModelOptions,
+    mesh: Mesh,
+    dtype: jnp.dtype | None = None,
+    attention: str = "auto",
+    kv_dtype: str | None = None,
 ) -> OpenModel:
     """Read what a model is; check that the mesh can share it and that its tensors are there (`--load-format dummy` needs none).
 
     Args:
         dtype: of weights and activations; None: what `options.dtype` says (`resolve_dtype`).
         attention: which kernels compute it (`Decoder`).
+        kv_dtype: of keys and values in the cache; None: that of the activations. float8_e4m3fn uses the scales of the checkpoint.
 
     Raises:
         StartupError: UnsupportedModel, WeightsError, or a mesh that cannot share the model; one line each.
@@ -111,10 +119,24 @@ def open_model(
     checkpoint = _open_gguf(source.path) if source.is_gguf else SafetensorsCheckpoint(source.weights or source.path)
     tied = config.tie_embeddings and embeddings_are_tied(checkpoint)
     quantization = config.quantization.with_scales(_scale_dtype(checkpoint))
-    architecture = Architecture.of(replace(config, tie_embeddings=tied, quantization=quantization), attention)
+    config = replace(
+        config, tie_embeddings=tied, quantization=quantization, kv_scaling=_kv_scaling(config.kv_scaling, checkpoint, kv_dtype)
+    )
+    architecture = Architecture.of(config, attention)
     _check_mesh(architecture, mesh.shape["tensor"])
     check_tensors(architecture.parameters, checkpoint, ignored={HEAD} if tied else set())
     return OpenModel(architecture, dtype, checkpoint)
+
+
+def _kv_scaling(scaling: KVScaling, checkpoint: Checkpoint, kv_dtype: str | None) -> KVScaling:
+    """Those of the checkpoint, where the cache is of the dtype that they are made for: float8_e5m2 reaches far enough without."""
+    if kv_dtype == "float8_e4m3fn":
+        scaling = scaling.found_in(checkpoint.shapes)
+        told = f"divided by {' and '.join(dict.fromkeys(scaling.names))}" if scaling.names else "as they are: the checkpoint has no scales"
+        logger.info("keys and values are stored as float8_e4m3fn, %s", told)
+    elif kv_dtype is None and any(map(is_kv_scale, checkpoint.shapes)):
+        logger.info("the checkpoint has scales for a KV cache of 8 bits, which --kv-cache-dtype fp8_e4m3fn would use")
+    return scaling
 
 
 def _open_gguf(path: Path) -> Checkpoint:

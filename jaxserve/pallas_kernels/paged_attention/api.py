@@ -16,13 +16,21 @@ IMPLEMENTATIONS = ("auto", "mosaic", "triton", "xla")
 
 
 def check_implementation(
-    implementation: str, dtype: jnp.dtype, *, num_heads: int, num_kv_heads: int, head_dim: int, page_size: int
+    implementation: str,
+    dtype: jnp.dtype,
+    kv_dtype: jnp.dtype | None = None,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page_size: int,
 ) -> None:
     """Whether `paged_attention` with this implementation can serve a model on this process's device.
 
     Args:
         implementation: of IMPLEMENTATIONS.
-        dtype: of queries, keys and values.
+        dtype: of queries.
+        kv_dtype: of keys and values; None: `dtype`.
         num_heads, num_kv_heads: on one device.
 
     Raises:
@@ -41,6 +49,8 @@ def check_implementation(
 
         if not gpu.is_hopper:
             raise ValueError("mosaic needs a Hopper GPU (compute capability 9.0); triton serves others")
+        if kv_dtype not in (None, dtype):
+            raise ValueError(f"mosaic reads keys and values of {dtype}, not {kv_dtype}; auto and triton do")
         if not MosaicDecodeConfig.goes(num_heads, num_kv_heads, head_dim, page_size):
             raise ValueError(
                 f"mosaic does not go with {num_heads} heads, {num_kv_heads} KV heads of {head_dim}, pages of {page_size} tokens"
@@ -83,6 +93,7 @@ def paged_attention(
     window: int | None,
     soft_cap: float | None,
     implementation: str = "auto",
+    value_scales: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention of a step's tokens over their rows' pages, this step's own K and V (already written) included.
 
@@ -94,6 +105,8 @@ def paged_attention(
         window: a token sees only the `window` latest positions, its own included; None: all.
         soft_cap: scores become soft_cap * tanh(scores / soft_cap); None: as they are.
         implementation: of IMPLEMENTATIONS; one that `check_implementation` lets pass.
+        value_scales: float32 [KH], what values were divided by before they were stored; None: nothing. Those of keys are in the queries
+            already (`rotate_and_write_kv`).
 
     Returns:
         [T, H, D] in q's dtype; finite but meaningless for padding tokens.
@@ -110,13 +123,20 @@ def paged_attention(
         raise ValueError(f"{num_rows} page tables, kv_lens {metadata.kv_lens.shape}, query_starts {metadata.query_starts.shape}")
     if metadata.decode_only and num_tokens != num_rows:
         raise ValueError(f"decode_only, but {num_tokens} tokens of {num_rows} rows")
+    if value_scales is not None and value_scales.shape != (num_kv_heads,):
+        raise ValueError(f"scales {value_scales.shape} of values do not go with {num_kv_heads} KV heads")
     gpu = chosen_gpu(implementation)
     if gpu is not None and q.dtype != jnp.float32:
         # Pallas takes over a second to import: not where there is no GPU.
         from jaxserve.pallas_kernels.paged_attention.gpu import paged_attention_gpu
 
-        return paged_attention_gpu(q, kv, metadata, scale=scale, window=window, soft_cap=soft_cap, gpu=gpu)
-    plan = metadata.plan
-    if not isinstance(plan, XlaPlan):
-        plan = plan_xla(metadata, page_size=kv[0].shape[2], window=window)
-    return paged_attention_xla(q, kv, plan, scale=scale, window=window, soft_cap=soft_cap)
+        out = paged_attention_gpu(q, kv, metadata, scale=scale, window=window, soft_cap=soft_cap, gpu=gpu)
+    else:
+        plan = metadata.plan
+        if not isinstance(plan, XlaPlan):
+            plan = plan_xla(metadata, page_size=kv[0].shape[2], window=window)
+        out = paged_attention_xla(q, kv, plan, scale=scale, window=window, soft_cap=soft_cap)
+    if value_scales is None:
+        return out
+    factors = jnp.repeat(value_scales, num_heads // num_kv_heads)[None, :, None]
+    return (out.astype(jnp.float32) * factors).astype(out.dtype)

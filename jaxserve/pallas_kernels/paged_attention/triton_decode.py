@@ -16,11 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jaxserve.pallas_kernels.layer_kv import LayerKV
+from jaxserve.pallas_kernels.layer_kv import FLOAT8, LayerKV
 from jaxserve.pallas_kernels.paged_attention.combine import MASKED
 from jaxserve.pallas_kernels.paged_attention.decode_items import NUM_FIELDS, DecodeItem, plan_items
-
-FLOAT8 = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))
 
 
 @dataclass(frozen=True)

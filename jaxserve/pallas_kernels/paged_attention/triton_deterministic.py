@@ -16,11 +16,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jaxserve.pallas_kernels.layer_kv import LayerKV
+from jaxserve.pallas_kernels.layer_kv import FLOAT8, LayerKV
 from jaxserve.pallas_kernels.metadata import AttentionMetadata
 from jaxserve.pallas_kernels.paged_attention.combine import MASKED
 from jaxserve.pallas_kernels.paged_attention.split_plan import SplitPlan, first_split, plan_splits
-from jaxserve.pallas_kernels.paged_attention.triton_decode import FLOAT8, padded_lanes, soft_capped
+from jaxserve.pallas_kernels.paged_attention.triton_decode import padded_lanes, soft_capped
 
 _TILE_LANES = 16  # rows of the smallest matrix instruction
 _MOST_SPLITS = 8  # of the longest row; the memory of the partial results grows with it

@@ -13,11 +13,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jaxserve.pallas_kernels.layer_kv import LayerKV
+from jaxserve.pallas_kernels.layer_kv import FLOAT8, LayerKV
 from jaxserve.pallas_kernels.metadata import AttentionMetadata
 from jaxserve.pallas_kernels.paged_attention.combine import MASKED
 from jaxserve.pallas_kernels.paged_attention.prefill_plan import plan_prefill, span_of_row
-from jaxserve.pallas_kernels.paged_attention.triton_decode import FLOAT8, padded_lanes, soft_capped
+from jaxserve.pallas_kernels.paged_attention.triton_decode import padded_lanes, soft_capped
 
 
 @dataclass(frozen=True)

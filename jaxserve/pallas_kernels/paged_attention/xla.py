@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxserve.pallas_kernels.layer_kv import LayerKV
+from jaxserve.pallas_kernels.layer_kv import LayerKV, from_pages
 from jaxserve.pallas_kernels.paged_attention.xla_plan import Items, Tiles, XlaPlan
 
 MASKED = -1e30  # finite: the difference of two masked scores must not be NaN
@@ -53,7 +53,7 @@ def _attend_items(q: jax.Array, kv: LayerKV, items: Items, options: _Options) ->
         best, total, acc = state
         begin = i * num_rows
         rows, ends, pages = (_slice(x, begin, num_rows) for x in (items.rows, items.ends, items.pages))
-        keys, values = _gather_blocks(kv, pages)
+        keys, values = _gather_blocks(kv, pages, q.dtype)
         scores = _scores(q.at[rows].get(mode="clip"), keys, options)  # [item, KH, G, S]
         visible = key < ends[:, None]
         if options.window is not None:
@@ -90,7 +90,7 @@ def _attend_tiles(q: jax.Array, kv: LayerKV, tiles: Tiles, options: _Options) ->
 
         def attend_block(b: jax.Array, state: Softmax) -> Softmax:
             best, total, acc = state
-            keys, values = _gather_blocks(kv, _slice(row_blocks, b, 1))
+            keys, values = _gather_blocks(kv, _slice(row_blocks, b, 1), q.dtype)
             behind = ahead + (position - b * block_tokens)  # positions from key to query
             visible = behind >= 0
             if options.window is not None:
@@ -112,8 +112,8 @@ def _attend_tiles(q: jax.Array, kv: LayerKV, tiles: Tiles, options: _Options) ->
     return lax.fori_loop(0, tiles.number, attend_tile, jnp.zeros_like(padded))[:num_tokens]
 
 
-def _gather_blocks(kv: LayerKV, pages: jax.Array) -> LayerKV:
-    """K and V of `pages` [N, B] -> [N, KH, S, D]."""
+def _gather_blocks(kv: LayerKV, pages: jax.Array, dtype: jnp.dtype) -> LayerKV:
+    """K and V of `pages` [N, B] -> [N, KH, S, D]; those of 8 bits in `dtype`."""
     num_blocks, block_pages = pages.shape
     _, num_kv_heads, page_size, head_dim = kv[0].shape
     heads = jnp.arange(num_kv_heads, dtype=jnp.int32)
@@ -122,7 +122,8 @@ def _gather_blocks(kv: LayerKV, pages: jax.Array) -> LayerKV:
     def gather(x: jax.Array) -> jax.Array:
         rows = x.reshape(-1, page_size * head_dim).at[tiles].get(mode="promise_in_bounds", wrap_negative_indices=False)
         # Fused into the gather, the reshape would cost a division an element.
-        return lax.optimization_barrier(rows).reshape(num_blocks, num_kv_heads, block_pages * page_size, head_dim)
+        block = lax.optimization_barrier(rows).reshape(num_blocks, num_kv_heads, block_pages * page_size, head_dim)
+        return from_pages(block, dtype)
 
     return gather(kv[0]), gather(kv[1])
 

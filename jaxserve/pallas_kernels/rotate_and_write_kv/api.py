@@ -1,10 +1,12 @@
 """What stands between the projection of queries, keys and values and attention, whatever the device."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.gpu import local_gpu
-from jaxserve.pallas_kernels.layer_kv import LayerKV
+from jaxserve.pallas_kernels.layer_kv import KVScales, LayerKV
 from jaxserve.pallas_kernels.metadata import AttentionMetadata
 from jaxserve.pallas_kernels.rotate_and_write_kv.reference import rotate_and_write_kv_reference
 
@@ -19,6 +21,7 @@ def rotate_and_write_kv(
     norms: tuple[jax.Array, jax.Array] | None,
     eps: float,
     dtype: jnp.dtype | None = None,
+    scales: KVScales | None = None,
 ) -> tuple[jax.Array, LayerKV]:
     """Cut a merged projection into heads, rotate queries and keys, and store keys and values in their pages.
 
@@ -34,9 +37,11 @@ def rotate_and_write_kv(
         norms: weights [D] of the root mean square norms of query and key heads, before they are rotated; None: none.
         eps: of the norms.
         dtype: of the activations, to which the sum of parts is rounded; None: qkv's.
+        scales: keys and values are stored divided by them; None: as they are.
 
     Returns:
-        Queries [T, H, D] in the activations' dtype, and the pages.
+        Queries [T, H, D] in the activations' dtype, and the pages. Queries are multiplied by the scale of their keys, so that their
+        products with stored keys are those with the keys.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -46,10 +51,12 @@ def rotate_and_write_kv(
     dtype = dtype or qkv.dtype
     if size % head_dim or size <= 2 * num_kv_heads * head_dim or rotation[0].shape != (num_tokens, 1, head_dim // 2):
         raise ValueError(f"qkv {qkv.shape} and cosines {rotation[0].shape} do not go with {num_kv_heads} KV heads of {head_dim}")
+    if scales is not None and any(scale.shape != (num_kv_heads,) for scale in scales):
+        raise ValueError(f"scales {[scale.shape for scale in scales]} do not go with {num_kv_heads} KV heads")
+    options: dict[str, Any] = dict(bias=bias, norms=norms, eps=eps, dtype=dtype, scales=scales)
     if local_gpu() is None:
-        return rotate_and_write_kv_reference(qkv, rotation, kv, metadata, bias=bias, norms=norms, eps=eps, dtype=dtype)
+        return rotate_and_write_kv_reference(qkv, rotation, kv, metadata, **options)
     # Pallas takes over a second to import: not where there is no GPU.
     from jaxserve.pallas_kernels.rotate_and_write_kv.triton import RotateConfig, rotate_and_write_kv_triton
 
-    config = RotateConfig.suited(qkv, kv)
-    return rotate_and_write_kv_triton(qkv, rotation, kv, metadata, config=config, bias=bias, norms=norms, eps=eps, dtype=dtype)
+    return rotate_and_write_kv_triton(qkv, rotation, kv, metadata, config=RotateConfig.suited(qkv, kv), **options)

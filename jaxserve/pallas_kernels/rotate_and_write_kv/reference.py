@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.add_rms_norm.reference import rms_norm
-from jaxserve.pallas_kernels.layer_kv import LayerKV
+from jaxserve.pallas_kernels.layer_kv import KVScales, LayerKV
 from jaxserve.pallas_kernels.metadata import AttentionMetadata
 from jaxserve.pallas_kernels.write_kv import write_kv
 
@@ -19,6 +19,7 @@ def rotate_and_write_kv_reference(
     norms: tuple[jax.Array, jax.Array] | None,
     eps: float,
     dtype: jnp.dtype,
+    scales: KVScales | None = None,
 ) -> tuple[jax.Array, LayerKV]:
     """As `rotate_and_write_kv`."""
     _, num_kv_heads, _, head_dim = kv[0].shape
@@ -31,11 +32,17 @@ def rotate_and_write_kv_reference(
     q, k, v = jnp.split(heads, (num_heads, num_heads + num_kv_heads), axis=1)
     if norms is not None:
         q, k = (rms_norm(x, weight, eps) for x, weight in zip((q, k), norms, strict=True))
-    return rotate(q, rotation), write_kv(kv, rotate(k, rotation), v, metadata)
+    factors = None if scales is None else jnp.repeat(scales[0], num_heads // num_kv_heads)
+    return rotate(q, rotation, factors), write_kv(kv, rotate(k, rotation), v, metadata, scales)
 
 
-def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn heads [T, H, D] by angles whose cosine and sine are float32 [T, 1, D/2]; computed in float32, returned in x's dtype."""
+def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array], factors: jax.Array | None = None) -> jax.Array:
+    """Turn heads [T, H, D] by angles whose cosine and sine are float32 [T, 1, D/2]; computed in float32, returned in x's dtype.
+
+    Args:
+        factors: float32 [H], by which the heads are multiplied; None: one.
+    """
     cos, sin = rotation
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return (turned if factors is None else turned * factors[None, :, None]).astype(x.dtype)

@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jaxserve.pallas_kernels.layer_kv import LayerKV
+from jaxserve.pallas_kernels.layer_kv import KVScales, LayerKV
 from jaxserve.pallas_kernels.metadata import AttentionMetadata
 
 
@@ -46,6 +46,7 @@ def rotate_and_write_kv_triton(
     eps: float,
     dtype: jnp.dtype,
     config: RotateConfig,
+    scales: KVScales | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, LayerKV]:
     """As `rotate_and_write_kv`; what a float8 cache cannot hold becomes its largest value, not NaN."""
@@ -53,7 +54,7 @@ def rotate_and_write_kv_triton(
     parts = qkv if qkv.ndim == 3 else qkv[None]
     _, num_tokens, size = parts.shape
     num_heads = size // head_dim - 2 * num_kv_heads
-    operands = (*kv, parts, *rotation, metadata.write_pages, metadata.write_offsets, bias, norms)
+    operands = (*kv, parts, *rotation, metadata.write_pages, metadata.write_offsets, bias, norms, scales)
     q, k, v = pl.pallas_call(
         functools.partial(_rotate_kernel, eps=eps, block_tokens=config.block_tokens, block_heads=config.block_heads),
         grid=(pl.cdiv(num_tokens, config.block_tokens), (num_heads + 2 * num_kv_heads) // config.block_heads),
@@ -72,7 +73,7 @@ def rotate_and_write_kv_triton(
 
 
 def _rotate_kernel(
-    old_keys_ref, old_values_ref, parts_ref, cos_ref, sin_ref, write_pages_ref, write_offsets_ref, bias_ref, norm_refs,
+    old_keys_ref, old_values_ref, parts_ref, cos_ref, sin_ref, write_pages_ref, write_offsets_ref, bias_ref, norm_refs, scale_refs,
     q_ref, keys_ref, values_ref, *, eps: float, block_tokens: int, block_heads: int,
 ):  # fmt: skip
     del old_keys_ref, old_values_ref  # the same memory as keys_ref, values_ref
@@ -103,7 +104,7 @@ def _rotate_kernel(
     tokens = [jnp.minimum(pl.program_id(0) * block_tokens + i, num_tokens - 1) for i in range(block_tokens)]
     tokens = [(token, *read(token)) for token in tokens]
 
-    def turned(token, x, y, norm_ref):
+    def turned(token, x, y, norm_ref, factor=None):
         dtype = x.dtype
         x, y = x.astype(jnp.float32), y.astype(jnp.float32)
         if norm_ref is not None:
@@ -112,32 +113,38 @@ def _rotate_kernel(
                 ((z * scale).astype(dtype) * weight).astype(jnp.float32) for z, weight in zip((x, y), load(norm_ref, lane), strict=True)
             )
         cos, sin = (plt.load(ref.at[token, 0, lane], mask=inside, other=0) for ref in (cos_ref, sin_ref))
-        return (x * cos - y * sin).astype(dtype), (y * cos + x * sin).astype(dtype)
+        halves = x * cos - y * sin, y * cos + x * sin
+        return [(z if factor is None else z * factor).astype(dtype) for z in halves]
 
     def store(ref, place, halves):
         for x, at in zip(halves, (0, half), strict=True):
             plt.store(ref.at[(*place, lane + at)], x.astype(ref.dtype), mask=inside)
 
-    def write(pages_ref, first_head, token, *halves):
+    def write(pages_ref, first_head, scale_ref, token, *halves):
         page = write_pages_ref[token]
+        if scale_ref is not None:
+            scale = plt.load(scale_ref.at[head - first_head])
+            halves = [x.astype(jnp.float32) / scale for x in halves]
 
         @pl.when(page < num_pages)
         def _():
             store(pages_ref, (page, head - first_head, write_offsets_ref[token]), halves)
 
     query_norm, key_norm = norm_refs or (None, None)
+    key_scale, value_scale = scale_refs or (None, None)
 
     @pl.when(begin < num_heads)
     def _():
+        factor = None if key_scale is None else plt.load(key_scale.at[head // (num_heads // num_kv_heads)])
         for token, first, second in tokens:
-            store(q_ref, (token, head), turned(token, first, second, query_norm))
+            store(q_ref, (token, head), turned(token, first, second, query_norm, factor))
 
     @pl.when((begin >= num_heads) & (begin < num_heads + num_kv_heads))
     def _():
         for token, first, second in tokens:
-            write(keys_ref, num_heads, token, *turned(token, first, second, key_norm))
+            write(keys_ref, num_heads, key_scale, token, *turned(token, first, second, key_norm))
 
     @pl.when(begin >= num_heads + num_kv_heads)
     def _():
         for token, *halves in tokens:
-            write(values_ref, num_heads + num_kv_heads, token, *halves)
+            write(values_ref, num_heads + num_kv_heads, value_scale, token, *halves)
