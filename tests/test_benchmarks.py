@@ -10,6 +10,7 @@ import pytest
 from engines import tiny_runner
 from tiny_models import CONFIGS
 
+from benchmarks.device_bytes import bytes_an_element, schemes
 from benchmarks.engine import Measurement
 from benchmarks.quantized_model import quantized_model
 from benchmarks.rows import Rows
@@ -83,3 +84,10 @@ def test_throughput_counts_each_token(tiny_checkpoint: Callable[[str], Path]):
     assert tokens == 0 and not engine.has_work
     assert run.measure(2, 60.0)[0] == 12
     engine.check_integrity()
+
+
+@pytest.mark.parametrize(
+    "name, expected", [("gptq_g128", 0.5 + 2 / 128), ("on_load_fp8", 1 + 4 / 512), ("q4_1", 0.5 + 4 / 32), ("mxfp4", 0.5 + 2 / 32)]
+)
+def test_bytes_an_element(name: str, expected: float):
+    assert bytes_an_element(schemes()[name], 256, 512) == pytest.approx(expected)

@@ -104,17 +104,26 @@ def test_older_files_beside_config_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [("truncate", "not a complete safetensors file"), ("group", "of the wrong shape"), ("zeros", "missing")]
+    ("change", "message"),
+    [
+        ("truncate", "not a complete safetensors file"),
+        ("group", "of the wrong shape"),
+        ("zeros", "missing: .*qzeros"),
+        ("dtype", "of the wrong dtype: .*qweight has dtype I64, not I32"),
+        ("method", "quant_method 'quip' is not supported"),
+    ],
 )
 def test_damaged_checkpoints(change: str, message: str, tmp_path: Path) -> None:
     folder = write_quantized(tmp_path, CONFIGS["awq"])
     path = folder / "model.safetensors"
     if change == "truncate":
         path.write_bytes(path.read_bytes()[:-100])
-    elif change == "group":
+    elif change in ("group", "method"):
         config = json.loads((folder / "config.json").read_text())
-        config["quantization_config"]["group_size"] = 64
+        config["quantization_config"] |= {"group_size": 64} if change == "group" else {"quant_method": "quip"}
         (folder / "config.json").write_text(json.dumps(config))
+    elif change == "dtype":
+        save_file({name: tensor.astype(np.int64) if "qweight" in name else tensor for name, tensor in load_file(path).items()}, path)
     else:
         save_file({name: tensor for name, tensor in load_file(path).items() if not name.endswith("qzeros")}, path)
     with pytest.raises(StartupError, match=message) as caught:
