@@ -1,6 +1,6 @@
 """The whole engine on one model's shape: decode step by batch size, prefill throughput, what sampling adds, host time a step.
 
-    python -m benchmarks.engine FOLDER [--label 1b] [--quantize fp8] [--only decode prefill top_p] [--results FILE]
+    python -m benchmarks.engine FOLDER [--label 1b] [--quantize fp8] [--mesh 1x2] [--only decode prefill top_p] [--results FILE]
 
 FOLDER holds a config.json and a tokenizer; the weights are random. The engine runs with its default flags but for three: dummy
 weights, no prefix cache, requests of at most 32768 tokens. Prompts are token ids uniform in 3..48999, new ones for every run; greedy,
@@ -9,11 +9,13 @@ time of sampling is the same figure with temperature 0.8 and top_p 0.95 less the
 the repetitions. A decode figure comes with the host's milliseconds a step, by verb.
 
 With --quantize rows are called after the format: fp8_decode_step_b1_ms. fp8 is the engine's flag; w4 serves the shape as a GPTQ
-checkpoint of 4 bits in groups of 128.
+checkpoint of 4 bits in groups of 128. On a mesh of T devices they begin with tpT and the label: tp2_8b_decode_step_b1_ms.
+What jaxserve logs of its start is shown, among it how much the host and each device held while the weights were loaded.
 """
 
 import argparse
 import json
+import logging
 import random
 import statistics
 import time
@@ -23,6 +25,7 @@ from pathlib import Path
 from benchmarks.quantized_model import CHOICES, quantized_model
 from benchmarks.rows import Rows, add_row_flags, command_line, make_rows
 from jaxserve import LLM, SamplingParams
+from jaxserve.config import parse_mesh
 
 MAX_TOTAL_TOKENS = 32768
 VERBS = ("schedule", "dispatch", "collect")
@@ -52,16 +55,16 @@ class Measurement:
     """The figures of one engine.
 
     Args:
-        quantize: the weights' format, with which the rows' names begin; None for none.
+        prefix: the beginning of the rows' names.
         label: of the shape, part of the rows' names; "" for none.
         tokens_in, tokens_out: of a request of a decode figure.
         repetitions: of each figure.
     """
 
-    def __init__(self, llm: LLM, rows: Rows, quantize: str | None, label: str, tokens_in: int, tokens_out: int, repetitions: int):
+    def __init__(self, llm: LLM, rows: Rows, prefix: str, label: str, tokens_in: int, tokens_out: int, repetitions: int):
         self._llm = llm
         self._rows = rows
-        self._format = f"{quantize}_" if quantize else ""
+        self._prefix = prefix
         self._label = f"{label}_" if label else ""
         self._in, self._out = tokens_in, tokens_out
         self._repetitions = repetitions
@@ -71,19 +74,19 @@ class Measurement:
     def decode(self, count: int) -> float:
         """Milliseconds of a decode step of `count` requests."""
         milliseconds = self._step_milliseconds(count)
-        self._rows.add(f"{self._format}decode_step_{self._label}b{count}_ms", milliseconds, "ms", self._command)
+        self._rows.add(f"{self._prefix}decode_step_{self._label}b{count}_ms", milliseconds, "ms", self._command)
         return milliseconds
 
     def sampled(self, count: int, greedy_milliseconds: float) -> None:
         """What temperature and top_p add to a step."""
         extra = self._step_milliseconds(count, temperature=0.8, top_p=0.95) - greedy_milliseconds
-        self._rows.add(f"{self._format}top_p_extra_{self._label}ms_b{count}", extra, "ms", self._command)
+        self._rows.add(f"{self._prefix}top_p_extra_{self._label}ms_b{count}", extra, "ms", self._command)
 
     def prefill(self, count: int, length: int) -> None:
         """Prompt tokens a second."""
         self._workload.seconds(min(count, 2), length, 1)
         rate = count * length / self._median(lambda: self._workload.seconds(count, length, 1))
-        self._rows.add(f"{self._format}prefill_{self._label}{count}x{length}_tok_s", rate, "tok/s", self._command)
+        self._rows.add(f"{self._prefix}prefill_{self._label}{count}x{length}_tok_s", rate, "tok/s", self._command)
 
     def _step_milliseconds(self, count: int, **sampling: float) -> float:
         self._workload.seconds(count, min(64, self._in), 4, **sampling)
@@ -115,22 +118,34 @@ def main() -> None:
     parser.add_argument("--tokens-in", type=int, default=1024)
     parser.add_argument("--tokens-out", type=int, default=257)
     parser.add_argument("--max-total-tokens", type=int, default=MAX_TOTAL_TOKENS)
+    parser.add_argument("--mesh", default="1x1", help="the engine's flag")
+    parser.add_argument("--max-batch-size", type=int, help="likewise; fewer programs are compiled")
+    parser.add_argument("--max-batch-prefill-tokens", type=int, help="likewise")
+    parser.add_argument("--disable-custom-all-reduce", action="store_true", help="likewise; give a --label")
     parser.add_argument("--attention", default="auto", help="likewise")
     parser.add_argument("--deterministic", action="store_true", help="likewise")
     parser.add_argument("--repetitions", type=int, default=3)
     add_row_flags(parser)
     arguments = parser.parse_args()
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    logging.getLogger("jaxserve").setLevel(logging.INFO)
     begin = time.perf_counter()
     options = dict(prefix_caching=False, max_total_tokens=arguments.max_total_tokens, attention=arguments.attention)
-    options["deterministic"] = arguments.deterministic
+    for name in ("mesh", "deterministic", "max_batch_size", "max_batch_prefill_tokens", "disable_custom_all_reduce"):
+        options[name] = getattr(arguments, name)
     if arguments.kv_cache_dtype is not None:
         options["kv_cache_dtype"] = arguments.kv_cache_dtype
     with quantized_model(arguments.folder, arguments.quantize) as (folder, weights):
         llm = LLM(str(folder), **weights, **options)
     print(f"ready after {time.perf_counter() - begin:.1f} s on {llm.info.device}, {llm.info.dtype}, {llm.info.num_pages} pages", flush=True)
+    fixed = [[7 + i * j % 900 for j in range(1, 8 * i)] for i in (1, 5, 12)]
+    told = llm.generate(fixed, SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True))
+    print("greedy tokens of fixed prompts:", [list(output.outputs[0].token_ids) for output in told], flush=True)
     rows = make_rows(arguments, llm.info.device)
-    named = arguments.quantize, arguments.label
-    measurement = Measurement(llm, rows, *named, arguments.tokens_in, arguments.tokens_out, arguments.repetitions)
+    prefix, label = f"{arguments.quantize}_" if arguments.quantize else "", arguments.label
+    if (tensor_size := parse_mesh(arguments.mesh)[1]) > 1:
+        prefix, label = f"tp{tensor_size}_{prefix}{label}_", ""
+    measurement = Measurement(llm, rows, prefix, label, arguments.tokens_in, arguments.tokens_out, arguments.repetitions)
     if "prefill" in arguments.only:
         for prefill in arguments.prefills:
             measurement.prefill(*map(int, prefill.split("x")))

@@ -77,6 +77,9 @@ class EngineOptions:
     deterministic: bool = option(
         False, "The same tokens and log probabilities to the bit, whatever else runs, at some cost in speed; every step is of one size."
     )
+    disable_custom_all_reduce: bool = option(
+        False, "Add up over GPUs by XLA's collectives alone, not by a kernel that reads the other GPUs' memory."
+    )
     sync: bool = option(False, "Collect every step at once instead of one step later; same tokens, slower.")
     compilation_cache_dir: str | None = option(None, "Folder of compiled programs. Default: ~/.cache/jaxserve/xla.", metavar="DIR")
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxserve.models import Architecture, Model
-from jaxserve.pallas_kernels import AttentionMetadata, layer_kv_shape, page_dtype
+from jaxserve.pallas_kernels import AttentionMetadata, Shards, layer_kv_shape, page_dtype
 
 PAGE_SIZE = 8
 
@@ -49,7 +49,7 @@ def _forward(architecture: Architecture, mesh: Mesh, pages: int, kv_dtype: str) 
     def step(leaves: tuple[jax.Array, ...], token_ids: jax.Array, positions: jax.Array, metadata: AttentionMetadata) -> jax.Array:
         kv = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
         everywhere = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
-        return architecture.apply(leaves, token_ids, positions, kv, (metadata,) * len(config.kv_groups), everywhere)[0]
+        return architecture.apply(leaves, token_ids, positions, kv, (metadata,) * len(config.kv_groups), everywhere, Shards())[0]
 
     specs = (architecture.specs, P(), P(), P())
     step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)

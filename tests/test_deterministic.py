@@ -17,7 +17,7 @@ from jaxserve.engine.build import build_engine
 from jaxserve.engine.engine import Engine
 from jaxserve.errors import DeviceError, StartupError
 from jaxserve.grammar import Grammar, GrammarKind
-from jaxserve.models.layers import sum_in_order
+from jaxserve.pallas_kernels.all_reduce.reference import sum_in_order
 from jaxserve.request import Request, SamplingParams, TokenOutput
 from jaxserve.runner import RunnerConfig, make_mesh
 from jaxserve.runner.buckets import Bucket
@@ -127,7 +127,7 @@ def test_shards_are_added_up_in_their_order(num_tokens: int):
     parts = (np.random.default_rng(0).normal(size=(4, num_tokens, 3)) * 10.0 ** np.arange(4)[:, None, None]).astype(np.float32)
     mesh = make_mesh(4)
     split = jax.shard_map(
-        lambda x: sum_in_order(x[0]), mesh=mesh, in_specs=PartitionSpec("tensor"), out_specs=PartitionSpec(), check_vma=False
+        lambda x: sum_in_order(x[0], "tensor"), mesh=mesh, in_specs=PartitionSpec("tensor"), out_specs=PartitionSpec(), check_vma=False
     )
     np.testing.assert_array_equal(jax.jit(split)(parts), ((parts[0] + parts[1]) + parts[2]) + parts[3])
 

@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 
 from jaxserve.models.formats import DenseFormat
-from jaxserve.models.layers import RMSNorm
+from jaxserve.models.layers import Branch, RMSNorm
 from jaxserve.models.parameters import Axis, Source
+from jaxserve.pallas_kernels import Shards
 
 
 def dense(weight: np.ndarray) -> DenseFormat:
@@ -41,6 +42,6 @@ def test_norm_is_computed_in_float32() -> None:
     norm = RMSNorm("norm", 512, 1e-5)
     nnx.update(norm, {"weight": jnp.full(512, 2.0, jnp.bfloat16)})
     x = np.linspace(-3, 3, 512, dtype=np.float32)[None, :]
-    out, total = norm(jnp.asarray(x, jnp.bfloat16), jnp.zeros((1, 512), jnp.bfloat16))
+    out, total = norm(Branch(jnp.asarray(x, jnp.bfloat16)), jnp.zeros((1, 512), jnp.bfloat16), Shards())
     assert out.dtype == total.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(np.float32), 2 * x / np.sqrt(np.square(x).mean() + 1e-5), rtol=0.01)

@@ -20,7 +20,7 @@ from jaxserve.config import EngineOptions, ModelOptions
 from jaxserve.errors import StartupError
 from jaxserve.hosts.agreement import agree
 from jaxserve.models import Model, check_attention
-from jaxserve.runner import Executor, Hosts, Preparation, RunnerConfig, code_versions, make_mesh, start_jax
+from jaxserve.runner import Executor, Hosts, Preparation, RunnerConfig, code_versions, make_mesh, peak_memory, start_jax
 from jaxserve.weights import ModelSource, resolve_model
 from jaxserve.weights.demo import cache_folder
 from jaxserve.weights.fingerprint import fingerprint
@@ -54,7 +54,8 @@ class Start:
         """Load the weights, of which each host reads what its own devices hold."""
         begin = time.monotonic()
         model = self.opened.load(self.mesh)
-        logger.info("%.1f GiB of weights after %.1f s", model.nbytes / 2**30, time.monotonic() - begin)
+        sizes = model.nbytes / 2**30, time.monotonic() - begin, peak_memory(self.mesh)
+        logger.info("%.1f GiB of weights after %.1f s; held at most: %s", *sizes)
         return model
 
 

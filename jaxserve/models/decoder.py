@@ -9,9 +9,9 @@ from flax import nnx
 
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.kv_scaling import KVScale
-from jaxserve.models.layers import Embedding, Linear, Place, RMSNorm, norm_weight
+from jaxserve.models.layers import Branch, Embedding, Linear, Place, RMSNorm, norm_weight
 from jaxserve.models.parameters import Axis, Source
-from jaxserve.pallas_kernels import AttentionMetadata, LayerKV, add_parts, paged_attention, rotate_and_write_kv
+from jaxserve.pallas_kernels import AttentionMetadata, LayerKV, Shards, paged_attention, rotate_and_write_kv
 
 Rotation = tuple[jax.Array, jax.Array]
 
@@ -35,8 +35,10 @@ class Attention(nnx.Module):
         scales = [nnx.Param(KVScale((Source(name, (each_head,)),), "ones")) for name in config.kv_scaling.names]
         self.kv_scales = nnx.List(scales) if scales else None
 
-    def __call__(self, x: jax.Array, rotation: Rotation, kv: LayerKV, metadata: AttentionMetadata) -> tuple[jax.Array, LayerKV]:
-        """x [T, hidden] -> as from `Linear.parts`, and the layer's cache with this step's keys and values in it."""
+    def __call__(
+        self, x: jax.Array, rotation: Rotation, kv: LayerKV, metadata: AttentionMetadata, shards: Shards
+    ) -> tuple[Branch, LayerKV]:
+        """x [T, hidden] -> what is to be added to it, and the layer's cache with this step's keys and values in it."""
         bias = None if self.qkv.bias is None else self.qkv.bias[...]
         norms = None if self.norms is None else tuple(weight[...] for weight in self.norms)
         scales = None if self.kv_scales is None else (self.kv_scales[0][...], self.kv_scales[1][...])
@@ -52,7 +54,7 @@ class Attention(nnx.Module):
             implementation=self.implementation,
             value_scales=None if scales is None else scales[1],
         )
-        return self.output.parts(out.reshape(out.shape[0], -1), metadata.deterministic), kv
+        return self.output.branch(out.reshape(out.shape[0], -1), shards), kv
 
 
 class GatedMLP(nnx.Module):
@@ -64,9 +66,9 @@ class GatedMLP(nnx.Module):
         self.gate_up = Linear(("mlp.gate_proj", "mlp.up_proj"), (inner, inner), hidden, config.traits.mlp_bias, place)
         self.down = Linear(("mlp.down_proj",), (hidden,), inner, config.traits.mlp_bias, place)
 
-    def __call__(self, x: jax.Array, deterministic: bool = False) -> jax.Array:
-        """x [T, hidden] -> as from `Linear.parts`; `deterministic` as in AttentionMetadata."""
-        return self.down.parts(self.gate_up.gated(x), deterministic)
+    def __call__(self, x: jax.Array, shards: Shards) -> Branch:
+        """x [T, hidden] -> what is to be added to it."""
+        return self.down.branch(self.gate_up.gated(x), shards)
 
 
 class DecoderLayer(nnx.Module):
@@ -79,34 +81,34 @@ class DecoderLayer(nnx.Module):
         self.mlp = GatedMLP(config, place)
 
     def __call__(
-        self, x: jax.Array, residual: jax.Array, rotation: Rotation, kv: LayerKV, metadata: AttentionMetadata
-    ) -> tuple[jax.Array, jax.Array, LayerKV]:
+        self, x: Branch, residual: jax.Array, rotation: Rotation, kv: LayerKV, metadata: AttentionMetadata, shards: Shards
+    ) -> tuple[Branch, jax.Array, LayerKV]:
         """Each norm first adds what the branch before it computed, x, to the residual stream.
 
         Returns:
-            x of the feed-forward network, still to be added, perhaps in parts; the residual stream; the cache with this step's keys and
-            values in it.
+            x of the feed-forward network, still to be added; the residual stream; the cache with this step's keys and values in it.
         """
         with jax.named_scope("attention"):
-            x, residual = self.attention_norm(x, residual)
-            x, kv = self.attention(x, rotation, kv, metadata)
+            normed, residual = self.attention_norm(x, residual, shards)
+            x, kv = self.attention(normed, rotation, kv, metadata, shards)
         with jax.named_scope("mlp"):
-            x, residual = self.mlp_norm(x, residual)
-            return self.mlp(x, metadata.deterministic), residual, kv
+            normed, residual = self.mlp_norm(x, residual, shards)
+            return self.mlp(normed, shards), residual, kv
 
 
 @partial(jax.jit, static_argnums=0)
 def _call_layer(
     graphdef: nnx.GraphDef[DecoderLayer],
     state: nnx.State,
-    x: jax.Array,
+    x: Branch,
     residual: jax.Array,
     rotation: Rotation,
     kv: LayerKV,
     metadata: AttentionMetadata,
-) -> tuple[jax.Array, jax.Array, LayerKV]:
+    shards: Shards,
+) -> tuple[Branch, jax.Array, LayerKV]:
     """Layers of one kind have equal graph definitions, so that each kind is traced once; the compiler still sees them unrolled."""
-    return nnx.merge(graphdef, state)(x, residual, rotation, kv, metadata)
+    return nnx.merge(graphdef, state)(x, residual, rotation, kv, metadata, shards)
 
 
 class Decoder(nnx.Module):
@@ -136,6 +138,7 @@ class Decoder(nnx.Module):
         kv: tuple[LayerKV, ...],
         metadata: tuple[AttentionMetadata, ...],
         last: jax.Array,
+        shards: Shards,
     ) -> tuple[jax.Array, tuple[LayerKV, ...], jax.Array]:
         """Compute one step.
 
@@ -144,26 +147,27 @@ class Decoder(nnx.Module):
             kv: one a layer.
             metadata: one a KV group.
             last: int32 [R], where in the flat axis the token stands that each row samples from.
+            shards: how they add up.
 
         Returns:
             Logits, float32 [R, vocab_size], the same on every shard; the caches with this step's keys and values; what the last layer
             gives, [T, hidden], from which `logits` makes those of any other token.
         """
         x = self.embedding(token_ids, self.norm.weight[...].dtype)
-        residual = jnp.zeros_like(x)
+        residual = jnp.zeros_like(x.parts)
         rotation = self.config.rope(positions)
         caches = []
         for layer, cache, group in zip(self.layers, kv, self.config.group_of_layer, strict=True):
             graphdef, state = nnx.split(layer)
-            x, residual, cache = _call_layer(graphdef, state, x, residual, rotation, cache, metadata[group])
+            x, residual, cache = _call_layer(graphdef, state, x, residual, rotation, cache, metadata[group], shards)
             caches.append(cache)
-        x = add_parts(x, residual.dtype) + residual
-        return self.logits(x.at[last].get(mode="promise_in_bounds")), tuple(caches), x
+        hidden = x.whole(residual.dtype, shards) + residual
+        return self.logits(hidden.at[last].get(mode="promise_in_bounds")), tuple(caches), hidden
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Logits, float32 [T, vocab_size], of what the last layer gives, [T, hidden]."""
         with jax.named_scope("logits"):
-            normed, _ = self.norm(x, jnp.zeros_like(x))
+            normed, _ = self.norm(Branch(x), jnp.zeros_like(x), Shards())
             return (self.head or self.embedding).logits(normed)
 
 

@@ -3,7 +3,7 @@
 All of them see the local shards of a `jax.shard_map` over the mesh axis "tensor". T tokens, flat.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxserve.models.formats import Quantization, make_format
 from jaxserve.models.parameters import Axis, Parameter, Source
-from jaxserve.pallas_kernels import add_rms_norm, multiply_gated
+from jaxserve.pallas_kernels import Shards, add_parts, add_rms_norm, all_reduce, all_reduce_add_rms_norm, multiply_gated
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,24 @@ class Place:
     prefix: str
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Branch:
+    """What is still to be added to the residual stream [T, N].
+
+    Attributes:
+        parts: [T, N], or parts of it [P, T, N].
+        shared: static; each shard has a part of it.
+    """
+
+    parts: jax.Array
+    shared: bool = field(default=False, metadata={"static": True})
+
+    def whole(self, dtype: jnp.dtype, shards: Shards) -> jax.Array:
+        """All of it, [T, N] in a dtype."""
+        return all_reduce(self.parts, dtype, shards) if self.shared else add_parts(self.parts, dtype)
+
+
 def norm_weight(name: str, size: int) -> nnx.Param:
     """Declare the weight [size] of a norm."""
     return nnx.Param(Parameter((Source(f"{name}.weight", (Axis("hidden", size),)),), "ones"))
@@ -39,9 +57,11 @@ class RMSNorm(nnx.Module):
         self.eps = eps
         self.weight = norm_weight(name, size)
 
-    def __call__(self, x: jax.Array, residual: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The sum of x and residual [T, size], normalised, and as it is; x may be parts [P, T, size] that are to be added up."""
-        return add_rms_norm(x, residual, self.weight[...], self.eps)
+    def __call__(self, x: Branch, residual: jax.Array, shards: Shards) -> tuple[jax.Array, jax.Array]:
+        """The sum of x and residual [T, size], normalised, and as it is."""
+        if x.shared:
+            return all_reduce_add_rms_norm(x.parts, residual, self.weight[...], self.eps, shards)
+        return add_rms_norm(x.parts, residual, self.weight[...], self.eps)
 
 
 class Linear(nnx.Module):
@@ -62,36 +82,24 @@ class Linear(nnx.Module):
         sources = tuple(Source(f"{name}.bias", (axis,)) for name, axis in zip(names, outputs, strict=True))
         self.bias = nnx.Param(Parameter(sources)) if bias else None
 
-    def __call__(self, x: jax.Array, deterministic: bool = False) -> jax.Array:
-        """x [T, K] -> [T, N]; `deterministic` as in AttentionMetadata."""
+    def __call__(self, x: jax.Array, shards: Shards) -> jax.Array:
+        """x [T, K] -> [T, N]."""
         y = self.matrix.matmul(x)
         if self.reduce:
-            y = sum_in_order(y) if deterministic else jax.lax.psum(y, "tensor")
+            y = all_reduce(y, x.dtype, shards)
         return y if self.bias is None else y + self.bias[...][None, :]
 
-    def parts(self, x: jax.Array, deterministic: bool = False) -> jax.Array:
-        """The same, or parts of it [P, T, N] that are still to be added up (`add_parts`)."""
-        whole = self.bias is not None or (self.reduce and jax.lax.axis_size("tensor") > 1)
-        return self(x, deterministic) if whole else self.matrix.matmul_parts(x)
+    def branch(self, x: jax.Array, shards: Shards) -> Branch:
+        """The same, still to be added up where nothing follows but the residual stream."""
+        if self.bias is not None:
+            return Branch(self(x, shards))
+        return Branch(self.matrix.matmul_parts(x), self.reduce and shards.count > 1)
 
     def gated(self, x: jax.Array) -> jax.Array:
         """silu(gate) * up, [T, N / 2], where the first half of the outputs is a gate's and nothing is cut by columns."""
-        return self.matrix.gated(x) if self.bias is None else multiply_gated(self(x))
-
-
-def sum_in_order(y: jax.Array) -> jax.Array:
-    """The sum of the shards' y [T, N] on each of them, added up in float32 in the order of the shards.
-
-    A ring adds up each part of an array from another shard on, so that from three shards on a token's bits would depend on its place.
-    """
-    shards = jax.lax.axis_size("tensor")
-    padded = jnp.pad(y, ((0, -y.shape[0] % shards), (0, 0))) if y.shape[0] % shards else y
-    # Each shard adds up its share of the tokens: [shards, T / shards, N], one part from each.
-    parts = jax.lax.all_to_all(padded.reshape(shards, -1, y.shape[1]), "tensor", 0, 0)
-    total = parts[0].astype(jnp.float32)
-    for part in parts[1:]:
-        total = total + part.astype(jnp.float32)
-    return jax.lax.all_gather(total.astype(y.dtype), "tensor", axis=0, tiled=True)[: y.shape[0]]
+        if self.bias is None:
+            return self.matrix.gated(x)
+        return multiply_gated(self.matrix.matmul(x) + self.bias[...][None, :])
 
 
 class Embedding(nnx.Module):
@@ -102,14 +110,14 @@ class Embedding(nnx.Module):
         self.vocab_size = vocab_size
         self.matrix = make_format(quantization, (Source(f"{name}.weight", axes),))
 
-    def __call__(self, token_ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    def __call__(self, token_ids: jax.Array, dtype: jnp.dtype) -> Branch:
         """Vectors [T, K] in a dtype of int32 token ids [T]; each is held by one shard, the others add zero."""
         shards = jax.lax.axis_size("tensor")
         local = -(-self.vocab_size // shards)
         indices = token_ids - jax.lax.axis_index("tensor") * local
         held = (indices >= 0) & (indices < local)
         rows = self.matrix.rows(jnp.where(held, indices, 0), dtype)
-        return jax.lax.psum(jnp.where(held[:, None], rows, jnp.zeros((), rows.dtype)), "tensor")
+        return Branch(jnp.where(held[:, None], rows, jnp.zeros((), rows.dtype)), shards > 1)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Logits, float32 [T, vocab_size], of hidden states [T, K]; every shard gets all of them."""

@@ -14,7 +14,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder, layer_prefix
 from jaxserve.models.formats import QuantizedPart
 from jaxserve.models.parameters import Parameter
-from jaxserve.pallas_kernels import AttentionMetadata, LayerKV
+from jaxserve.pallas_kernels import AttentionMetadata, LayerKV, Shards
 from jaxserve.pallas_kernels.paged_attention import check_implementation
 
 
@@ -56,9 +56,10 @@ class Architecture:
         kv: tuple[LayerKV, ...],
         metadata: tuple[AttentionMetadata, ...],
         last: jax.Array,
+        shards: Shards,
     ) -> tuple[jax.Array, tuple[LayerKV, ...], jax.Array]:
         """`Decoder.__call__` on local shards of the arrays; to be traced inside `jax.shard_map`, never called as it is."""
-        return self._decoder(leaves)(token_ids, positions, kv, metadata, last)
+        return self._decoder(leaves)(token_ids, positions, kv, metadata, last, shards)
 
     def logits(self, leaves: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:
         """`Decoder.logits`, likewise."""

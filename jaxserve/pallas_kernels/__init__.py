@@ -4,6 +4,12 @@ Imports nothing else of jaxserve. The layout of the KV cache is private to this 
 """
 
 from jaxserve.pallas_kernels.add_rms_norm import add_rms_norm as add_rms_norm
+from jaxserve.pallas_kernels.all_reduce import MAX_SHARDS as MAX_SHARDS
+from jaxserve.pallas_kernels.all_reduce import ExchangeLayout as ExchangeLayout
+from jaxserve.pallas_kernels.all_reduce import Shards as Shards
+from jaxserve.pallas_kernels.all_reduce import all_reduce as all_reduce
+from jaxserve.pallas_kernels.all_reduce import all_reduce_add_rms_norm as all_reduce_add_rms_norm
+from jaxserve.pallas_kernels.all_reduce import peers_table as peers_table
 from jaxserve.pallas_kernels.gpu import local_gpu as local_gpu
 from jaxserve.pallas_kernels.layer_kv import KV_HEADS_AXIS as KV_HEADS_AXIS
 from jaxserve.pallas_kernels.layer_kv import KVScales as KVScales

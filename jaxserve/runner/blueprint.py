@@ -20,6 +20,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, Mesh
 from jaxserve.models import Architecture, ModelConfig
 from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.config import RunnerConfig
+from jaxserve.runner.exchange import reach_each_other
 from jaxserve.runner.kv_cache import KVCachePlan
 
 # What of JAX's configuration changes a trace.
@@ -42,6 +43,7 @@ class Blueprint:
         max_batch_tokens: most tokens a step computes.
         masked: with the programs that constrained requests need.
         deterministic: as in RunnerConfig.
+        peer_memory: the devices add up over each other's memory.
         trace_options: (name, value) of TRACE_OPTIONS.
     """
 
@@ -58,6 +60,7 @@ class Blueprint:
     max_batch_tokens: int
     masked: bool
     deterministic: bool
+    peer_memory: bool
     trace_options: tuple[tuple[str, Any], ...]
 
     @classmethod
@@ -78,6 +81,7 @@ class Blueprint:
             max_batch_tokens=config.max_batch_tokens,
             masked=config.masked,
             deterministic=config.deterministic,
+            peer_memory=config.peer_memory and reach_each_other(mesh),
             trace_options=tuple((name, _plain(getattr(jax.config, name))) for name in TRACE_OPTIONS),
         )
 

@@ -21,6 +21,7 @@ class RunnerConfig:
         kv_bytes: memory for the KV cache on each device; None: what the device has left.
         masked: compile what constrained requests need.
         deterministic: what a request gets is the same to the bit alone and in any batch: every step computes max_batch_tokens.
+        peer_memory: where the devices can read each other's memory, kernels add up over it.
         compilation_cache_dir: folder of compiled programs that outlives the process; None: none.
     """
 
@@ -32,6 +33,7 @@ class RunnerConfig:
     kv_bytes: int | None = None
     masked: bool = False
     deterministic: bool = False
+    peer_memory: bool = True
     compilation_cache_dir: str | None = None
 
     @classmethod
@@ -50,6 +52,7 @@ class RunnerConfig:
             kv_dtype=options.kv_dtype,
             masked=not options.disable_grammar_support,
             deterministic=options.deterministic,
+            peer_memory=not options.disable_custom_all_reduce,
             kv_bytes=int(options.cpu_kv_cache_gib * GIB) // options.tensor_size if on_cpu else None,
             compilation_cache_dir=compilation_cache_dir,
         )

@@ -18,6 +18,7 @@ from jaxserve.runner.batch import BatchLayout, BatchPacker
 from jaxserve.runner.buckets import Bucket
 from jaxserve.runner.compile import CompileEvents
 from jaxserve.runner.config import RunnerConfig
+from jaxserve.runner.exchange import Exchange, reach_each_other
 from jaxserve.runner.hosts import Hosts
 from jaxserve.runner.kv_cache import KVCachePlan
 from jaxserve.runner.preparation import Preparation
@@ -58,6 +59,7 @@ class Executor:
         self._compile_events = CompileEvents()
         # The masks of a step without constrained rows, where it takes the masked sampler nevertheless.
         self._nothing_masked: Any = None
+        self._exchange = Exchange(mesh) if config.peer_memory and reach_each_other(mesh) else None
         # From call to call: logits and the sampler's columns, between a forward and its sampler.
         self._logits: Sequence[Any] = ()
 
@@ -129,7 +131,8 @@ class Executor:
     def _run(self, key: ProgramKey, arrays: Sequence[np.ndarray]) -> jax.Array | None:
         program, uploads, result = self._compiled[key], [self._upload(array) for array in arrays], None
         if key.kind == "forward":
-            self._state, *self._logits = program(self._model.leaves, self._state, *uploads)
+            peers = () if self._exchange is None else (self._exchange.peers,)
+            self._state, *self._logits = program(self._model.leaves, self._state, *uploads, *peers)
         elif key.kind == "sample":
             (logits, columns), self._logits = self._logits, ()
             if not uploads and self._nothing_masked is not None:

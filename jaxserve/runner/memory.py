@@ -1,5 +1,6 @@
 """How much memory a KV cache may take."""
 
+import resource
 from typing import Any
 
 import jax.numpy as jnp
@@ -35,6 +36,14 @@ def kv_cache_bytes(mesh: Mesh, wanted: int | None, weights_to_come: int) -> int:
     if left <= 0:
         raise DeviceError("no memory is left for the KV cache beside the weights")
     return left // _STEP * _STEP if wanted is None else min(wanted, left)
+
+
+def peak_memory(mesh: Mesh) -> str:
+    """For people: the most that this process has held so far, on the host and on each of its devices that tells it."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in mesh.local_devices]
+    told = [f"{peak / 2**30:.1f}" for peak in peaks if peak is not None]
+    return f"host {host / 2**30:.1f} GiB" + (f", devices {', '.join(told)} GiB" if told else "")
 
 
 def _bytes_left(device: Any, num_sharing: int, weights_to_come: int) -> int:

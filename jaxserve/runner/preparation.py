@@ -20,6 +20,7 @@ from jaxserve.pallas_kernels import page_dtype
 from jaxserve.runner.blueprint import Blueprint
 from jaxserve.runner.compile import CacheMisses, use_compilation_cache
 from jaxserve.runner.config import RunnerConfig
+from jaxserve.runner.exchange import exchange_bytes
 from jaxserve.runner.hosts import Hosts, smallest
 from jaxserve.runner.kv_cache import KVCachePlan, plan_kv_cache
 from jaxserve.runner.lowering import compile_lowered, lower
@@ -97,7 +98,8 @@ class Preparation:
         self._sharing: Future[None] | None = Future() if self._shares else None
         self._num_shared = 0
         self._misses = CacheMisses(_COMPILE_THREADS)
-        self._bytes_left = smallest(hosts, "bytes for the KV cache", kv_cache_bytes(mesh, config.kv_bytes, weights_to_come))
+        to_come = weights_to_come + exchange_bytes(mesh, config)
+        self._bytes_left = smallest(hosts, "bytes for the KV cache", kv_cache_bytes(mesh, config.kv_bytes, to_come))
         self._temporaries = 0
         self._file_of_temporaries: str | None = None  # where they have still to be measured
         if config.kv_bytes is None:

@@ -16,9 +16,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.models import Architecture
+from jaxserve.pallas_kernels import Shards
 from jaxserve.runner.batch import BatchLayout, add_page_entries, unpack_batch
 from jaxserve.runner.blueprint import Blueprint
 from jaxserve.runner.buckets import Bucket
+from jaxserve.runner.exchange import PEERS_SPEC
 from jaxserve.runner.prompt_scores import score_tokens
 from jaxserve.runner.sampler import sample
 from jaxserve.runner.sampling_rows import NUM_SAMPLING_COLUMNS, neutral_columns
@@ -123,7 +125,7 @@ class Programs:
         return getattr(self, key.kind)()
 
     def forward(self, layout: BatchLayout, logit_rows: int) -> Program:
-        """(leaves, state, packed) -> (state, logits, the sampler's columns of packed).
+        """(leaves, state, packed[, peers]) -> (state, logits, the sampler's columns of packed).
 
         Args:
             layout: of the bucket.
@@ -131,19 +133,22 @@ class Programs:
         """
         padding = logit_rows - layout.bucket.num_rows
 
-        def forward(leaves: tuple[jax.Array, ...], state: DeviceState, packed: jax.Array) -> tuple[DeviceState, jax.Array, jax.Array]:
+        def forward(
+            leaves: tuple[jax.Array, ...], state: DeviceState, packed: jax.Array, peers: jax.Array | None = None
+        ) -> tuple[DeviceState, jax.Array, jax.Array]:
             tables_and_tokens = state.page_tables, state.sampling.last_tokens
             batch, tables = unpack_batch(packed, layout, *tables_and_tokens, self.plan, self.blueprint.deterministic)
             last, columns = batch.last, layout.split(packed).sampling
             if padding:  # of nothing, it would crash XLA's CPU compiler on a mesh
                 last = jnp.pad(last, (0, padding))
                 columns = jnp.concatenate([columns, np.tile(neutral_columns(), (padding, 1))])
-            logits, kv, x = self.architecture.apply(leaves, batch.token_ids, batch.positions, state.kv, batch.metadata, last)
+            shards = Shards(peers, deterministic=self.blueprint.deterministic)
+            logits, kv, x = self.architecture.apply(leaves, batch.token_ids, batch.positions, state.kv, batch.metadata, last, shards)
             hidden = jax.lax.dynamic_update_slice(state.hidden, x, (0, 0))
             return DeviceState(kv, tables, state.sampling, hidden), logits, columns
 
-        specs = self.architecture.specs, STATE_SPEC, _EVERYWHERE
-        arguments = self.leaves, self.state, self._ints(layout.size)
+        specs = self.architecture.specs, STATE_SPEC, _EVERYWHERE, *(PEERS_SPEC for _ in self._peers())
+        arguments = self.leaves, self.state, self._ints(layout.size), *self._peers()
         return self._program(forward, arguments, specs, (STATE_SPEC, _EVERYWHERE, _EVERYWHERE), donated=1, options=PRODUCTS)
 
     def sample(self, num_rows: int, *, masked: bool, logprobs: bool) -> Program:
@@ -225,6 +230,11 @@ class Programs:
                 jax.ShapeDtypeStruct(parameter.shape(shards), parameter.dtype(dtype), sharding=NamedSharding(self.mesh, parameter.spec))
                 for parameter in self.architecture.parameters
             )
+
+    def _peers(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """The table of peers, where there is one."""
+        shards, sharding = self.blueprint.tensor_size, NamedSharding(self.mesh, PEERS_SPEC)
+        return (jax.ShapeDtypeStruct((shards, shards + 1, 2), jnp.uint32, sharding=sharding),) if self.blueprint.peer_memory else ()
 
     def _ints(self, *shape: int) -> jax.ShapeDtypeStruct:
         return self._array(shape, jnp.int32)

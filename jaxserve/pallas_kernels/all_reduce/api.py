@@ -1,0 +1,89 @@
+"""Sums over the shards of a mesh axis, whoever computes them; to be traced inside `jax.shard_map`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.pallas_kernels.add_rms_norm import add_rms_norm
+from jaxserve.pallas_kernels.all_reduce.exchange import BLOCKS, ExchangeLayout
+from jaxserve.pallas_kernels.all_reduce.reference import sum_in_order
+from jaxserve.pallas_kernels.matmul import add_parts
+
+# Most bytes of a sum that goes over peer memory, by the number of shards (the next larger one counts): each device sends its part to all
+# others, so that a large sum is XLA's, which sends each byte about twice. A guess until benchmarks.all_reduce has run on two and more GPUs.
+MOST_BYTES = {2: 8 * 2**20, 4: 4 * 2**20, 8: 2**20}
+# Most rows that are normalised in the kernel that adds them up, a block each.
+MOST_ROWS = 2 * BLOCKS
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Shards:
+    """How the shards of a mesh axis add up what each has a part of.
+
+    Attributes:
+        peers: the local row of `peers_table`, uint32 [1, shards + 1, 2], where the devices can read each other's memory; else None.
+        axis: static; of the mesh.
+        deterministic: static; as in AttentionMetadata.
+    """
+
+    peers: jax.Array | None = None
+    axis: str = field(default="tensor", metadata={"static": True})
+    deterministic: bool = field(default=False, metadata={"static": True})
+
+    @property
+    def count(self) -> int:
+        """Known while tracing."""
+        return jax.lax.axis_size(self.axis)
+
+    def takes_peer_memory(self, num_bytes: int) -> bool:
+        """Whether a sum of so many bytes is the kernel's; the one place where that is decided."""
+        if self.peers is None:
+            return False
+        return num_bytes <= next(most for shards, most in MOST_BYTES.items() if self.count <= shards)
+
+
+def all_reduce(parts: jax.Array, dtype: Any, shards: Shards) -> jax.Array:
+    """Add up all shards' parts.
+
+    Args:
+        parts: [T, N] or parts of it [P, T, N] as `matmul_parts` gives them, in dtype or float32. They are added up in float32 and rounded.
+        dtype: of the result.
+
+    Returns:
+        [T, N], the same bits on every shard. Where the kernel or `deterministic` adds up: in float32, in the order of the shards.
+    """
+    if shards.count == 1:
+        return add_parts(parts, dtype)
+    num_tokens, size = parts.shape[-2:]
+    if shards.peers is not None and shards.takes_peer_memory(num_tokens * size * jnp.dtype(dtype).itemsize):
+        # Pallas takes over a second to import: not where there is no GPU.
+        from jaxserve.pallas_kernels.all_reduce.triton import AllReduceConfig, all_reduce_triton
+
+        config = AllReduceConfig.for_elements(num_tokens * size, dtype, ExchangeLayout.of(shards.count))
+        return all_reduce_triton(parts.reshape(1, -1, num_tokens * size), shards.peers, dtype, config=config).reshape(num_tokens, size)
+    whole = add_parts(parts, dtype)
+    return sum_in_order(whole, shards.axis) if shards.deterministic else jax.lax.psum(whole, shards.axis)
+
+
+def all_reduce_add_rms_norm(
+    parts: jax.Array, residual: jax.Array, weight: jax.Array, eps: float, shards: Shards
+) -> tuple[jax.Array, jax.Array]:
+    """`add_rms_norm` of the sum that `all_reduce` gives, with the same numbers.
+
+    Args:
+        parts: as for `all_reduce`.
+        residual, weight, eps: as for `add_rms_norm`.
+    """
+    num_tokens, size = residual.shape
+    if shards.count > 1 and shards.peers is not None and num_tokens <= MOST_ROWS and shards.takes_peer_memory(residual.nbytes):
+        from jaxserve.pallas_kernels.all_reduce.triton import AllReduceConfig, all_reduce_add_rms_norm_triton
+
+        config = AllReduceConfig.for_rows(size, residual.dtype, ExchangeLayout.of(shards.count))
+        if config is not None:
+            batch = parts.reshape(1, -1, num_tokens, size)
+            normed, total = all_reduce_add_rms_norm_triton(batch, residual[None], weight, eps, shards.peers, config=config)
+            return normed[0], total[0]
+    return add_rms_norm(all_reduce(parts, residual.dtype, shards), residual, weight, eps)

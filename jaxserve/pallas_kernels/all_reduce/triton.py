@@ -1,0 +1,182 @@
+"""All-reduce over peer memory in Pallas-Triton, for GPUs from sm_80 on that one process drives.
+
+To XLA it is a plain custom call, which stays inside the captured CUDA graph; XLA's own collectives split it. Each device sends its whole
+part to all others (one-shot) and adds up what all sent in the order of the shards, in float32, so that all have the same bits. The
+residual addition and root mean square norm that follow can be in the same kernel.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax._src.lib.triton import dialect as triton_dialect  # pallas.triton's own inline assembly may be copied or left out by compilers
+from jax._src.pallas.triton.lowering import register_lowering
+from jax.core import ShapedArray
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jax.extend.core import Primitive
+
+from jaxserve.pallas_kernels.all_reduce.exchange import BLOCKS, THREADS, VECTOR_BYTES, ExchangeLayout, round_asm
+
+_FEWEST_THREADS = 128
+
+
+@dataclass(frozen=True)
+class AllReduceConfig:
+    """How the kernel is cut.
+
+    Attributes:
+        threads: of a block.
+        vectors: that a thread sends in a round.
+    """
+
+    threads: int
+    vectors: int
+
+    @classmethod
+    def for_rows(cls, size: int, dtype: Any, layout: ExchangeLayout) -> "AllReduceConfig | None":
+        """A block a row; None where a row is too long."""
+        vectors = pl.next_power_of_2(size) * jnp.dtype(dtype).itemsize // VECTOR_BYTES
+        threads = max(32, min(THREADS, vectors))
+        each = max(1, vectors // threads)
+        return cls(threads, each) if each <= layout.vectors else None
+
+    @classmethod
+    def for_elements(cls, count: int, dtype: Any, layout: ExchangeLayout) -> "AllReduceConfig":
+        """As many blocks as there are, then as few vectors a thread, that one round does."""
+        vectors = -(-count * jnp.dtype(dtype).itemsize // VECTOR_BYTES)
+        threads = max(_FEWEST_THREADS, min(THREADS, pl.next_power_of_2(-(-vectors // BLOCKS))))
+        return cls(threads, min(layout.vectors, pl.next_power_of_2(-(-vectors // (BLOCKS * threads)))))
+
+    def elements(self, dtype: Any) -> int:
+        """Of a block in a round."""
+        return self.threads * self.vectors * VECTOR_BYTES // jnp.dtype(dtype).itemsize
+
+
+def all_reduce_triton(parts: jax.Array, table: jax.Array, dtype: Any, *, config: AllReduceConfig, blocks: int = BLOCKS) -> jax.Array:
+    """Add up all shards' parts [S, P, M]: [S, M] in a dtype.
+
+    Args:
+        parts: of S shards that this device computes for (one, but in tests); P parts are added up in float32 and rounded, then sent.
+        table: their rows of `peers_table`, uint32 [S, shards + 1, 2].
+        config: the cut; all calls that use a buffer may differ in it.
+        blocks: most of them.
+    """
+    return _call(parts, table, (), dtype, config, config.elements(dtype), None, blocks)[0]
+
+
+def all_reduce_add_rms_norm_triton(
+    parts: jax.Array, residual: jax.Array, weight: jax.Array, eps: float, table: jax.Array, *, config: AllReduceConfig, blocks: int = BLOCKS
+) -> tuple[jax.Array, jax.Array]:
+    """As `add_rms_norm` of all shards' parts [S, P, T, K], residual [S, T, K] and weight [K]; both results [S, T, K]."""
+    shards, num_parts, num_tokens, size = parts.shape
+    flat = parts.reshape(shards, num_parts, num_tokens * size)
+    normed, total = _call(flat, table, (residual.reshape(shards, -1), weight), residual.dtype, config, size, eps, blocks)
+    return normed.reshape(residual.shape), total.reshape(residual.shape)
+
+
+def _call(
+    parts: jax.Array,
+    table: jax.Array,
+    norm: tuple[jax.Array, ...],
+    dtype: Any,
+    config: AllReduceConfig,
+    size: int,
+    eps: float | None,
+    blocks: int,
+) -> Sequence[jax.Array]:
+    num_rows = pl.cdiv(parts.shape[2], size)
+    num_blocks = min(num_rows, blocks)
+    result = jax.ShapeDtypeStruct((parts.shape[0], parts.shape[2]), dtype)
+    outputs = 2 if norm else 1
+    return pl.pallas_call(
+        functools.partial(_all_reduce_kernel, config=config, size=size, num_rows=num_rows, num_blocks=num_blocks, eps=eps),
+        grid=(num_blocks, parts.shape[0]),
+        in_specs=[pl.no_block_spec] * (2 + len(norm)),
+        out_specs=[pl.no_block_spec] * outputs,
+        out_shape=[result] * outputs,
+        input_output_aliases={2: 1} if norm else {},
+        compiler_params=plt.CompilerParams(num_warps=config.threads // 32, num_stages=1),
+        name="all_reduce_add_rms_norm" if norm else "all_reduce",
+    )(parts, table, *norm)
+
+
+def _all_reduce_kernel(parts_ref, table_ref, *refs, config: AllReduceConfig, size: int, num_rows: int, num_blocks: int, eps: float | None):
+    dtype = refs[-1].dtype
+    _, num_parts, total_size = parts_ref.shape
+    block, shard = pl.program_id(0), pl.program_id(1)
+    layout = ExchangeLayout.of(table_ref.shape[1] - 1)
+    numbers = [plt.load(table_ref.at[shard, jnp.int32(0), jnp.int32(0)])]
+    numbers += [plt.load(table_ref.at[shard, jnp.int32(1 + i // 2), jnp.int32(i % 2)]) for i in range(2 * layout.shards)]
+    column = jnp.arange(config.elements(dtype), dtype=jnp.int32)
+
+    def one_round(index: Any, carry: Any) -> Any:
+        row = block + jnp.int32(index) * jnp.int32(num_blocks)
+        at = row * jnp.int32(size) + column
+        present = (column < size) & (at < total_size)
+        mine = plt.load(parts_ref.at[shard, jnp.int32(0), at], mask=present, other=0.0)
+        if num_parts > 1:
+            mine = mine.astype(jnp.float32)
+            for part in range(1, num_parts):
+                mine = mine + plt.load(parts_ref.at[shard, jnp.int32(part), at], mask=present, other=0.0).astype(jnp.float32)
+        sent = exchange(mine.astype(dtype), block, numbers, layout, config.vectors, repeated=num_rows > num_blocks)
+        branch = sent[0].astype(jnp.float32)
+        for part in sent[1:]:
+            branch = branch + part.astype(jnp.float32)
+        if eps is None:
+            plt.store(refs[0].at[shard, at], branch.astype(dtype), mask=present)
+            return carry
+        residual_ref, weight_ref, normed_ref, sum_ref = refs
+        total = branch.astype(dtype) + plt.load(residual_ref.at[shard, at], mask=present, other=0.0)
+        plt.store(sum_ref.at[shard, at], total, mask=present)
+        wide = total.astype(jnp.float32)
+        scale = lax.rsqrt(jnp.sum(wide * wide) / size + eps)
+        weight = plt.load(weight_ref.at[column], mask=column < size, other=0.0)
+        plt.store(normed_ref.at[shard, at], (wide * scale).astype(dtype) * weight, mask=present)
+        return carry
+
+    num_rounds = pl.cdiv(num_rows, num_blocks)
+    if num_rounds == 1:
+        one_round(0, 0)
+    else:
+        lax.fori_loop(0, num_rounds, one_round, 0)
+
+
+def exchange(
+    mine: jax.Array, block: jax.Array, numbers: Sequence[jax.Array], layout: ExchangeLayout, vectors: int, *, repeated: bool
+) -> Sequence[jax.Array]:
+    """Inside a kernel: send `mine` to all shards and wait for what they send, one array a shard; as `round_asm`."""
+    bits = lax.bitcast_convert_type(mine, jnp.int32) if mine.dtype.itemsize == 4 else mine
+    sent = _exchange_p.bind(bits, block, *numbers, layout=layout, vectors=vectors, repeated=repeated)
+    return [lax.bitcast_convert_type(part, mine.dtype) for part in sent] if bits is not mine else sent
+
+
+_exchange_p = Primitive("exchange")
+_exchange_p.multiple_results = True
+
+
+@_exchange_p.def_abstract_eval
+def _exchange_abstract_eval(mine: ShapedArray, *scalars: ShapedArray, layout: ExchangeLayout, **_: Any) -> list[ShapedArray]:
+    return [mine.update(shape=mine.shape)] * layout.shards
+
+
+@register_lowering(_exchange_p)
+def _exchange_lowering(ctx: Any, mine: Any, *scalars: Any, layout: ExchangeLayout, vectors: int, repeated: bool) -> list[Any]:
+    # A thread holds `pack` elements, no more: the array has as many as all threads' vectors.
+    pack = vectors * VECTOR_BYTES // ctx.avals_in[0].dtype.itemsize
+    asm, constraints = round_asm(layout, vectors, pack, repeated)
+    tensor = type(mine.type)(mine.type)
+    wide = [triton_dialect.splat(_like(tensor, scalar.type), scalar) for scalar in scalars]
+    results = triton_dialect.elementwise_inline_asm(
+        [mine.type] * layout.shards, asm, constraints=constraints, pure=False, packed_element=pack, args=[mine, *wide]
+    )
+    return list(results)
+
+
+def _like(tensor: Any, element: Any) -> Any:
+    """A tensor type of the same shape."""
+    return tensor.get(tensor.shape, element)
