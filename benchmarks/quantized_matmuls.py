@@ -1,4 +1,4 @@
-"""Speed of products with weights of 4 and 8 bits on this GPU: `python -m benchmarks.quantized_matmuls [--contenders served mosaic triton]`.
+"""Speed of products with weights of 4 and 8 bits on this GPU: `python -m benchmarks.quantized_matmuls [--contenders wide]`.
 
 A figure is the time of one of many products in one jit, one after the other, each with tokens and a weight of its own (together more than
 the L2 cache holds). Outputs are compared with float32 on 256 random rows of the weight. The last table has the best cut of each case beside
@@ -27,6 +27,7 @@ from benchmarks.rows import add_row_flags, command_line, make_rows
 from jaxserve.pallas_kernels.matmul import add_parts
 from jaxserve.pallas_kernels.quantized_matmul.api import quantized_matmul
 from jaxserve.pallas_kernels.quantized_matmul.mosaic import MosaicQuantizedConfig, quantized_matmul_mosaic
+from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import WideQuantizedConfig, quantized_matmul_wide
 from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfig, quantized_matmul_triton
 from jaxserve.pallas_kernels.quantized_matmul.weights import EightBitWeight, FourBitWeight
 
@@ -82,6 +83,17 @@ def mosaic(case: Case, *cut: int) -> Contender:
     return Contender(case, f"mosaic {cut}", multiply)
 
 
+def wide(case: Case, *cut: int) -> Contender:
+    """The Mosaic kernel for many tokens: a WideQuantizedConfig without its number of blocks."""
+    config = WideQuantizedConfig(*cut[:5], 132, *cut[5:])
+
+    def multiply(x: jax.Array, weight: FourBitWeight) -> jax.Array:
+        parts = quantized_matmul_wide(x, weight, config=config)
+        return parts[0] if config.splits == 1 else add_parts(parts, BF16)
+
+    return Contender(case, f"mosaic wide {cut}", multiply)
+
+
 def _served() -> Iterator[Contender]:
     """What `quantized_matmul` chooses, beside cuBLAS with bfloat16."""
     for shape in ("gate_up", "down", "qkv", "o", "head"):
@@ -126,6 +138,35 @@ def _mosaic_cuts() -> Iterator[Contender]:
         yield mosaic(Case("w4", "gate_up", tokens), 2, 1, 4, 132)
 
 
+def _wide_cuts() -> Iterator[Contender]:
+    """Warpgroups, tokens, splits, stages of tokens and of codes, cluster, panel."""
+    cuts = {
+        ("gate_up", 160): ((2, 160, 1, 6, 4, 2), (2, 160, 1, 6, 4, 1)),
+        ("gate_up", 256): ((2, 256, 1, 5, 3, 2), (2, 256, 1, 5, 3, 1), (2, 256, 1, 4, 4, 4), (2, 128, 1, 8, 4, 2)),
+        ("gate_up", 512): ((2, 256, 1, 5, 3, 2), (2, 128, 1, 8, 4, 2)),
+        ("gate_up", 2048): ((2, 256, 1, 5, 3, 2), (2, 256, 1, 5, 3, 1), (2, 256, 1, 5, 3, 2, 4)),
+        ("gate_up", 8192): ((2, 256, 1, 5, 3, 2), (2, 256, 1, 5, 3, 2, 16)),
+        ("down", 160): ((2, 160, 4, 6, 4, 2), (2, 160, 2, 6, 4, 2)),
+        ("down", 256): ((2, 256, 4, 5, 3, 2), (2, 128, 2, 8, 4, 2), (2, 128, 2, 8, 4, 4)),
+        ("down", 512): ((2, 128, 1, 8, 4, 2), (2, 256, 2, 5, 3, 2)),
+        ("down", 2048): ((2, 256, 1, 5, 3, 2), (2, 256, 1, 5, 3, 2, 4)),
+        ("down", 8192): ((2, 256, 1, 5, 3, 2), (2, 256, 1, 5, 3, 2, 4)),
+        ("qkv", 160): ((3, 160, 4, 6, 3, 2), (2, 160, 2, 6, 4, 2)),
+        ("qkv", 256): ((3, 128, 2, 6, 4, 2), (2, 256, 2, 5, 3, 2), (2, 128, 1, 8, 4, 2)),
+        ("qkv", 2048): ((2, 256, 1, 5, 3, 2),),
+        ("o", 160): ((2, 160, 4, 6, 4, 2),),
+        ("o", 256): ((2, 128, 2, 8, 4, 2), (2, 256, 4, 5, 3, 2)),
+        ("o", 2048): ((2, 256, 1, 5, 3, 2),),
+    }
+    for (shape, tokens), of_case in cuts.items():
+        yield Contender(Case("bf16", shape, tokens), "cublas", multiply_bf16)
+        yield Contender(Case("w4", shape, tokens), "served", multiply_quantized)
+        for cut in of_case:
+            yield wide(Case("w4", shape, tokens), *cut)
+    yield wide(Case("w4z", "gate_up", 256), 2, 256, 1, 5, 3, 2)
+    yield wide(Case("w4g32", "gate_up", 256), 2, 256, 1, 5, 3, 2)
+
+
 def _triton_cuts() -> Iterator[Contender]:
     for tokens in (1, 16):
         for cut in ((64, 16, 2, 1, 2, 3), (64, 16, 1, 2, 2, 4), (64, 16, 1, 1, 2, 4), (128, 16, 1, 2, 4, 4)):
@@ -141,7 +182,7 @@ def _triton_cuts() -> Iterator[Contender]:
         yield triton(Case("w4", shape, 64), 128, 64, 1, splits, 8, 4)
 
 
-CONTENDERS = {"served": _served, "mosaic": _mosaic_cuts, "triton": _triton_cuts}
+CONTENDERS = {"served": _served, "mosaic": _mosaic_cuts, "wide": _wide_cuts, "triton": _triton_cuts}
 
 
 def multiply_quantized(x: jax.Array, weight: FourBitWeight | EightBitWeight) -> jax.Array:

@@ -14,6 +14,7 @@ from jaxserve.pallas_kernels.quantized_matmul import TABLES, EightBitWeight, Fou
 from jaxserve.pallas_kernels.quantized_matmul.dispatch import triton_config
 from jaxserve.pallas_kernels.quantized_matmul.many_tokens import dequantize_triton, eight_bit_matmul, round_activations, widened_matmul
 from jaxserve.pallas_kernels.quantized_matmul.mosaic import MosaicQuantizedConfig, quantized_matmul_mosaic
+from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import WideQuantizedConfig, quantized_matmul_wide
 from jaxserve.pallas_kernels.quantized_matmul.reference import quantized_matmul_reference
 from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfig, quantized_matmul_triton
 
@@ -99,6 +100,20 @@ MOSAIC_CUTS = [
 def test_the_mosaic_kernel_multiplies(weight, num_tokens, config):
     x = activations(num_tokens, 512)
     parts = quantized_matmul_mosaic(x, weight, config=config, interpret=True)
+    assert parts.shape == (1 if config.splits == 1 else 4, num_tokens, weight.shape[0])
+    assert error(parts.astype(F32).sum(axis=0), x, weight) < HALF_OF_THE_LAST_BIT[BF16]
+
+
+WIDE_CUTS = [
+    (four_bit(256, 512, 32, zeros=True), 40, WideQuantizedConfig(2, 256, 2, 3, 2, 2, cluster=2)),
+    (four_bit(384, 256, 256), 70, WideQuantizedConfig(3, 32, 1, 3, 2, 1, panel=2)),  # three tiles of tokens, a panel not full
+]
+
+
+@pytest.mark.parametrize(("weight", "num_tokens", "config"), WIDE_CUTS, ids=["groups-of-32", "token-tiles"])
+def test_the_wide_kernel_multiplies(weight, num_tokens, config):
+    x = activations(num_tokens, weight.shape[1])
+    parts = quantized_matmul_wide(x, weight, config=config, interpret=True)
     assert parts.shape == (1 if config.splits == 1 else 4, num_tokens, weight.shape[0])
     assert error(parts.astype(F32).sum(axis=0), x, weight) < HALF_OF_THE_LAST_BIT[BF16]
 

@@ -130,7 +130,7 @@ def _quantized_matmul_kernel(
     warpgroup = lax.axis_index("warpgroup")
 
     def place(chunk):
-        """A chunk's first row in units of a tile's, its share of the columns and its tile of tokens: tiles that share codes are neighbours."""
+        """A chunk's first row in units of a tile's, its share of the columns, its tile of tokens; what shares codes is neighbours."""
         rest = lax.div(chunk, tiles)
         return lax.div(rest, splits) * teams, lax.rem(rest, splits), pl.ds(lax.rem(chunk, tiles) * lanes, lanes)
 

@@ -75,6 +75,24 @@ def four_bit_asm(plane: int, dtype: jnp.dtype) -> str:
     )
 
 
+def scaled_four_bit_asm(plane: int, dtype: jnp.dtype, exact: bool) -> str:
+    """As `four_bit_asm`, times a scale, $3 twice, plus the rest of it that dtype does not hold, $4, unless it is exact; for sm_90."""
+    code = four_bit_asm(plane, dtype).replace("$0, t, o, $2;", "t, t, o, $2;").removesuffix("}")
+    suffix = _Magic.of(dtype).suffix
+    if exact:
+        return f"{code} mul.rn.{suffix} $0, t, $3; }}"
+    return f"{code} mul.rn.{suffix} o, t, $4; fma.rn.{suffix} $0, t, $3, o; }}"
+
+
+def scale_pair_asm(dtype: jnp.dtype) -> str:
+    """PTX for a float32 scale, $2, rounded to dtype, twice in $0, and what that lacks, twice in $1."""
+    name = "bf16" if dtype == jnp.bfloat16 else "f16"
+    return (
+        f"{{ .reg .b16 h, u; .reg .f32 r; cvt.rn.{name}x2.f32 $0, $2, $2; mov.b32 {{h, u}}, $0; cvt.f32.{name} r, h; sub.f32 r, $2, r;"
+        f" cvt.rn.{name}x2.f32 $1, r, r; }}"
+    )
+
+
 def addend_pair_asm(dtype: jnp.dtype) -> str:
     """PTX for the addend, twice in $0, of a zero, $1."""
     return f"mad.lo.u32 $0, $1, 0x10001, 0x{_Magic.of(dtype).less_base * 0x10001:08x};"

@@ -1,0 +1,310 @@
+"""Many tokens times a weight of 4 bits for sm_90 (Hopper), in Pallas Mosaic GPU: for batches where the tensor cores bind.
+
+A block of threads has a warpgroup that fetches by TMA and runs ahead over the borders of tiles, and some that compute: each takes 64 rows
+of the weight and up to 256 tokens. It makes codes 16 bits wide and multiplies them by their scales in registers, in the very places where
+wgmma wants its left operand, while the tensor cores are at the columns before: so one accumulator serves all groups, and widened weights
+lie neither in memory nor in SMEM. Blocks of a cluster share fetches of tokens. Where the rows are too few, the columns are cut too.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu.utils import bitcast
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+
+from jaxserve.pallas_kernels.paged_attention.mosaic_decode import swizzled
+from jaxserve.pallas_kernels.quantized_matmul.upcast import addend_pair_asm, scale_pair_asm, scaled_four_bit_asm
+from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, FourBitWeight
+
+HEIGHT = 64  # of a wgmma
+_LANES_STEP = 32
+_HALF = BLOCK // 2  # columns that are multiplied at once: 128 bytes, the widest swizzle
+_FETCH_REGISTERS = 40
+_COMPUTE_REGISTERS = {2: 232, 3: 152}  # of 512 a thread of four warpgroups' place
+_ROW = plgpu.Layout.WGMMA.reduce(1)
+
+
+@dataclass(frozen=True)
+class WideQuantizedConfig:
+    """How the kernel is cut.
+
+    Attributes:
+        warpgroups: that compute, 2 or 3; each has 64 rows of a tile.
+        tokens: of a tile at most, a multiple of 32 up to 256.
+        splits: shares of the columns, each with partial sums of its own.
+        num_stages: fetches of 64 columns of tokens in flight.
+        code_stages: fetches of 128 columns of codes in flight.
+        num_blocks: at most so many blocks of threads; each walks several tiles if there are more.
+        cluster: blocks with the same tokens that fetch them together, each a share for all of them.
+        panel: tiles of tokens that are walked together, rows by rows, so that what they fetch stays in L2.
+    """
+
+    warpgroups: int
+    tokens: int
+    splits: int
+    num_stages: int
+    code_stages: int
+    num_blocks: int
+    cluster: int = 1
+    panel: int = 8
+
+
+def wide_token_tiles(num_tokens: int, most: int) -> tuple[int, int]:
+    """The tokens of a tile, a multiple of 32 and at most so many, and how many tiles hold them all."""
+    tiles = pl.cdiv(num_tokens, most)
+    return pl.cdiv(num_tokens, _LANES_STEP * tiles) * _LANES_STEP, tiles
+
+
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+def quantized_matmul_wide(x: jax.Array, weight: FourBitWeight, *, config: WideQuantizedConfig, interpret: bool = False) -> jax.Array:
+    """x [T, K], bfloat16 or float16, times the transposed weight [N, K] without minima; no table but 0 to 15.
+
+    The weight is rounded to x's dtype, as `dequantize` does. N is a multiple of 64 * warpgroups * cluster, K of 128 * splits; x has as many
+    columns. The same bits in every run.
+
+    Returns:
+        [P, T, N] in x's dtype, parts whose sum is the product: one, or two for each split, as quantized_matmul_mosaic's.
+
+    Raises:
+        ValueError: a config that does not divide the shapes.
+    """
+    num_tokens, (size, depth) = x.shape[0], weight.shape
+    lanes, tiles = wide_token_tiles(num_tokens, config.tokens)
+    teams, cluster, splits = config.warpgroups, config.cluster, config.splits
+    if size % (HEIGHT * teams * cluster) or depth % (BLOCK * splits):
+        raise ValueError(f"a weight {weight.shape} cannot be cut by {config}")
+    heights = size // HEIGHT
+    chunks = heights // (teams * cluster) * splits * tiles
+    workers = pl.cdiv(chunks, pl.cdiv(chunks, config.num_blocks // cluster))
+    parts = max(1, BLOCK // weight.group)
+    codes = weight.codes.reshape(-1, heights, HEIGHT, BLOCK // 4)
+    scales = weight.scales.reshape(-1, heights, HEIGHT)
+    zeros = None if weight.zeros is None else weight.zeros.reshape(-1, heights, HEIGHT)
+    scales_smem = functools.partial(plgpu.SMEM, (config.code_stages, parts, teams, HEIGHT))
+    piece = _HALF if lanes % _HALF == 0 else _LANES_STEP  # tokens that are stored at once
+    emptied = plgpu.Barrier(num_arrivals=teams, num_barriers=config.num_stages)
+    if cluster > 1:
+        emptied = plgpu.ClusterBarrier(collective_axes=("member",), num_arrivals=teams, num_barriers=config.num_stages)
+    sums = plgpu.kernel(
+        functools.partial(_wide_kernel, config=config, chunks=chunks, workers=workers, exact=scales.dtype == x.dtype, interpret=interpret),
+        out_type=jax.ShapeDtypeStruct((splits * (1 if splits == 1 else 2), lanes * tiles, size), x.dtype),
+        scratch_types=(
+            plgpu.SMEM((config.num_stages, lanes, _HALF), x.dtype, transforms=swizzled(_HALF, x.dtype)),
+            plgpu.SMEM((config.code_stages, teams, *codes.shape[2:]), codes.dtype, transforms=swizzled(codes.shape[3], codes.dtype)),
+            scales_smem(scales.dtype),
+            None if zeros is None else scales_smem(zeros.dtype),
+            plgpu.SMEM((teams, 2, piece, HEIGHT), x.dtype, transforms=swizzled(HEIGHT // 2, x.dtype)),
+            plgpu.Barrier(num_arrivals=1, num_barriers=config.num_stages),
+            emptied,
+            plgpu.Barrier(num_arrivals=2 + (zeros is not None), num_barriers=config.code_stages),
+            plgpu.Barrier(num_arrivals=teams, num_barriers=config.code_stages),
+        ),
+        grid=(workers,),
+        grid_names=("worker",),
+        cluster=(cluster,) if cluster > 1 else (),
+        cluster_names=("member",) if cluster > 1 else (),
+        num_threads=teams + 1,
+        thread_name="warpgroup",
+        # Lane semantics lower in half the time of the default's, which infers layouts first.
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )(
+        jnp.pad(x, ((0, lanes * tiles - num_tokens), (0, 0))), codes, scales, zeros,
+        jnp.full((1,), 0 if weight.values else 8, jnp.int32),
+    )  # fmt: skip
+    return sums[:, :num_tokens]
+
+
+def _wide_kernel(
+    x_ref, codes_ref, scales_ref, zeros_ref, one_zero_ref, sums_ref, x_smem, codes_smem, scales_smem, zeros_smem, out_smem,
+    filled, emptied, codes_filled, codes_emptied,
+    *, config: WideQuantizedConfig, chunks: int, workers: int, exact: bool, interpret: bool,
+):  # fmt: skip
+    teams, stages, code_stages, cluster = config.warpgroups, config.num_stages, config.code_stages, config.cluster
+    splits, planes = jnp.int32(config.splits), sums_ref.shape[0] // config.splits
+    lanes, parts, piece = x_smem.shape[1], scales_smem.shape[1], out_smem.shape[2]
+    dtype, heights = x_ref.dtype, codes_ref.shape[1]
+    steps = codes_ref.shape[0] // config.splits
+    tiles = jnp.int32(x_ref.shape[0] // lanes)
+    worker, warpgroup = lax.axis_index("worker"), lax.axis_index("warpgroup")
+    member = lax.axis_index("member") if cluster > 1 else 0
+    num_chunks = lax.div(chunks - worker + (workers - 1), jnp.int32(workers))
+    panel = jnp.int32(min(config.panel, x_ref.shape[0] // lanes))
+    row_groups = jnp.int32(heights // (teams * cluster) * config.splits)
+    groups_a_block = scales_ref.shape[0] / codes_ref.shape[0]
+
+    def place(i):
+        """Of this block's i-th chunk: its first token, its first row in units of 64, its share of the columns."""
+        chunk = worker + i * workers
+        first = lax.div(chunk, panel * row_groups) * panel
+        within, across = chunk - first * row_groups, jnp.minimum(panel, tiles - first)
+        rest = lax.div(within, across)
+        token = (first + lax.rem(within, across)) * lanes
+        return pl.multiple_of(token, _LANES_STEP), (lax.div(rest, splits) * cluster + member) * teams, lax.rem(rest, splits)
+
+    def drain(barriers, slots, count):
+        """Sees every phase of the barriers out, as the interpreter demands, and clusters too."""
+        for slot in range(slots):
+
+            @pl.when(slot < count)
+            def _(slot=slot):
+                plgpu.barrier_wait(barriers.at[slot])
+
+    @pl.when(warpgroup == teams)
+    def _fetch():
+        plgpu.set_max_registers(_FETCH_REGISTERS, action="decrease")
+
+        def fetch_chunk(i, count):
+            token, first, share = place(i)
+
+            def step(k, count):
+                block = share * steps + k
+                slot = lax.rem(count, jnp.int32(code_stages))
+
+                @pl.when(count >= code_stages)
+                def _():
+                    plgpu.barrier_wait(codes_emptied.at[slot])
+
+                rows = pl.ds(first, teams)
+                plgpu.copy_gmem_to_smem(codes_ref.at[block, rows], codes_smem.at[slot], codes_filled.at[slot])
+                groups = pl.ds(block * parts if groups_a_block >= 1 else lax.div(block, jnp.int32(round(1 / groups_a_block))), parts)
+                plgpu.copy_gmem_to_smem(scales_ref.at[groups, rows], scales_smem.at[slot], codes_filled.at[slot])
+                if zeros_ref is not None:
+                    plgpu.copy_gmem_to_smem(zeros_ref.at[groups, rows], zeros_smem.at[slot], codes_filled.at[slot])
+                for half in range(2):
+                    fetch = 2 * count + half
+                    x_slot = lax.rem(fetch, jnp.int32(stages))
+
+                    @pl.when(fetch >= stages)
+                    def _(x_slot=x_slot):
+                        plgpu.barrier_wait(emptied.at[x_slot])
+
+                    columns = pl.ds(pl.multiple_of(block * BLOCK + half * _HALF, _HALF), _HALF)
+                    plgpu.copy_gmem_to_smem(
+                        x_ref.at[pl.ds(token, lanes), columns], x_smem.at[x_slot], filled.at[x_slot],
+                        collective_axes="member" if cluster > 1 else None,
+                    )  # fmt: skip
+                return count + 1
+
+            return lax.fori_loop(0, steps, step, count)
+
+        count = lax.fori_loop(0, num_chunks, fetch_chunk, jnp.int32(0))
+        drain(codes_emptied, code_stages, count)
+        drain(emptied, stages, 2 * count)
+
+    @pl.when(warpgroup < teams)
+    def _compute():
+        plgpu.set_max_registers(_COMPUTE_REGISTERS[teams], action="increase")
+        one_zero = plgpu.layout_cast(lax.broadcast_in_dim(one_zero_ref[0], (HEIGHT,), ()), _ROW)
+
+        def step(k, carry, sums=None):
+            """Adds a block's product to sums, wgmma's accumulator; in the interpreter to the carry, whose wgmma takes no registers."""
+            count, total = carry
+            slot = lax.rem(count, jnp.int32(code_stages))
+            plgpu.barrier_wait(codes_filled.at[slot])
+            codes = plgpu.load(codes_smem.at[slot, warpgroup], layout=plgpu.Layout.WGMMA)
+
+            def of_rows(smem, part):
+                return plgpu.load(smem.at[slot, part, warpgroup], layout=_ROW)
+
+            scales = [of_rows(scales_smem, part).astype(jnp.float32) for part in range(parts)]
+            zeros = [one_zero if zeros_ref is None else of_rows(zeros_smem, part).astype(jnp.int32) for part in range(parts)]
+            plgpu.barrier_arrive(codes_emptied.at[slot])
+            for half in range(2):
+                fetch = 2 * count + half
+                x_slot = lax.rem(fetch, jnp.int32(stages))
+                numbers = _scaled_numbers(codes, half, zeros, scales, dtype, exact, interpret)
+                plgpu.barrier_wait(filled.at[x_slot])
+                if interpret:
+                    operands = numbers.astype(jnp.float32), x_smem[x_slot].astype(jnp.float32)
+                    total = total + lax.dot_general(*operands, (((1,), (1,)), ((), ())))
+                else:
+                    plgpu.wgmma(sums, numbers, x_smem.at[x_slot].transpose((1, 0)))
+                    plgpu.wgmma_wait(1)  # so the columns before are done, while the tensor cores are at these
+
+                @pl.when((k > 0) | (half > 0))
+                def _(fetch=fetch):
+                    plgpu.barrier_arrive(emptied.at[lax.rem(fetch - 1, jnp.int32(stages))])
+
+            return count + 1, total
+
+        def compute_chunk(i, count):
+            def sum_all(sums):
+                after, _ = lax.fori_loop(0, steps, functools.partial(step, sums=sums), (count, jnp.float32(0)))
+                return after, sums[...]
+
+            if interpret:
+                count, rest = lax.fori_loop(0, steps, step, (count, jnp.zeros((HEIGHT, lanes), jnp.float32)))
+            else:
+                count, rest = pl.run_scoped(sum_all, plgpu.WGMMAAccumulatorRef((HEIGHT, lanes), jnp.float32))
+            plgpu.barrier_arrive(emptied.at[lax.rem(2 * count - 1, jnp.int32(stages))])
+            token, first, share = place(i)
+            rows = pl.ds(pl.multiple_of((first + warpgroup) * HEIGHT, HEIGHT), HEIGHT)
+            for n, left in enumerate(range(0, lanes, piece)):
+                sums = rest[:, left : left + piece]
+                for plane in range(planes):
+                    buffer = (n * planes + plane) % 2
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                    part = sums.astype(dtype)
+                    out_smem.at[warpgroup, buffer].transpose((1, 0))[...] = part
+                    plgpu.commit_smem()
+                    tokens = pl.ds(token + left, piece)
+                    plgpu.copy_smem_to_gmem(out_smem.at[warpgroup, buffer], sums_ref.at[share * planes + plane, tokens, rows])
+                    if plane + 1 < planes:
+                        sums = sums - part.astype(jnp.float32)
+            return count
+
+        lax.fori_loop(0, num_chunks, compute_chunk, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _scaled_numbers(codes, half: int, zeros: list[jax.Array], scales: list[jax.Array], dtype, exact: bool, interpret: bool) -> jax.Array:
+    """Numbers [64, 64] in dtype of half of a block's codes, uint16 [64, 32], less zeros, int32 [64], times scales, float32 [64].
+
+    `exact`: dtype holds the scales. Zeros and scales are of each of the block's groups.
+    """
+    planes = 2 * half, 2 * half + 1
+    groups = [plane * len(scales) // 4 for plane in planes]
+    if interpret:
+        columns = []
+        for plane, group in zip(planes, groups, strict=True):
+            numbers = ((codes >> jnp.uint16(4 * plane)) & jnp.uint16(15)).astype(jnp.int32)
+            numbers = numbers - lax.broadcast_in_dim(zeros[group], numbers.shape, (0,))
+            columns.append(numbers.astype(jnp.float32) * lax.broadcast_in_dim(scales[group], numbers.shape, (0,)))
+        return jnp.concatenate(columns, axis=1).astype(dtype)
+    word = functools.partial(ir.IntegerType.get_signless, 32)
+
+    # The second axis of the registers are tiles of 8 columns, the fifth the upper and the lower 8 rows.
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA, *[_ROW] * 4),
+        return_type=plgpu.ShapeDtypeStruct((HEIGHT, _HALF), dtype, layout=plgpu.Layout.WGMMA),
+    )
+    def scaled_numbers(ctx, codes, *of_rows):
+        del ctx
+        pair = ir.VectorType.get((2,), ir.BF16Type.get() if dtype == jnp.bfloat16 else ir.F16Type.get())
+        both = llvm.StructType.get_literal([word(), word()])
+        tiles = codes.registers.shape[1]
+        registers = np.empty((codes.registers.shape[0], 2 * tiles, *codes.registers.shape[2:]), dtype=object)
+        for n, plane in enumerate(planes):
+            zeros, scales = of_rows[n].registers.flat, of_rows[2 + n].registers.flat
+            added = [llvm.inline_asm(word(), [bitcast(zero, word())], addend_pair_asm(dtype), "=r,r") for zero in zeros]
+            floats = [bitcast(bitcast(scale, word()), ir.F32Type.get()) for scale in scales]
+            split = [llvm.inline_asm(both, [scale], scale_pair_asm(dtype), "=r,=r,f") for scale in floats]
+            factors = [[llvm.extractvalue(word(), x, [i]) for i in range(1 if exact else 2)] for x in split]
+            asm = scaled_four_bit_asm(plane, dtype, exact)
+            for place, register in np.ndenumerate(codes.registers):
+                operands = [bitcast(register, word()), added[place[4]], *factors[place[4]]]
+                number = llvm.inline_asm(word(), operands, asm, "=r" + ",r" * len(operands))
+                registers[(place[0], n * tiles + place[1], *place[2:])] = bitcast(number, pair)
+        return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
+
+    # The decorator takes the first argument, a context, away.
+    return scaled_numbers(codes, *[zeros[g] for g in groups], *[scales[g] for g in groups])  # pyright: ignore[reportCallIssue]
