@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 
+from jaxserve.pallas_kernels import quantized_gated_matmul, quantized_matmul, quantized_matmul_parts
 from jaxserve.pallas_kernels.gpu import Gpu
-from jaxserve.pallas_kernels.quantized_matmul import TABLES, EightBitWeight, FourBitWeight, api, pack_four_bit, quantized_matmul
+from jaxserve.pallas_kernels.quantized_matmul import TABLES, EightBitWeight, FourBitWeight, api, pack_four_bit
+from jaxserve.pallas_kernels.quantized_matmul.activations import round_activations, round_rows
 from jaxserve.pallas_kernels.quantized_matmul.dispatch import triton_config
-from jaxserve.pallas_kernels.quantized_matmul.many_tokens import dequantize_triton, eight_bit_matmul, round_activations, widened_matmul
+from jaxserve.pallas_kernels.quantized_matmul.many_tokens import dequantize_triton, eight_bit_matmul, widened_matmul
 from jaxserve.pallas_kernels.quantized_matmul.mosaic import MosaicQuantizedConfig, quantized_matmul_mosaic
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import WideQuantizedConfig, quantized_matmul_wide
 from jaxserve.pallas_kernels.quantized_matmul.reference import quantized_matmul_reference
@@ -128,7 +130,11 @@ def test_a_widened_weight_is_the_dequantized_one():
 @pytest.mark.parametrize(("dtype", "bound"), [(FLOAT8, 0.04), (jnp.int8, 0.01)])
 def test_eight_bit_products(dtype, bound):
     x, weight = activations(32, 256) * jnp.arange(1, 33, dtype=BF16)[:, None], eight_bit(64, 256, 1, dtype)
-    assert error(eight_bit_matmul(x, weight, BF16), x, weight) < bound  # scales are the tokens' own: 1 to 32 times as large
+    rounded = round_activations(x, dtype, 256, None)
+    assert error(eight_bit_matmul(*rounded, weight, BF16), x, weight) < bound  # scales are the tokens' own: 1 to 32 times as large
+    by_kernel = round_rows(x[:, :200], dtype, interpret=True)
+    for found, expected in zip(by_kernel, round_activations(x[:, :200], dtype, 200, None), strict=True):
+        np.testing.assert_array_equal(found.astype(F32), expected.astype(F32))
     codes, scales = round_activations(x, dtype, 256, jnp.float32(0.25))
     assert float(jnp.abs((codes.astype(F32) * scales - x.astype(F32))[0]).max()) < 0.25
 
@@ -143,7 +149,7 @@ def abstract(weight, size, depth):
     return jax.tree.map(scaled, weight)
 
 
-def lowered(monkeypatch, gpu, num_tokens, weight, out_dtype=BF16, dtype=BF16) -> str:
+def lowered(monkeypatch, gpu, num_tokens, weight, out_dtype=BF16, dtype=BF16, product=None) -> str:
     monkeypatch.setattr(api, "local_gpu", lambda: gpu)
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=gpu.num_multiprocessors, platform="gpu")
     mesh = AbstractMesh((1,), ("x",), abstract_device=device)
@@ -151,9 +157,8 @@ def lowered(monkeypatch, gpu, num_tokens, weight, out_dtype=BF16, dtype=BF16) ->
     with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Pallas-Triton is deprecated
         spec = PartitionSpec()
-        call = jax.shard_map(
-            functools.partial(quantized_matmul, out_dtype=out_dtype), in_specs=(spec, spec), out_specs=spec, check_vma=False
-        )
+        product = product or functools.partial(quantized_matmul, out_dtype=out_dtype)
+        call = jax.shard_map(product, in_specs=(spec, spec), out_specs=spec, check_vma=False)
         return jax.jit(call).trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -174,10 +179,15 @@ def test_what_is_lowered_for_gpus(monkeypatch):
     text = lowered(monkeypatch, HOPPER, 2048, floats)
     assert "stablehlo.transpose" not in text and "contracting_dims = [1] x [1]" in text
     assert "(tensor<2048x4096xf8E4M3FN>, tensor<6144x4096xf8E4M3FN>)" in text
+    # What a kernel of ours has written another one rounds; a gated product scales its sums itself.
+    assert TRITON in lowered(monkeypatch, HOPPER, 2048, floats, product=quantized_matmul_parts)
+    gated = lowered(monkeypatch, HOPPER, 2048, abstract(floats, 28672, 4096), product=quantized_gated_matmul)
+    assert gated.count("custom_call @mosaic_gpu_v2") == 1 and "dot_general" not in gated
     # No float8 products before sm_89: the weight is widened.
     assert "tensor<2048x4096xf8E4M3FN>" not in lowered(monkeypatch, AMPERE, 2048, floats)
     integers = abstract(eight_bit(64, 256, 1, jnp.int8, quantized_activations=True), 6144, 4096)
-    assert "(tensor<2048x4096xi8>, tensor<6144x4096xi8>)" in lowered(monkeypatch, AMPERE, 2048, integers)
+    text = lowered(monkeypatch, AMPERE, 2048, integers, product=quantized_matmul_parts)
+    assert "(tensor<2048x4096xi8>, tensor<6144x4096xi8>)" in text and TRITON in text
 
 
 @pytest.mark.parametrize(("size", "depth"), [(28672, 4096), (4096, 14336), (6144, 4096), (128256, 4096), (1000, 512), (24, 128)])

@@ -9,7 +9,16 @@ from flax import nnx
 from jaxserve.models.formats.quantization import Quantization
 from jaxserve.models.formats.quantized_matrix import QuantizedMatrix
 from jaxserve.models.parameters import Parameter, Source
-from jaxserve.pallas_kernels import gated_matmul, matmul, matmul_parts, multiply_gated, quantized_matmul, quantized_matmul_parts, weight_of
+from jaxserve.pallas_kernels import (
+    gated_matmul,
+    matmul,
+    matmul_parts,
+    multiply_gated,
+    quantized_gated_matmul,
+    quantized_matmul,
+    quantized_matmul_parts,
+    weight_of,
+)
 
 
 class Format(Protocol):
@@ -100,7 +109,8 @@ class QuantizedFormat(nnx.Module):
 
     def gated(self, x: jax.Array) -> jax.Array:
         """As in `Format`."""
-        return multiply_gated(self.matmul(x))
+        x, arrays = self._operands(x)
+        return quantized_gated_matmul(x, weight_of(arrays, self.layout, x.shape[1]))
 
     def rows(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """As in `Format`."""

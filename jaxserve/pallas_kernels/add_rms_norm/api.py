@@ -6,7 +6,7 @@ from jaxserve.pallas_kernels.add_rms_norm.reference import add_rms_norm_referenc
 from jaxserve.pallas_kernels.gpu import local_gpu
 
 # Beyond it XLA adds in the matrix product before and normalises in one kernel, which moves fewer bytes (docs/performance_gpu.md).
-_MOST_TOKENS = 64
+MOST_KERNEL_NORM_TOKENS = 64
 
 
 def add_rms_norm(x: jax.Array, residual: jax.Array, weight: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
@@ -28,7 +28,7 @@ def add_rms_norm(x: jax.Array, residual: jax.Array, weight: jax.Array, eps: floa
     """
     if x.shape[-2:] != residual.shape or weight.shape != residual.shape[1:]:
         raise ValueError(f"x {x.shape}, residual {residual.shape} and weight {weight.shape} do not go together")
-    if local_gpu() is None or (x.ndim == 2 and x.shape[0] > _MOST_TOKENS):
+    if local_gpu() is None or (x.ndim == 2 and x.shape[0] > MOST_KERNEL_NORM_TOKENS):
         return add_rms_norm_reference(x, residual, weight, eps)
     # Pallas takes over a second to import: not where there is no GPU.
     from jaxserve.pallas_kernels.add_rms_norm.triton import AddRMSNormConfig, add_rms_norm_triton

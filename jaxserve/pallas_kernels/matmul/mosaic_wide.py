@@ -4,7 +4,7 @@ The tokens are wgmma's left operand, 64 or 128 a warpgroup, and rows of the weig
 are cut so that the tiles fill all multiprocessors in whole rounds, which the few tile sizes of a library do not. A block of threads has
 a warpgroup that fetches by TMA and runs ahead over the borders of tiles, and two or three that compute. Blocks of a cluster share
 fetches. Where the rows are too few, the columns are cut too, and the partial sums go to the reader in float32. A gated product
-takes gate and up rows of the same units in one tile, so that SwiGLU needs no pass of its own.
+takes gate and up rows of the same units in one tile, so that SwiGLU needs no pass of its own; nor do the scales of 8-bit products.
 """
 
 import functools
@@ -20,7 +20,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxserve.pallas_kernels.paged_attention.mosaic_decode import swizzled
 
 HEIGHT = 64  # of a wgmma
-BLOCK_K = 64  # columns fetched at once: 128 bytes, the widest swizzle
+BLOCK_BYTES = 128  # of columns fetched at once: the widest swizzle
+BLOCK_K = BLOCK_BYTES // 2  # so many columns of 16 bits
 _TOKENS = range(193, 257)
 _FEWEST_PROMPT_TOKENS = 1024  # of a gated product
 _FEWEST_BYTES = 32 * 2**20
@@ -92,27 +93,42 @@ class WideMatmulConfig:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "gated", "interpret"))
-def matmul_wide(x: jax.Array, weight: jax.Array, *, config: WideMatmulConfig, gated: bool = False, interpret: bool = False) -> jax.Array:
-    """x [T, K] times the transposed weight [N, K], both bfloat16 or float16, with sums in float32; the same bits in every run.
+def matmul_wide(
+    x: jax.Array,
+    weight: jax.Array,
+    scales: tuple[jax.Array, jax.Array] | None = None,
+    *,
+    config: WideMatmulConfig,
+    gated: bool = False,
+    interpret: bool = False,
+) -> jax.Array:
+    """x [T, K] times the transposed weight [N, K], both bfloat16, float16 or float8_e4m3fn, with sums in float32; the same in every run.
+
+    Args:
+        scales: float32 [T] and [N], what a token's and a row's sums are multiplied by; with float8, and one split, alone.
 
     Returns:
-        [1, T, N] in x's dtype; gated: silu(gate) * up, [1, T, N / 2], of the weight's gate rows and the up rows after them; with
-        several splits: their partial sums, float32 [splits, T, N].
+        [1, T, N] in x's dtype, with scales in bfloat16; gated: silu(gate) * up, [1, T, N / 2], of the weight's gate rows and the up rows
+        after them; with several splits: their partial sums, float32 [splits, T, N].
 
     Raises:
-        ValueError: a config that does not divide the shapes.
+        ValueError: a config that does not divide the shapes, or scales where none belong.
     """
     num_tokens, depth = x.shape
     units = weight.shape[0] // (2 if gated else 1)
     width = config.rows // (2 if gated else 1)
     cluster = config.row_cluster, config.token_cluster
-    if units % (width * config.row_cluster) or depth % (config.splits * BLOCK_K) or (gated and config.splits > 1):
+    block = BLOCK_BYTES // x.dtype.itemsize
+    if units % (width * config.row_cluster) or depth % (config.splits * block) or (gated and config.splits > 1):
         raise ValueError(f"a weight {weight.shape} cannot be cut by {config}")
+    if (scales is not None) != (x.dtype == jnp.float8_e4m3fn) or (scales is not None and config.splits > 1):
+        raise ValueError(f"{x.dtype} in {config.splits} splits {'without' if scales is None else 'with'} scales")
+    out_dtype = x.dtype if scales is None else jnp.dtype(jnp.bfloat16)
     padded = pl.cdiv(num_tokens, config.token_tile * config.token_cluster) * config.token_tile * config.token_cluster
     chunks = units // (width * config.row_cluster) * (padded // (config.token_tile * config.token_cluster)) * config.splits
     most = config.num_blocks // math.prod(cluster)
     workers = pl.cdiv(chunks, pl.cdiv(chunks, most))
-    tiled = swizzled(BLOCK_K, x.dtype)
+    tiled = swizzled(block, x.dtype)
     stages, warpgroups = config.num_stages, config.warpgroups
     sharing = tuple(name for name, blocks in zip(("row_member", "token_member"), cluster, strict=True) if blocks > 1)
     emptied = plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages)
@@ -121,13 +137,13 @@ def matmul_wide(x: jax.Array, weight: jax.Array, *, config: WideMatmulConfig, ga
     is_whole = config.splits == 1
     piece = next((columns for columns in (64, 32) if width % columns == 0), width)  # of a tile that is stored at once
     # Rows of other widths lie in SMEM as they are: 112 bytes, say, are free of bank conflicts.
-    staged = plgpu.SMEM((warpgroups, HEIGHT, piece), x.dtype, transforms=swizzled(piece, x.dtype) if piece in (64, 32) else ())
+    staged = plgpu.SMEM((warpgroups, HEIGHT, piece), out_dtype, transforms=swizzled(piece, out_dtype) if piece in (64, 32) else ())
     out = plgpu.kernel(
-        functools.partial(_wide_kernel, config=config, gated=gated, width=width, chunks=chunks, workers=workers),
-        out_type=jax.ShapeDtypeStruct((config.splits, padded, units), x.dtype if is_whole else jnp.float32),
+        functools.partial(_wide_kernel, config=config, gated=gated, scaled=scales is not None, width=width, chunks=chunks, workers=workers),
+        out_type=jax.ShapeDtypeStruct((config.splits, padded, units), out_dtype if is_whole else jnp.float32),
         scratch_types=(
-            plgpu.SMEM((stages, warpgroups, config.tokens, BLOCK_K), x.dtype, transforms=tiled),
-            plgpu.SMEM((stages, config.rows, BLOCK_K), x.dtype, transforms=tiled),
+            plgpu.SMEM((stages, warpgroups, config.tokens, block), x.dtype, transforms=tiled),
+            plgpu.SMEM((stages, config.rows, block), x.dtype, transforms=tiled),
             plgpu.Barrier(num_arrivals=warpgroups + (2 if gated else 1), num_barriers=stages),
             emptied,
             *([staged] if is_whole else []),
@@ -141,19 +157,24 @@ def matmul_wide(x: jax.Array, weight: jax.Array, *, config: WideMatmulConfig, ga
         # Lane semantics lower in half the time of the default's, which infers layouts first.
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(jnp.pad(x, ((0, padded - num_tokens), (0, 0))), weight)
+    )(
+        jnp.pad(x, ((0, padded - num_tokens), (0, 0))),
+        weight,
+        *([] if scales is None else [jnp.pad(scales[0], (0, padded - num_tokens)), scales[1]]),
+    )
     return out[:, :num_tokens]
 
 
 def _wide_kernel(
-    x_ref, weight_ref, out_ref, x_smem, weight_smem, filled, emptied, out_smem=None,
-    *, config: WideMatmulConfig, gated: bool, width: int, chunks: int, workers: int,
+    x_ref, weight_ref, *refs, config: WideMatmulConfig, gated: bool, scaled: bool, width: int, chunks: int, workers: int
 ):  # fmt: skip
+    scale_refs, (out_ref, x_smem, weight_smem, filled, emptied, *staged) = refs[: 2 * scaled], refs[2 * scaled :]
+    out_smem, block = staged[0] if staged else None, x_smem.shape[-1]
     stages, warpgroups, tokens = config.num_stages, config.warpgroups, config.tokens
     splits = jnp.int32(config.splits)
     padded, depth = x_ref.shape
     units = out_ref.shape[-1]
-    steps = depth // config.splits // BLOCK_K
+    steps = depth // config.splits // block
     token_groups = jnp.int32(padded // (config.token_tile * config.token_cluster))
     worker = lax.axis_index("worker")
     warpgroup = lax.axis_index("warpgroup")
@@ -190,7 +211,7 @@ def _wide_kernel(
                 def _():
                     plgpu.barrier_wait(emptied.at[slot])
 
-                columns = pl.ds(pl.multiple_of((share * steps + k) * BLOCK_K, BLOCK_K), BLOCK_K)
+                columns = pl.ds(pl.multiple_of((share * steps + k) * block, block), block)
                 for group in range(warpgroups):
                     plgpu.copy_gmem_to_smem(
                         x_ref.at[pl.ds(token + group * tokens, tokens), columns], x_smem.at[slot, group], filled.at[slot],
@@ -238,8 +259,15 @@ def _wide_kernel(
             count, total = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((tokens, config.rows), jnp.float32))
             token, unit, share = place(i)
             token = token + warpgroup * tokens
+            if scaled:
+                total = total * _scale(scale_refs[0], token, tokens, total.shape, 0)
+            if scaled and not gated:
+                total = total * _scale(scale_refs[1], unit, width, total.shape, 1)
             if gated:
                 gate, up = total[:, :width], total[:, width:]
+                if scaled:
+                    gate = gate * _scale(scale_refs[1], unit, width, gate.shape, 1)
+                    up = up * _scale(scale_refs[1], unit + units, width, up.shape, 1)
                 total = gate / (1 + jnp.exp(-gate)) * up
             if out_smem is None:
                 out_ref.at[share, pl.ds(token, tokens), pl.ds(unit, width)][...] = total
@@ -257,3 +285,9 @@ def _wide_kernel(
         lax.fori_loop(0, num_chunks, compute_chunk, jnp.int32(0))
         if out_smem is not None:
             plgpu.wait_smem_to_gmem(0)
+
+
+def _scale(ref, start, number: int, shape: tuple[int, int], axis: int):
+    """Part of the scales of one axis of a tile, as large as the tile."""
+    part = plgpu.load(ref.at[pl.ds(start, number)], layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
+    return lax.broadcast_in_dim(part, shape, (axis,))

@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from jaxserve.pallas_kernels.add_rms_norm import MOST_KERNEL_NORM_TOKENS
 from jaxserve.pallas_kernels.gpu import Gpu, local_gpu
-from jaxserve.pallas_kernels.matmul import add_parts
+from jaxserve.pallas_kernels.matmul import add_parts, multiply_gated
 from jaxserve.pallas_kernels.quantized_matmul.cpu import plain_matmul
 from jaxserve.pallas_kernels.quantized_matmul.plain import PlainWeight
 from jaxserve.pallas_kernels.quantized_matmul.reference import quantized_matmul_reference
@@ -13,24 +14,38 @@ from jaxserve.pallas_kernels.quantized_matmul.weights import EightBitWeight, Fou
 
 def quantized_matmul(x: jax.Array, weight: FourBitWeight | EightBitWeight | PlainWeight, out_dtype: jnp.dtype) -> jax.Array:
     """x [T, K], bfloat16, float16 or float32, times the transposed weight [N, K], with sums in float32: [T, N] in out_dtype."""
-    return add_parts(_parts(x, weight, out_dtype), out_dtype)
+    return add_parts(_parts(x, weight, out_dtype, after_kernel=False), out_dtype)
 
 
 def quantized_matmul_parts(x: jax.Array, weight: FourBitWeight | EightBitWeight | PlainWeight) -> jax.Array:
     """As `quantized_matmul` in x's dtype, or parts [P, T, N], in x's dtype or float32, for `add_parts` or `add_rms_norm`."""
-    return _parts(x, weight, x.dtype)
+    return _parts(x, weight, x.dtype, after_kernel=True)
 
 
-def _parts(x: jax.Array, weight: FourBitWeight | EightBitWeight | PlainWeight, out_dtype: jnp.dtype) -> jax.Array:
+def quantized_gated_matmul(x: jax.Array, weight: FourBitWeight | EightBitWeight | PlainWeight) -> jax.Array:
+    """silu(gate) * up of x [T, K] and a weight [2 N, K] of gate rows and up rows: [T, N] in x's dtype."""
+    gpu = local_gpu()
+    if gpu is not None and isinstance(weight, EightBitWeight):
+        from jaxserve.pallas_kernels.matmul.mosaic_wide import matmul_wide
+        from jaxserve.pallas_kernels.quantized_matmul.dispatch import wide_config
+
+        config = wide_config(x, weight, gpu)
+        if config is not None:
+            codes, scales = _round(x, weight, after_kernel=False)
+            return matmul_wide(codes, weight.codes, (scales[:, 0], weight.scales[0].astype(jnp.float32)), config=config, gated=True)[0]
+    return multiply_gated(quantized_matmul(x, weight, x.dtype))
+
+
+def _parts(x: jax.Array, weight: FourBitWeight | EightBitWeight | PlainWeight, out_dtype: jnp.dtype, after_kernel: bool) -> jax.Array:
     if isinstance(weight, PlainWeight):
         return plain_matmul(x, weight, out_dtype)
     gpu = local_gpu()
     if gpu is None:
         return quantized_matmul_reference(x, weight, out_dtype)
-    return _multiply_on_gpu(jnp.pad(x, ((0, 0), (0, weight.shape[1] - x.shape[1]))), weight, out_dtype, gpu)
+    return _multiply_on_gpu(jnp.pad(x, ((0, 0), (0, weight.shape[1] - x.shape[1]))), weight, out_dtype, gpu, after_kernel)
 
 
-def _multiply_on_gpu(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu) -> jax.Array:
+def _multiply_on_gpu(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu, after_kernel: bool) -> jax.Array:
     # Pallas takes over a second to import: not where there is no GPU.
     from jaxserve.pallas_kernels.quantized_matmul.dispatch import mosaic_config, takes_eight_bit_products, triton_config
     from jaxserve.pallas_kernels.quantized_matmul.many_tokens import eight_bit_matmul, widened_matmul
@@ -38,7 +53,7 @@ def _multiply_on_gpu(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_d
     from jaxserve.pallas_kernels.quantized_matmul.triton import quantized_matmul_triton
 
     if isinstance(weight, EightBitWeight) and takes_eight_bit_products(x, weight, gpu):
-        return eight_bit_matmul(x, weight, out_dtype)
+        return eight_bit_matmul(*_round(x, weight, after_kernel), weight, out_dtype)
     minima = weight.minima if isinstance(weight, FourBitWeight) else _minima(weight)
     sums_dtype = out_dtype if minima is None else jnp.dtype("float32")
     mosaic, triton = mosaic_config(x, weight, sums_dtype, gpu), triton_config(x, weight, gpu)
@@ -59,3 +74,12 @@ def _multiply_on_gpu(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_d
 
 def _minima(weight: EightBitWeight) -> jax.Array | None:
     return None if weight.zeros is None else -weight.scales.astype(jnp.float32) * weight.zeros.astype(jnp.float32)
+
+
+def _round(x: jax.Array, weight: EightBitWeight, after_kernel: bool) -> tuple[jax.Array, jax.Array]:
+    """x in the codes' dtype and its scales [T, 1]; `after_kernel` where x is no fusion of XLA's that could round it too."""
+    from jaxserve.pallas_kernels.quantized_matmul.activations import round_activations, round_rows, rounds_by_kernel
+
+    if (after_kernel or x.shape[0] <= MOST_KERNEL_NORM_TOKENS) and rounds_by_kernel(x, weight.x_scale):
+        return round_rows(x, weight.codes.dtype)
+    return round_activations(x, weight.codes.dtype, x.shape[1], weight.x_scale)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jaxserve.pallas_kernels.gpu import Gpu
+from jaxserve.pallas_kernels.matmul.mosaic_wide import WideMatmulConfig
 from jaxserve.pallas_kernels.quantized_matmul.mosaic import HEIGHT, MosaicQuantizedConfig, token_tiles
 from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfig
 from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, EightBitWeight, FourBitWeight
@@ -17,6 +18,7 @@ _BUSY_SHARE = 0.85  # of the multiprocessors draw all that the memory gives
 _SMEM_BYTES = 225 * 1024  # of a block of Mosaic's, but for its barriers
 # From so many on, 8-bit products win where activations may be rounded.
 _LEAST_EIGHT_BIT_TOKENS = 33
+_LEAST_GATED_TOKENS = 1024  # for which SwiGLU within an 8-bit product wins
 _LEAST_SPLIT_BLOCKS = 4  # blocks of 128 columns in a share
 
 
@@ -26,6 +28,15 @@ def takes_eight_bit_products(x: jax.Array, weight: EightBitWeight, gpu: Gpu) -> 
         return False
     fits = all(length % 16 == 0 for length in (*x.shape, weight.shape[0]))
     return fits and x.shape[0] >= _LEAST_EIGHT_BIT_TOKENS and (gpu.is_hopper or weight.codes.dtype == jnp.int8)
+
+
+def wide_config(x: jax.Array, weight: EightBitWeight, gpu: Gpu) -> WideMatmulConfig | None:
+    """The cut of Hopper's kernel for many tokens for a gated product of x [T, K] in 8 bits; None where a library's goes."""
+    (num_tokens, depth), size = x.shape, weight.shape[0]
+    fits = num_tokens % 256 == size % 256 == depth % BLOCK == 0 and x.dtype == jnp.bfloat16 and weight.codes.dtype == jnp.float8_e4m3fn
+    if not gpu.is_hopper or not fits or num_tokens < _LEAST_GATED_TOKENS or not takes_eight_bit_products(x, weight, gpu):
+        return None
+    return WideMatmulConfig(2, 128, 128, 1, 4, gpu.num_multiprocessors, row_cluster=2, panel=8)
 
 
 def mosaic_config(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu) -> MosaicQuantizedConfig | None:

@@ -68,27 +68,11 @@ def _dequantize_kernel(codes_ref, scales_ref, zeros_ref, minima_ref, out_ref, *,
         plt.store(out_ref.at[row, block * BLOCK + 32 * plane + word], numbers.astype(out_ref.dtype), mask=inside)
 
 
-def round_activations(x: jax.Array, dtype: jnp.dtype, group: int, x_scale: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """x [T, K] in dtype, float8_e4m3fn or int8, and what to multiply it by, float32 [T, K / group].
-
-    Without `x_scale`, float32 [], a group's largest value fills the range.
-    """
-    largest = 127.0 if dtype == jnp.int8 else float(jnp.finfo(dtype).max)
-    grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, group)
-    if x_scale is None:
-        scales = jnp.maximum(jnp.max(jnp.abs(grouped), axis=2), 1e-10) / largest
-    else:
-        scales = jnp.broadcast_to(x_scale.astype(jnp.float32), grouped.shape[:2])
-    scaled = jnp.clip(grouped / scales[:, :, None], -largest, largest)
-    return (jnp.round(scaled) if dtype == jnp.int8 else scaled).astype(dtype).reshape(x.shape), scales
-
-
-def eight_bit_matmul(x: jax.Array, weight: EightBitWeight, out_dtype: jnp.dtype) -> jax.Array:
-    """x [T, K], rounded to the codes' dtype, times the transposed weight [N, K] with a scale a row: [T, N] in out_dtype.
+def eight_bit_matmul(codes: jax.Array, x_scales: jax.Array, weight: EightBitWeight, out_dtype: jnp.dtype) -> jax.Array:
+    """Activations of the weight's dtype, codes [T, K] and scales [T, 1], times the transposed weight [N, K] with a scale a row: [T, N].
 
     Both operands have K contiguous, as cuBLASLt wants 8-bit ones. T, N and K should be multiples of 16.
     """
-    codes, x_scales = round_activations(x, weight.codes.dtype, x.shape[1], weight.x_scale)
     # bfloat16: half the bytes to write and to read again; float16 would overflow.
     sums_dtype = jnp.bfloat16 if out_dtype == jnp.bfloat16 else jnp.float32
     sums_dtype = jnp.int32 if weight.codes.dtype == jnp.int8 else sums_dtype
