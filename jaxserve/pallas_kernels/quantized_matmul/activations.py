@@ -8,7 +8,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 _LEAST = 1e-10  # of a row's largest value
-_ROUNDER = 1.5 * 2**23  # a float32 next to it has no fraction: what is added to it is rounded to even; Triton has no such operation
 _MOST_COLUMNS = 16384  # that a program holds in registers
 
 
@@ -61,6 +60,13 @@ def _round_kernel(x_ref, codes_ref, scale_ref, *, size: int):
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=1, keepdims=True), _LEAST) / largest
     scaled = jnp.clip(x / scale, -largest, largest)
     if codes_ref.dtype == jnp.int8:
-        scaled = scaled + _ROUNDER - _ROUNDER
+        scaled = _round_to_even(scaled)
     plt.store(codes_ref.at[:, :], scaled.astype(codes_ref.dtype), mask=present)
     scale_ref[:, :] = scale
+
+
+def _round_to_even(x: jax.Array) -> jax.Array:
+    """As jnp.round, which Triton has no operation for."""
+    up = jnp.floor(x + 0.5)
+    is_odd = up != 2 * jnp.floor(up * 0.5)
+    return jnp.where((up - x == 0.5) & is_odd, up - 1, up)
