@@ -5,7 +5,7 @@ import json
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jaxserve.config import EngineOptions, ModelOptions
 from jaxserve.engine.build import join
@@ -17,8 +17,18 @@ from jaxserve.tokenizer import load_tokenizer
 from jaxserve.weights import ModelSource
 from jaxserve.weights.loader import load_model
 
-MAX_TOTAL_TOKENS = 240
 TIMEOUT = 60.0  # seconds that outputs may take
+
+
+class FewPages:
+    """A runner that tells of fewer pages than its cache has, so that samples preempt each other; they are all of one KV group."""
+
+    def __init__(self, runner: ModelRunner, num_pages: int):
+        self.kv_groups: list[tuple[int, int | None]] = [(num_pages, None)]
+        self._runner = runner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
 
 
 class TinyRunner:
@@ -30,7 +40,7 @@ class TinyRunner:
         data_index: which replica.
         slots: samples that run at once; each size of batch up to it is a program to compile.
         max_batch_tokens: of a step; likewise.
-        kv_tokens: room in the cache; little, so that samples that run at once preempt each other.
+        kv_tokens: room in the cache.
         max_total_tokens: of a request.
         masked: its engines enforce grammars.
         deterministic: as in RunnerConfig.
@@ -43,9 +53,9 @@ class TinyRunner:
         data_index: int = 0,
         slots: int = 4,
         max_batch_tokens: int = 64,
-        kv_tokens: int = 240,
-        max_total_tokens: int = MAX_TOTAL_TOKENS,
-        masked: bool = False,
+        kv_tokens: int = 640,
+        max_total_tokens: int = 512,
+        masked: bool = True,
         deterministic: bool = False,
     ):
         mesh = make_mesh(tensor_size, data_index)
@@ -66,18 +76,26 @@ class TinyRunner:
         self.tokenizer = load_tokenizer(folder)
         self._masked = masked
 
-    def engine(self, eos_token_ids: Sequence[int] = (), **options: object) -> Engine:
-        """A new engine with an empty prefix cache; `options` are EngineOptions."""
+    def engine(self, eos_token_ids: Sequence[int] = (), kv_tokens: int | None = None, **options: object) -> Engine:
+        """A new engine with an empty prefix cache.
+
+        Args:
+            kv_tokens: those of the cache that it may use, and the most of a request; None: all.
+            options: EngineOptions.
+        """
+        runner, max_total_tokens = self.runner, self.runner.max_total_tokens
+        if kv_tokens is not None:
+            runner, max_total_tokens = cast(ModelRunner, FewPages(runner, kv_tokens // self.config.page_size)), kv_tokens
         info = EngineInfo(
             model_id="tiny",
             revision="",
             model_path="",
             vocab_size=self._model.config.vocab_size,
-            max_total_tokens=self.runner.max_total_tokens,
-            max_input_tokens=self.runner.max_total_tokens - 1,
+            max_total_tokens=max_total_tokens,
+            max_input_tokens=max_total_tokens - 1,
             eos_token_ids=tuple(eos_token_ids),
             page_size=self.config.page_size,
-            num_pages=self.runner.kv_groups[0][0],
+            num_pages=runner.kv_groups[0][0],
             mesh=self._mesh,
             dtype="float32",
             device="cpu",
@@ -85,9 +103,9 @@ class TinyRunner:
         )
         options_ = EngineOptions(**options)  # pyright: ignore[reportArgumentType]
         if not self._masked:
-            return join(self.runner, self.config, options_, info)
+            return join(runner, self.config, options_, info)
         return join(
-            self.runner, self.config, options_, info, GrammarCompiler(read_tokens(self.tokenizer.pipeline, info.vocab_size, eos_token_ids))
+            runner, self.config, options_, info, GrammarCompiler(read_tokens(self.tokenizer.pipeline, info.vocab_size, eos_token_ids))
         )
 
 

@@ -77,7 +77,7 @@ def test_bad_requests_are_refused_and_take_no_permit(engine: AsyncEngine):
     with pytest.raises(InvalidRequest):
         engine.submit(Request("x", (320,), greedy(5)), sink)
     with pytest.raises(ContextTooLong):
-        engine.submit(Request("x", (5,) * 280, greedy(20)), sink)
+        engine.submit(Request("x", (5,) * 500, greedy(20)), sink)
     engine.submit(Request("x", (5,), greedy(200)), sink)
     with pytest.raises(InvalidRequest):
         engine.submit(Request("x", (5,), greedy(5)), sink)

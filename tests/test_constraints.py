@@ -28,8 +28,7 @@ PROMPT = (5, 6, 7)
 
 @pytest.fixture(scope="module")
 def runner(tiny_checkpoint: Callable[[str], Path]) -> TinyRunner:
-    # Little room, so that samples preempt each other.
-    return tiny_runner(tiny_checkpoint("llama"), slots=4, max_batch_tokens=32, kv_tokens=640, max_total_tokens=512, masked=True)
+    return tiny_runner(tiny_checkpoint("llama"))
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from jaxserve.runner import RunnerConfig, make_mesh
 from jaxserve.runner.buckets import Bucket
 from jaxserve.runner.programs import ProgramKey
 
-SIZES = {"slots": 5, "max_batch_tokens": 40, "kv_tokens": 320, "deterministic": True}
+SIZES = {"slots": 5, "max_batch_tokens": 40, "kv_tokens": 320, "max_total_tokens": 240, "deterministic": True}
 # One of each kind that the sampler computes in another way; they meet in the same steps.
 PARAMS: list[dict[str, Any]] = [
     {"temperature": 0.0},
@@ -40,7 +40,7 @@ PARAMS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def runner(tiny_checkpoint: Callable[[str], Path]) -> TinyRunner:
-    return tiny_runner(tiny_checkpoint("llama"), masked=True, **SIZES)
+    return tiny_runner(tiny_checkpoint("llama"), **SIZES)
 
 
 def params(number: int, max_tokens: int = 20) -> SamplingParams:
@@ -117,7 +117,7 @@ def test_constrained_neighbours_change_no_bit(runner: TinyRunner):
 
 
 def test_two_shards_and_a_window_change_no_bit(tiny_checkpoint: Callable[[str], Path]):
-    runner = tiny_runner(tiny_checkpoint("qwen2-windows"), tensor_size=2, **SIZES)
+    runner = tiny_runner(tiny_checkpoint("qwen2-windows"), tensor_size=2, masked=False, **SIZES)
     check_crowd(runner.engine(), alone(runner), list(some_requests()), 2)
 
 

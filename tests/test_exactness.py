@@ -10,7 +10,7 @@ from engines import TinyRunner, finish, greedy, load_goldens, tiny_runner, token
 from jaxserve.engine.engine import Engine
 from jaxserve.request import Request
 
-FEW_PROGRAMS = {"slots": 2, "max_batch_tokens": 32, "kv_tokens": 240}
+FEW_PROGRAMS = {"slots": 2, "max_batch_tokens": 32, "kv_tokens": 240, "max_total_tokens": 240, "masked": False}
 
 
 @pytest.fixture(scope="module")
@@ -52,21 +52,21 @@ def check_under_load(engine: Engine, name: str = "llama", preempts: bool = True)
 
 
 def test_load_changes_no_token(runner: TinyRunner):
-    engine = runner.engine()
+    engine = runner.engine(kv_tokens=240)
     check_under_load(engine)
     assert engine.stats().prefix_hits > 0, "prompts were meant to come twice"
 
 
 def test_load_changes_no_token_without_prefix_cache(runner: TinyRunner):
-    check_under_load(runner.engine(prefix_caching=False))
+    check_under_load(runner.engine(kv_tokens=240, prefix_caching=False))
 
 
 def test_sync_gives_the_same_tokens(runner: TinyRunner):
-    check_under_load(runner.engine(sync=True))
+    check_under_load(runner.engine(kv_tokens=240, sync=True))
 
 
 def test_bounded_decode_gap_gives_the_same_tokens(runner: TinyRunner):
-    check_under_load(runner.engine(max_decode_gap_ms=0.001))
+    check_under_load(runner.engine(kv_tokens=240, max_decode_gap_ms=0.001))
 
 
 @pytest.mark.parametrize("tensor_size", [2, 4])
@@ -82,7 +82,7 @@ def test_two_kv_groups_of_which_one_has_a_window(tiny_checkpoint: Callable[[str]
 
 def test_samples_of_one_prompt_share_its_pages(runner: TinyRunner):
     """Greedy samples are all alike; the prompt is computed once."""
-    engine = runner.engine(prefix_caching=False)
+    engine = runner.engine(kv_tokens=240, prefix_caching=False)
     prompts, alone = load_goldens("llama")
     index = max(range(len(prompts)), key=lambda i: len(prompts[i]) * (len(prompts[i]) % 16 != 0))
     before = engine.stats().useful_tokens

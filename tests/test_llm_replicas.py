@@ -23,7 +23,7 @@ from jaxserve.errors import GenerationFailed, InvalidRequest
 
 print("script", file=sys.stderr)
 folder, cache, prompts, lengths = json.load(sys.stdin)
-few_programs = dict(max_batch_size=2, max_batch_prefill_tokens=32, max_total_tokens=240, disable_grammar_support=True)
+few_programs = dict(max_batch_size=1, max_batch_prefill_tokens=32, max_total_tokens=240, disable_grammar_support=True)
 llm = LLM(folder, mesh="2x1", compilation_cache_dir=cache, **few_programs)
 params = [SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True) for length in lengths]
 told = {"tokens": [output.outputs[0].token_ids for output in llm.generate(prompts, params)]}

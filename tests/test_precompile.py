@@ -11,7 +11,7 @@ from pathlib import Path
 SCRIPT = """
 import sys
 from jaxserve import cli
-flags = ["--model-id", sys.argv[1], "--compilation-cache-dir", sys.argv[2], "--max-batch-size", "2", "--max-batch-prefill-tokens", "32"]
+flags = ["--model-id", sys.argv[1], "--compilation-cache-dir", sys.argv[2], "--max-batch-size", "1", "--max-batch-prefill-tokens", "32"]
 assert cli.main(["compile", *flags]) == 0
 import jax
 from jax import monitoring
@@ -20,7 +20,7 @@ from jaxserve.engine import build_engine
 jax.clear_caches()
 events = {}
 monitoring.register_event_listener(lambda event, **_: events.update({event: events.get(event, 0) + 1}))
-options = EngineOptions(compilation_cache_dir=sys.argv[2], max_batch_size=2, max_batch_prefill_tokens=32)
+options = EngineOptions(compilation_cache_dir=sys.argv[2], max_batch_size=1, max_batch_prefill_tokens=32)
 build_engine(ModelOptions(sys.argv[1]), options)
 print("start:", events.get("/jax/compilation_cache/cache_misses", 0), events.get("/jax/compilation_cache/cache_hits", 0))
 """

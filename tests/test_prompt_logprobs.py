@@ -67,7 +67,7 @@ def test_chunks_neighbours_and_preemption_change_nothing(runner: TinyRunner):
         engine = runner.engine(prefix_caching=False)
         engine.add_request(Request("r", tuple(prompt), scoring(0)))
         alone.append(scores_of(finish(engine)["r", 0]))
-    engine = runner.engine()
+    engine = runner.engine(kv_tokens=240)
     for number, (prompt, tokens) in enumerate(zip(prompts[:12], continuations, strict=False)):
         options = {"prompt_logprobs": number % 3 * 2} if number % 4 else {}
         engine.add_request(Request(str(number), tuple(prompt), greedy(len(tokens), **options)))

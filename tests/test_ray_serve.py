@@ -20,7 +20,7 @@ from ray import serve
 from jaxserve.integrations.ray_serve import app
 
 folder, cache, temporary, port = json.load(sys.stdin)
-few_programs = {"max_batch_size": 2, "max-batch-prefill-tokens": 32, "max_total_tokens": "240", "disable_grammar_support": True}
+few_programs = {"max_batch_size": 1, "max-batch-prefill-tokens": 32, "max_total_tokens": "240", "disable_grammar_support": True}
 arguments = {"model_id": folder, "compilation_cache_dir": cache, "num_gpus": 0, **few_programs}
 told = {}
 ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, _temp_dir=temporary, log_to_driver=False)
@@ -63,7 +63,7 @@ def test_two_replicas_on_a_local_ray(tiny_checkpoint: Callable[[str], Path], few
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu", "RAY_USAGE_STATS_ENABLED": "0"},
             capture_output=True,
             text=True,
-            timeout=180,
+            timeout=400,
         )
     assert ran.returncode == 0, ran.stderr[-3000:]
     told = json.loads(ran.stdout.splitlines()[-1])

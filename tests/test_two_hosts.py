@@ -26,7 +26,6 @@ SECRET = "sixteen characters"
 # Two ways to have few programs, all of which both hosts compile.
 ONE_SHAPE = ("--deterministic",)
 ONE_SLOT = "--max-batch-size", "1", "--disable-grammar-support"
-AS_OTHER_TESTS = {"slots": 4, "max_batch_tokens": 32, "kv_tokens": 640, "max_total_tokens": 512, "masked": True}  # compiled once
 LOSS_TIME = 30.0  # seconds
 READY_TIME = 180.0  # seconds, of a machine that has other things to do
 
@@ -49,7 +48,8 @@ class TwoHosts:
         common = ["--model-id", model, "--mesh", "1x4", "--num-hosts", "2", "--coordinator", f"127.0.0.1:{coordinator}"]
         common += ["--hostname", "127.0.0.1", "--port", self.port, "--max-batch-size", "2", "--max-batch-prefill-tokens", "32"]
         common += ["--max-total-tokens", "240", "--cpu-kv-cache-gib", "0.01", "--compilation-cache-dir", cache, *flags]
-        environment = {
+        self._command = [sys.executable, "-m", "jaxserve", *map(str, common)]
+        self._environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(sys.path),
             "TMPDIR": str(folder),
@@ -57,9 +57,17 @@ class TwoHosts:
             "XLA_FLAGS": "--xla_force_host_platform_device_count=3",  # one more than the mesh takes of each host
         }
         for index in range(2):
-            command = [sys.executable, "-m", "jaxserve", *map(str, common), "--host-index", str(index), *each[index]]
-            with open(self._logs[index], "w") as log:
-                self.processes.append(subprocess.Popen(command, env=environment, stderr=log, stdout=log))
+            self._start(index, each[index])
+
+    def _start(self, index: int, flags: list[str]) -> None:
+        command = [*self._command, "--host-index", str(index), *flags]
+        with open(self._logs[index], "w") as log:
+            self.processes.insert(index, subprocess.Popen(command, env=self._environment, stderr=log, stdout=log))
+
+    def start_host_1_again(self) -> None:
+        """After it has ended; without flags of its own."""
+        self.processes.pop(1)
+        self._start(1, [])
 
     def until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + READY_TIME
@@ -163,7 +171,7 @@ def test_two_hosts_give_the_tokens_of_one_device_until_one_is_killed(
     two_hosts: Callable[..., TwoHosts], tiny_checkpoint: Callable[[str], Path]
 ):
     both = two_hosts(*ONE_SHAPE).until_ready()
-    engine = tiny_runner(tiny_checkpoint("llama"), **AS_OTHER_TESTS).engine(eos_token_ids=(0,))
+    engine = tiny_runner(tiny_checkpoint("llama")).engine(eos_token_ids=(0,))
     for request in some_requests():
         engine.add_request(request)
     expected, given = finish(engine), both.answers(some_requests())
@@ -187,7 +195,6 @@ def test_two_hosts_give_the_tokens_of_one_device_until_one_is_killed(
 
 
 def test_the_end_of_host_0_is_the_end_of_all(two_hosts: Callable[..., TwoHosts]):
-    """Whether it is killed or told to end; a worker that is told too waits for it."""
     killed = two_hosts(*ONE_SLOT).until_ready()
     prompts, tokens = load_goldens("llama")
     given = killed.answers([Request(f"{i}", tuple(prompts[i]), greedy(len(tokens[i]))) for i in range(6)])
@@ -196,18 +203,19 @@ def test_the_end_of_host_0_is_the_end_of_all(two_hosts: Callable[..., TwoHosts])
     assert killed.last_line(1, 1, LOSS_TIME).startswith("jaxserve: error: host 0 was lost (127.0.0.1:")
     assert killed.last_line(0, 1, LOSS_TIME) == "jaxserve: error: engine 0 was killed by SIGKILL"
 
-    ended = two_hosts(*ONE_SLOT)
-    ended.until(lambda: "host 1 of 2 has joined" in ended.log(0))
-    for process in reversed(ended.processes):
-        process.send_signal(signal.SIGTERM)
-    for index in range(2):
-        ended.last_line(index, 0, LOSS_TIME)
 
-
-def test_hosts_that_were_started_otherwise_are_one_line_each(two_hosts: Callable[..., TwoHosts]):
+def test_hosts_that_were_started_otherwise_are_one_line_each_and_the_right_one_may_join_later(two_hosts: Callable[..., TwoHosts]):
     other = two_hosts(each=(["--dtype", "float32"], ["--dtype", "bfloat16"]))
-    stranger = two_hosts(each=([], ["--cluster-secret", "another secret of mine"]))
+    stranger = two_hosts(*ONE_SLOT, each=([], ["--cluster-secret", "another secret of mine"]))
     told = "jaxserve: error: the hosts disagree on --dtype: float32 on host 0, bfloat16 on host 1"
     assert [other.last_line(index, 1, READY_TIME) for index in range(2)] == [told, told]
     assert stranger.last_line(1, 1, READY_TIME).endswith("has another --cluster-secret")
     assert stranger.processes[0].poll() is None  # anybody may knock
+
+    # Told to end while it starts, host 0 ends in peace; a worker that is told too waits for it.
+    stranger.start_host_1_again()
+    stranger.until(lambda: "host 1 of 2 has joined" in stranger.log(0))
+    for process in reversed(stranger.processes):
+        process.send_signal(signal.SIGTERM)
+    for index in range(2):
+        stranger.last_line(index, 0, LOSS_TIME)

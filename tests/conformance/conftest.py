@@ -18,7 +18,7 @@ import pytest
 
 from jaxserve.weights.demo import _installer, cache_folder
 
-# Few programs to compile.
+# Few programs to compile, which test_demo_model.py has too.
 SIZES = ("--max-batch-size", "4", "--max-batch-prefill-tokens", "128", "--cpu-kv-cache-gib", "0.5")
 START_TIME = 180.0  # seconds
 
@@ -33,7 +33,7 @@ def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process = subprocess.Popen(
             [sys.executable, "-m", "jaxserve", "--hostname", "127.0.0.1", "--port", str(port), *SIZES],
             stderr=stderr,
-            env={**os.environ, "TMPDIR": folder, "XLA_FLAGS": ""},
+            env={**os.environ, "TMPDIR": folder},
         )
         try:
             deadline = time.monotonic() + START_TIME
