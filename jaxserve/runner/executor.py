@@ -165,10 +165,10 @@ class Executor:
         nothing to record: of its forwards the smallest runs.
         """
         on_cpu, times = self._platform == "cpu", 2
-        if isinstance(key.shape, Bucket):
-            if on_cpu and key.shape != min(shape for key in self._preparation.keys if isinstance(shape := key.shape, Bucket)):
+        if isinstance(bucket := key.shape, Bucket):
+            if on_cpu and bucket != min(each.shape for each in self._preparation.keys if isinstance(each.shape, Bucket)):
                 return
-            times = 2 if key.shape.num_tokens <= _MOST_RECORDED_TOKENS else 1
+            times = 2 if bucket.num_tokens <= _MOST_RECORDED_TOKENS else 1
         for _ in range(1 if on_cpu else times):
             if isinstance(form := key.shape, SamplerForm):
                 logits = (
