@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.request import SamplingParams
-from jaxserve.runner.sampler import sample
+from jaxserve.runner.sampler import find_logprobs, sample
 from jaxserve.runner.sampling_rows import RowPacker
 from jaxserve.runner.sampling_state import SamplingState, make_sampling_state
 from jaxserve.scheduler.sample import sample_seed
@@ -34,7 +34,8 @@ CASES = {
 
 @partial(jax.jit, donate_argnums=1, static_argnames="logprobs")
 def step(logits: jax.Array, state: SamplingState, columns: jax.Array, *, logprobs: bool) -> tuple[jax.Array, SamplingState]:
-    return sample(logits, state, columns, logprobs=logprobs)
+    sampled, state = sample(logits, state, columns)
+    return find_logprobs(logits, logits, state, columns, sampled) if logprobs else sampled, state
 
 
 def measure(num_rows: int, vocab_size: int, calls: int) -> None:

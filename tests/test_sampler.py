@@ -13,7 +13,7 @@ from sampler_reference import adjusted_logits, log_softmax, noise, probabilities
 
 from jaxserve.request import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, SamplingParams
 from jaxserve.runner.distribution import sum_masses, truncate, whole_distribution
-from jaxserve.runner.sampler import sample, unpack_sampled
+from jaxserve.runner.sampler import apply_masks, find_logprobs, sample, unpack_sampled
 from jaxserve.runner.sampling_rows import RowPacker, unpack_rows
 from jaxserve.runner.sampling_state import LOAD_CHUNK, SamplingState, load_slot, make_sampling_state, needs_slot_load, slot_loads
 from jaxserve.scheduler.sample import sample_seed
@@ -27,7 +27,9 @@ EOS = (7, 20_000)
 
 @functools.partial(jax.jit, donate_argnums=(1,))
 def step(logits: jax.Array, state: SamplingState, columns: jax.Array, masks: jax.Array | None = None) -> tuple[jax.Array, SamplingState]:
-    return sample(logits, state, columns, masks, logprobs=True)
+    masked = logits if masks is None else apply_masks(logits, masks)
+    sampled, state = sample(masked, state, columns)
+    return find_logprobs(logits, masked, state, columns, sampled), state
 
 
 load = jax.jit(load_slot, donate_argnums=0)
@@ -324,8 +326,8 @@ def test_all_shards_of_a_mesh_choose_alike():
     everywhere = jax.sharding.PartitionSpec()
 
     def sharded(logits: jax.Array, state: SamplingState, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
-        packed, state = sample(logits, state, columns, logprobs=True)
-        return packed, state.last_tokens
+        sampled, state = sample(logits, state, columns)
+        return find_logprobs(logits, logits, state, columns, sampled), state.last_tokens
 
     batch = Batch([replace(p, seed=4, logprobs=1) for p in TRUNCATIONS])
     columns = batch.columns(8)

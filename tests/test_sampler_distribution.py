@@ -22,7 +22,7 @@ ROWS = 512
 
 @functools.partial(jax.jit, donate_argnums=(1,))
 def step(logits: jax.Array, state: SamplingState, columns: jax.Array) -> tuple[jax.Array, SamplingState]:
-    packed, state = sample(logits, state, columns, logprobs=False)
+    packed, state = sample(logits, state, columns)
     return packed[:, 1], state
 
 

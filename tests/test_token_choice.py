@@ -15,7 +15,7 @@ from jaxserve.pallas_kernels.noise import noise_keys
 from jaxserve.pallas_kernels.token_choice import choose_tokens
 from jaxserve.pallas_kernels.token_options import Column
 from jaxserve.request import SamplingParams
-from jaxserve.runner.sampler import _choose
+from jaxserve.runner.sampler import _choose, apply_masks
 from jaxserve.runner.sampling_rows import RowPacker, unpack_rows
 from jaxserve.runner.sampling_state import load_slot, make_sampling_state, needs_slot_load, slot_loads
 from jaxserve.scheduler.sample import sample_seed
@@ -53,13 +53,13 @@ def choices(masks: np.ndarray | None, logits: np.ndarray):
                 state = load(state, upload)
     columns = jnp.asarray(packer.pack(slots, slots + 7, np.full(len(slots), 2), slots != 3, len(slots) + 1, np.where(slots % 2, slots, -1)))
     rows = unpack_rows(columns)
-    raw, allowed = jnp.asarray(logits), None if masks is None else jnp.asarray(masks)
-    tokens, distribution, expected_state = jax.jit(_choose)(raw, state, rows, allowed)
+    raw = jnp.asarray(logits) if masks is None else apply_masks(jnp.asarray(logits), jnp.asarray(masks))
+    tokens, distribution, expected_state = jax.jit(_choose)(raw, state, columns)
     stats = jnp.stack(
         [getattr(distribution, name) for name in ("best", "inverse_temperature", "bound", "mean", "typical_bound", "log_mass")], 1
     )
     keys = noise_keys(rows.seed_low, rows.seed_high, rows.positions)
-    found = choose_tokens(raw, columns, keys, state.token_counts, state.bias, state.last_tokens, allowed, interpret=True)
+    found = choose_tokens(raw, columns, keys, state.token_counts, state.bias, state.last_tokens, interpret=True)
     return rows, tokens, stats, expected_state, found
 
 
@@ -89,8 +89,7 @@ def test_broken_logits_give_some_token():
     assert all(0 <= token < VOCAB for token in found.token_ids.tolist())
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["free", "masked"])
-def test_the_kernel_lowers_for_cuda(masked: bool, monkeypatch: pytest.MonkeyPatch):
+def test_the_kernel_lowers_for_cuda(monkeypatch: pytest.MonkeyPatch):
     lower = triton_lowering.lower_jaxpr_to_triton_module
     modules = []
     monkeypatch.setattr(
@@ -100,11 +99,10 @@ def test_the_kernel_lowers_for_cuda(masked: bool, monkeypatch: pytest.MonkeyPatc
     shapes = [((rows, vocab), jnp.float32), ((rows, len(Column)), jnp.int32), ((rows,), jnp.uint32), ((slots, vocab), jnp.int32)]
     logits, columns, word, counts = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
     bias, last = jax.ShapeDtypeStruct((slots, vocab), jnp.float32), jax.ShapeDtypeStruct((slots, 1), jnp.int32)
-    masks = jax.ShapeDtypeStruct((rows, -(-vocab // 32)), jnp.uint32) if masked else None
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Pallas-Triton is deprecated; nothing else serves GPUs before sm_90
-        lowered = jax.jit(functools.partial(choose_tokens)).trace(logits, columns, (word, word), counts, bias, last, masks)
+        lowered = jax.jit(functools.partial(choose_tokens)).trace(logits, columns, (word, word), counts, bias, last)
         text = lowered.lower(lowering_platforms=("cuda",)).as_text()
     assert "choose_tokens" in text
     assert [module.module.operation.verify() for module in modules] == [True, True]

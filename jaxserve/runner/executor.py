@@ -22,7 +22,7 @@ from jaxserve.runner.exchange import Exchange, reach_each_other
 from jaxserve.runner.hosts import Hosts
 from jaxserve.runner.kv_cache import KVCachePlan
 from jaxserve.runner.preparation import Preparation
-from jaxserve.runner.programs import PAGE_COPIES, PAGE_ENTRIES, TRITON_PRODUCTS, ProgramKey, SamplerForm, mask_words, num_scored_a_call
+from jaxserve.runner.programs import PAGE_COPIES, PAGE_ENTRIES, TRITON_PRODUCTS, ProgramKey, mask_words, num_scored_a_call
 from jaxserve.runner.sampling_rows import neutral_columns
 from jaxserve.runner.sampling_state import SLOT_LOAD_SIZE
 from jaxserve.runner.state import allocate_state
@@ -57,11 +57,10 @@ class Executor:
         self._compiled: dict[ProgramKey, Compiled] = {}
         self._keys: dict[str, ProgramKey] = {}
         self._compile_events = CompileEvents()
-        # The masks of a step without constrained rows, where it takes the masked sampler nevertheless.
-        self._nothing_masked: Any = None
         self._exchange = Exchange(mesh) if config.peer_memory and reach_each_other(mesh) else None
-        # From call to call: logits and the sampler's columns, between a forward and its sampler.
+        # From call to call, between a forward and its sampler: logits and the sampler's columns; the logits once masks were applied.
         self._logits: Sequence[Any] = ()
+        self._masked: Any = None
 
     @property
     def plan(self) -> KVCachePlan:
@@ -83,9 +82,6 @@ class Executor:
         vocab_size = self._model.config.vocab_size
         hidden = jax.ShapeDtypeStruct((self._config.max_batch_tokens, self._model.config.hidden_size), self._model.dtype)
         self._state = allocate_state(self._plan, self._config.max_batch_size, vocab_size, hidden, self._mesh)
-        if self._config.deterministic and self._config.masked:
-            nothing = np.full((self._config.max_batch_size, mask_words(vocab_size)), 0xFFFFFFFF, np.uint32)
-            self._nothing_masked = jax.make_array_from_process_local_data(self._replicated, nothing, nothing.shape)
         for key, program in self._preparation.programs():  # while others are still compiled
             self._keys[key.name], self._compiled[key] = key, program
             self._rehearse(key)
@@ -96,11 +92,12 @@ class Executor:
 
         Args:
             key: one of those that were compiled.
-            arrays: what the host sends up: of a forward its packed batch, of a sampler the masks of all its rows or nothing, else one
+                After a forward "mask" may come, and then either "sample" or "logprobs", which samples too.
+            arrays: what the host sends up: of a forward its packed batch, of a mask those of all rows, of a sampler nothing, else one
                 array. Not to be changed afterwards.
 
         Returns:
-            what the host reads, of a sampler and of a score: a replicated array, or this process's copy of it.
+            what the host reads, of "sample", "logprobs" and "score": a replicated array, or this process's copy of it.
         """
         if self._hosts is not None:
             self._hosts.tell(key.name, arrays)
@@ -133,12 +130,15 @@ class Executor:
         if key.kind == "forward":
             peers = () if self._exchange is None else (self._exchange.peers,)
             self._state, *self._logits = program(self._model.leaves, self._state, *uploads, *peers)
-        elif key.kind == "sample":
-            (logits, columns), self._logits = self._logits, ()
-            if not uploads and self._nothing_masked is not None:
-                uploads = [self._nothing_masked]
-            sampling, result = program(logits, self._state.sampling, columns, *uploads)
+        elif key.kind == "mask":
+            self._masked = program(self._logits[0], *uploads)
+        elif key.kind in ("sample", "logprobs"):
+            (raw, columns), self._logits = self._logits, ()
+            logits, self._masked = raw if self._masked is None else self._masked, None
+            result, sampling = self._compiled[key._replace(kind="sample")](logits, self._state.sampling, columns)
             self._state = replace(self._state, sampling=sampling)
+            if key.kind == "logprobs":
+                result = program(raw, logits, sampling, columns, result)
         elif key.kind == "score":
             result = program(self._model.leaves, self._state.hidden, *uploads)
         else:
@@ -170,14 +170,11 @@ class Executor:
                 return
             times = 2 if bucket.num_tokens <= _MOST_RECORDED_TOKENS else 1
         for _ in range(1 if on_cpu else times):
-            if isinstance(form := key.shape, SamplerForm):
-                logits = (
-                    np.zeros((form.num_rows, self._model.config.vocab_size), np.float32),
-                    np.tile(neutral_columns(), (form.num_rows, 1)),
-                )
-                self._logits = [self._upload(array) for array in logits]
+            if isinstance(num_rows := key.shape, int):
+                arrays = np.zeros((num_rows, self._model.config.vocab_size), np.float32), np.tile(neutral_columns(), (num_rows, 1))
+                self._logits = [self._upload(array) for array in arrays]
             self._run(key, self._idle_arrays(key))
-            self._logits = ()
+            self._logits, self._masked = (), None
         jax.block_until_ready(self._state)
 
     def _idle_arrays(self, key: ProgramKey) -> list[np.ndarray]:
@@ -187,8 +184,10 @@ class Executor:
             case _, Bucket() as bucket:
                 packer = BatchPacker(self._config.max_batch_size, num_groups, self._config.page_size)
                 return [packer.padding(BatchLayout.of(bucket, num_groups, self._config.page_size))]
-            case _, SamplerForm(num_rows, masked, _):
-                return [np.full((num_rows, mask_words(self._model.config.vocab_size)), 0xFFFFFFFF, np.uint32)] if masked else []
+            case "mask", int(num_rows):
+                return [np.full((num_rows, mask_words(self._model.config.vocab_size)), 0xFFFFFFFF, np.uint32)]
+            case _, int():
+                return []
             case "score", _:
                 return [np.zeros((2, num_scored_a_call(self._platform)), np.int32)]
             case kind, _:

@@ -18,7 +18,7 @@ from jaxserve.runner.config import RunnerConfig
 from jaxserve.runner.executor import Executor
 from jaxserve.runner.hosts import Hosts
 from jaxserve.runner.preparation import Preparation
-from jaxserve.runner.programs import PAGE_COPIES, PAGE_ENTRIES, ProgramKey, SamplerForm, logprob_forms, num_scored_a_call
+from jaxserve.runner.programs import PAGE_COPIES, PAGE_ENTRIES, ProgramKey, num_scored_a_call
 from jaxserve.runner.prompt_scores import pack_scored, unpack_scored
 from jaxserve.runner.row_check import rows_agree
 from jaxserve.runner.sampler import unpack_sampled
@@ -73,11 +73,10 @@ class ModelRunner:
         self._model_config = model.config
         platform = mesh.devices.flat[0].platform
         self._buckets = Buckets.for_platform(platform, config.max_batch_size, config.max_batch_tokens, config.deterministic)
-        self._logprob_forms, self._num_scored_a_call = logprob_forms(platform), num_scored_a_call(platform)
+        self._num_scored_a_call = num_scored_a_call(platform)
         preparation = preparation or Preparation(model.architecture, model.dtype, mesh, config)
         self._executor = Executor(model, mesh, config, preparation, hosts)
         self._plan = self._executor.plan
-        self._always_masked = config.deterministic and config.masked
         # From step to step
         self._packer = BatchPacker(config.max_batch_size, len(self._plan.num_pages), config.page_size)
         self._in_flight = 0
@@ -141,13 +140,13 @@ class ModelRunner:
                 Needs RunnerConfig.masked.
         """
         assert step.sampled is None and step is self._unsampled, "sample() of a step that is not between forward() and sample()"
-        masked = masks is not None or self._always_masked
-        form = SamplerForm(self._buckets.logit_rows(step.layout.bucket), masked, step.wants_logprobs or False not in self._logprob_forms)
-        uploads = []
+        num_rows = self._buckets.logit_rows(step.layout.bucket)
         if masks is not None:
-            uploads = [np.full((form.num_rows, masks.shape[1]), 0xFFFFFFFF, np.uint32)]
-            uploads[0][: len(masks)] = masks
-        step.sampled, self._unsampled = self._executor.run(ProgramKey("sample", form), *uploads), None
+            upload = np.full((num_rows, masks.shape[1]), 0xFFFFFFFF, np.uint32)
+            upload[: len(masks)] = masks
+            self._executor.run(ProgramKey("mask", num_rows), upload)
+        kind = "logprobs" if step.wants_logprobs else "sample"
+        step.sampled, self._unsampled = self._executor.run(ProgramKey(kind, num_rows)), None
         assert step.sampled is not None
         step.sampled.copy_to_host_async()
 

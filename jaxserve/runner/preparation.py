@@ -104,8 +104,10 @@ class Preparation:
         self._file_of_temporaries: str | None = None  # where they have still to be measured
         if config.kv_bytes is None:
             blueprint = self._blueprint()
-            state = Programs(blueprint).state  # all but the KV cache is allocated beside it
-            self._bytes_left -= sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.sampling, state.hidden)))
+            state = Programs(blueprint).state
+            # Beside the KV cache: the rest of the state, and a step's logits with masks applied.
+            beside = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.sampling, state.hidden)))
+            self._bytes_left -= beside + config.masked * 4 * config.max_batch_size * architecture.config.vocab_size
             # XLA's choices are in its temporaries: its flags and the driver's version are in the name.
             compiler = mesh.devices.flat[0].client.platform_version, os.environ.get("XLA_FLAGS", "")
             name = blueprint.digest(f"temporaries {compiler}")

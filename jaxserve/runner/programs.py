@@ -1,8 +1,9 @@
 """The programs of a runner: functions of the device state, one a shape, sharded over the mesh.
 
-A step is two: `forward` a bucket, and `sample` a row count. So the sampler is not compiled for each bucket, its form (token masks, log
-probabilities) is the host's choice, and the masks of constrained rows are filled while the forward runs. The second launch costs a step
-nothing: it waits in the queue. The other programs change the state between steps: copied pages, page-table entries, the sampler's slots.
+A step is two: `forward` a bucket, and `sample` a row count. So the sampler is not compiled for each bucket, and the masks of constrained
+rows are filled while the forward runs: `mask` applies them before the sampler. `logprobs` comes after it, where a row wants them. The
+second launch costs a step nothing: it waits in the queue. The other programs change the state between steps: copied pages, page-table
+entries, the sampler's slots.
 """
 
 import itertools
@@ -22,9 +23,9 @@ from jaxserve.runner.blueprint import Blueprint
 from jaxserve.runner.buckets import Bucket
 from jaxserve.runner.exchange import PEERS_SPEC
 from jaxserve.runner.prompt_scores import score_tokens
-from jaxserve.runner.sampler import sample
+from jaxserve.runner.sampler import SAMPLED_COLUMNS, apply_masks, find_logprobs, sample
 from jaxserve.runner.sampling_rows import NUM_SAMPLING_COLUMNS, neutral_columns
-from jaxserve.runner.sampling_state import SLOT_LOAD_SIZE, SamplingState, load_slot
+from jaxserve.runner.sampling_state import SLOT_LOAD_SIZE, load_slot
 from jaxserve.runner.state import STATE_SPEC, DeviceState, abstract_state
 
 PAGE_COPIES = 16  # a call
@@ -38,33 +39,25 @@ TRITON_PRODUCTS = {"xla_gpu_enable_triton_gemm": True, "xla_gpu_triton_gemm_any"
 _EVERYWHERE = PartitionSpec()
 
 
-class SamplerForm(NamedTuple):
-    """Which sampler: rows of the logits, whether rows have token masks, whether any wants log probabilities."""
-
-    num_rows: int
-    masked: bool
-    logprobs: bool
-
-
 class ProgramKey(NamedTuple):
     """Which program of a runner.
 
     Attributes:
         kind: a method of Programs.
-        shape: what it takes.
+        shape: what it takes: a bucket, or rows of logits.
     """
 
     kind: str
-    shape: Bucket | SamplerForm | None = None
+    shape: Bucket | int | None = None
 
     @property
     def name(self) -> str:
-        """For files, logs and other processes: "forward-512x256", "sample-8-masked"."""
+        """For files, logs and other processes: "forward-512x256", "sample-8"."""
         match self.shape:
             case Bucket(num_tokens, num_rows, decode_only):
                 return f"{self.kind}-{num_tokens}x{num_rows}{'-decode' if decode_only else ''}"
-            case SamplerForm(num_rows, masked, logprobs):
-                return f"{self.kind}-{num_rows}{'-masked' if masked else ''}{'-logprobs' if logprobs else ''}"
+            case int(num_rows):
+                return f"{self.kind}-{num_rows}"
         return self.kind
 
 
@@ -103,10 +96,8 @@ class Programs:
         The largest comes first: the plan waits for it. Then those that take long to compile and are lowered quickly.
         """
         yield self.largest()
-        masked = {self.blueprint.masked} if self.blueprint.deterministic else {False, self.blueprint.masked}
-        logprobs = logprob_forms(self.blueprint.device_platform)
-        for form in itertools.product(reversed(self.buckets.logits), sorted(masked), logprobs):
-            yield ProgramKey("sample", SamplerForm(*form))
+        kinds = "sample", "logprobs", *(["mask"] if self.blueprint.masked else [])
+        yield from itertools.starmap(ProgramKey, itertools.product(kinds, reversed(self.buckets.logits)))
         yield from (key for bucket in sorted(self.buckets, reverse=True) if (key := ProgramKey("forward", bucket)) != self.largest())
         yield from map(ProgramKey, ("score", "copy_pages", "load_slot", "add_page_entries"))
 
@@ -120,8 +111,8 @@ class Programs:
             case Bucket():
                 layout = BatchLayout.of(key.shape, len(self.plan.num_pages), self.plan.page_size)
                 return self.forward(layout, self.buckets.logit_rows(key.shape))
-            case SamplerForm(num_rows, masked, logprobs):
-                return self.sample(num_rows, masked=masked, logprobs=logprobs)
+            case int(num_rows):
+                return getattr(self, key.kind)(num_rows)
         return getattr(self, key.kind)()
 
     def forward(self, layout: BatchLayout, logit_rows: int) -> Program:
@@ -151,20 +142,21 @@ class Programs:
         arguments = self.leaves, self.state, self._ints(layout.size), *self._peers()
         return self._program(forward, arguments, specs, (STATE_SPEC, _EVERYWHERE, _EVERYWHERE), donated=1, options=PRODUCTS)
 
-    def sample(self, num_rows: int, *, masked: bool, logprobs: bool) -> Program:
-        """(logits, sampling state, columns[, masks]) -> (sampling state, what unpack_sampled() reads)."""
+    def mask(self, num_rows: int) -> Program:
+        """(logits, masks) -> logits."""
+        masks = self._array((num_rows, mask_words(self.blueprint.model.vocab_size)), jnp.uint32)
+        return self._program(apply_masks, (self._logits(num_rows), masks), (_EVERYWHERE,) * 2, _EVERYWHERE, donated=())
 
-        def sample_all(
-            logits: jax.Array, state: SamplingState, columns: jax.Array, masks: jax.Array | None = None
-        ) -> tuple[SamplingState, jax.Array]:
-            sampled, state = sample(logits, state, columns, masks, logprobs=logprobs)
-            return state, sampled
+    def sample(self, num_rows: int) -> Program:
+        """(logits, sampling state, columns) -> (what unpack_sampled() reads, sampling state)."""
+        arguments = self._logits(num_rows), self.state.sampling, self._ints(num_rows, NUM_SAMPLING_COLUMNS)
+        return self._program(sample, arguments, (_EVERYWHERE,) * 3, (_EVERYWHERE,) * 2, donated=1)
 
-        vocab_size = self.blueprint.model.vocab_size
-        logits = self._array((num_rows, vocab_size), jnp.float32)
-        masks = [self._array((num_rows, mask_words(vocab_size)), jnp.uint32)] if masked else []
-        arguments = logits, self.state.sampling, self._ints(num_rows, NUM_SAMPLING_COLUMNS), *masks
-        return self._program(sample_all, arguments, (_EVERYWHERE,) * len(arguments), (_EVERYWHERE, _EVERYWHERE), donated=1)
+    def logprobs(self, num_rows: int) -> Program:
+        """(logits, masked logits, sampling state, columns, sampled) -> what unpack_sampled() reads."""
+        ints = self._ints(num_rows, NUM_SAMPLING_COLUMNS), self._ints(num_rows, SAMPLED_COLUMNS)
+        arguments = self._logits(num_rows), self._logits(num_rows), self.state.sampling, *ints
+        return self._program(find_logprobs, arguments, (_EVERYWHERE,) * 5, _EVERYWHERE, donated=())
 
     def score(self) -> Program:
         """(leaves, hidden, int32 [2, num_scored_a_call]: tokens of the last step, and which follows each) -> what unpack_scored() reads."""
@@ -236,16 +228,14 @@ class Programs:
         shards, sharding = self.blueprint.tensor_size, NamedSharding(self.mesh, PEERS_SPEC)
         return (jax.ShapeDtypeStruct((shards, shards + 1, 2), jnp.uint32, sharding=sharding),) if self.blueprint.peer_memory else ()
 
+    def _logits(self, num_rows: int) -> jax.ShapeDtypeStruct:
+        return self._array((num_rows, self.blueprint.model.vocab_size), jnp.float32)
+
     def _ints(self, *shape: int) -> jax.ShapeDtypeStruct:
         return self._array(shape, jnp.int32)
 
     def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, _EVERYWHERE))
-
-
-def logprob_forms(platform: str) -> tuple[bool, ...]:
-    """Whether samplers can tell log probabilities. Each form is a compilation for each row count: on the CPU a conditional is cheaper."""
-    return (True,) if platform == "cpu" else (False, True)
 
 
 def num_scored_a_call(platform: str) -> int:

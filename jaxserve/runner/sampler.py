@@ -4,14 +4,15 @@ The order of operations is vLLM's: logit bias, bans, penalties (repetition, then
 min_p, top_k, top_p, typical_p; Gumbel-max. Raw logprobs are of the logits as the model gave them, processed ones of the distribution
 that is sampled (for a greedy row: at temperature 1, nothing truncated).
 
-On a GPU kernels choose the tokens (pallas_kernels/token_choice/), and log probabilities are in a form of the program that the host
-takes where a row wants them: XLA brings the predicate of a conditional to the host. Elsewhere XLA does all, each costly part under a
-`lax.cond` on whether any row wants it. A greedy batch pays for an argmax.
+Three functions, each a program of its own: token masks before, log probabilities after. So a batch that wants neither pays for neither,
+and what chooses the tokens is compiled once a number of rows. On a GPU kernels choose them (pallas_kernels/token_choice): XLA would bring
+the predicate of a conditional to the host. Elsewhere XLA does all, each costly part under a `lax.cond` on whether any row wants it. A
+greedy batch pays for an argmax.
 
 Ties: the lowest token id wins an argmax; a truncation keeps or drops equal logits together.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -27,72 +28,81 @@ from jaxserve.runner.sampling_state import SamplingState
 from jaxserve.step import StepLogprobs, StepResult
 
 _BLOCK = 128
+SAMPLED_COLUMNS = 9  # whether the row samples, its token, the one before, the attributes of Distribution
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Logprobs:
-    """Log probabilities of what a step chose. N is MAX_TOP_LOGPROBS; meaningless for rows that want none.
+def apply_masks(logits: jax.Array, masks: jax.Array) -> jax.Array:
+    """Logits with -inf at the tokens that are not allowed: whatever is done to logits leaves -inf as it is.
 
-    Attributes:
-        raw, processed: float32 [R], of each chosen token.
-        top_ids: int32 [R, N], most likely tokens by raw log probability, best first.
-        top_raw, top_processed: float32 [R, N].
+    Args:
+        logits: float32 [R, W], where W may be more than the vocabulary's size V.
+        masks: uint32 [R, ceil(V / 32)], bit t % 32 of word t // 32 allows token t.
     """
-
-    raw: jax.Array
-    processed: jax.Array
-    top_ids: jax.Array
-    top_raw: jax.Array
-    top_processed: jax.Array
+    return jnp.where(unpack_masks(masks, logits.shape[1]), logits, -jnp.inf)
 
 
-def sample(
-    logits: jax.Array, state: SamplingState, columns: jax.Array, masks: jax.Array | None = None, *, logprobs: bool
-) -> tuple[jax.Array, SamplingState]:
-    """Choose a token for each row. Called inside the step's jit, also within shard_map where every shard does the same.
+def sample(logits: jax.Array, state: SamplingState, columns: jax.Array) -> tuple[jax.Array, SamplingState]:
+    """Choose a token for each row. Called inside a jit, also within shard_map where every shard does the same.
 
     Args:
         logits: float32 [R, V] or wider: columns from the state's V on are padding and never chosen.
         state: by slot; donated by the caller.
         columns: int32 [R, NUM_SAMPLING_COLUMNS], what each row asks for.
-        masks: uint32 [R, ceil(V / 32)], bit t % 32 of word t // 32 allows token t; None allows all.
-        logprobs: whether any row may want them; False spares a conditional.
 
     Returns:
-        What `unpack_sampled` reads, int32 [R, 2] or with log probabilities wider; the state with counts and last tokens of the rows
+        int32 [R, SAMPLED_COLUMNS], which `unpack_sampled` and `find_logprobs` read; the state with counts and last tokens of the rows
         that sample.
     """
     rows = unpack_rows(columns)
     raw = logits[:, : state.token_counts.shape[1]]
-    if local_gpu() is None:
-        token_ids, distribution, new_state = _choose(raw, state, rows, masks)
-    else:
-        token_ids, distribution, new_state = _choose_by_kernel(raw, state, columns, rows, masks)
-    found = None
-    if logprobs:
-        # The state from before the step is read where it is small; a copy of the counts would cost more than to take the token off again.
-        counted = replace(state, token_counts=new_state.token_counts)
-        found = _logprobs(raw, counted, rows, masks, token_ids, distribution)
-    return pack_sampled(rows.samples, token_ids, found), new_state
+    previous = _previous(state, rows)
+    choose = _choose if local_gpu() is None else _choose_by_kernel
+    token_ids, distribution, new_state = choose(raw, state, columns)
+    return pack_columns(rows.samples, token_ids, previous, *jax.tree.leaves(distribution)), new_state
 
 
-def _choose_by_kernel(
-    raw: jax.Array, state: SamplingState, columns: jax.Array, rows: SamplingRows, masks: jax.Array | None
-) -> tuple[jax.Array, Distribution, SamplingState]:
+def find_logprobs(raw: jax.Array, logits: jax.Array, state: SamplingState, columns: jax.Array, sampled: jax.Array) -> jax.Array:
+    """Log probabilities of the tokens that `sample` chose, and of the likeliest ones.
+
+    Args:
+        raw: float32 [R, V] or wider, as the model gave them.
+        logits: those that `sample` took: where there are no masks, the same.
+        state: the one that it returned.
+        columns: as it took them; rows that want no log probabilities get some that mean nothing.
+        sampled: what it returned.
+
+    Returns:
+        What `unpack_sampled` reads, int32 [R, 4 + 3 * MAX_TOP_LOGPROBS].
+    """
+    rows = unpack_rows(columns)
+    vocab_size = state.token_counts.shape[1]
+    raw, logits = raw[:, :vocab_size], logits[:, :vocab_size]
+    token_ids, previous = sampled[:, 1], sampled[:, 2]
+    stats = jax.lax.bitcast_convert_type(sampled[:, 3:], jnp.float32)
+    distribution = Distribution(*(stats[:, i] for i in range(stats.shape[1])))
+    best = jnp.max(raw, axis=1, keepdims=True)
+    log_sum = best + jnp.log(jnp.sum(jnp.exp(raw - best), axis=1, keepdims=True))
+    top_logits, top_ids = top_tokens(raw, MAX_TOP_LOGPROBS)
+    ids = jnp.concatenate([token_ids[:, None], top_ids], axis=1)
+    processed = distribution.logprobs(_adjust_at(ids, logits, state, rows, previous, token_ids))
+    chosen = jnp.take_along_axis(raw, token_ids[:, None], axis=1)
+    return pack_columns(sampled[:, 0], token_ids, chosen - log_sum, processed[:, :1], top_ids, top_logits - log_sum, processed[:, 1:])
+
+
+def _choose_by_kernel(raw: jax.Array, state: SamplingState, columns: jax.Array) -> tuple[jax.Array, Distribution, SamplingState]:
     # Pallas takes over a second to import: not where there is no GPU.
     from jaxserve.pallas_kernels.token_choice import choose_tokens
 
+    rows = unpack_rows(columns)
     keys = noise_keys(rows.seed_low, rows.seed_high, rows.positions)
-    choice = choose_tokens(raw, columns, keys, state.token_counts, state.bias, state.last_tokens, masks)
+    choice = choose_tokens(raw, columns, keys, state.token_counts, state.bias, state.last_tokens)
     distribution = Distribution(*(choice.stats[:, i] for i in range(choice.stats.shape[1])))
     return choice.token_ids, distribution, replace(state, token_counts=choice.token_counts, last_tokens=choice.last_tokens)
 
 
-def _choose(
-    raw: jax.Array, state: SamplingState, rows: SamplingRows, masks: jax.Array | None
-) -> tuple[jax.Array, Distribution, SamplingState]:
-    adjusted = _adjust(raw, state, rows, masks)
+def _choose(raw: jax.Array, state: SamplingState, columns: jax.Array) -> tuple[jax.Array, Distribution, SamplingState]:
+    rows = unpack_rows(columns)
+    adjusted = _adjust(raw, state, rows)
     draws = jnp.any(rows.temperature > jnp.float32(0))
     distribution = _distribution(adjusted, rows, draws, jnp.any(rows.wants_logprobs))
     token_ids = jax.lax.cond(draws, lambda: _draw(adjusted, distribution, rows), lambda: first_argmax(adjusted))
@@ -125,29 +135,25 @@ def _blocks(values: jax.Array) -> jax.Array:
     return jnp.concatenate([values, padding], axis=1).reshape(rows, -1, _BLOCK)
 
 
-def _adjust(raw: jax.Array, state: SamplingState, rows: SamplingRows, masks: jax.Array | None) -> jax.Array:
-    """Bias, watermark, bans and penalties of each row's slot, and its mask: float32 [R, V]."""
+def _adjust(raw: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.Array:
+    """Bias, watermark, bans and penalties of each row's slot: float32 [R, V]."""
 
     def adjust() -> jax.Array:
-        green = _green(jnp.arange(raw.shape[1], dtype=jnp.int32), state, rows)
+        green = is_green(_previous(state, rows), jnp.arange(raw.shape[1], dtype=jnp.int32), rows.green_share)
         return _adjusted(raw, state.bias[rows.slots], state.token_counts[rows.slots], green, rows)
 
-    adjusted = jax.lax.cond(jnp.any(rows.has_bias | rows.bans | rows.has_penalties | rows.has_watermark), adjust, lambda: raw)
-    return adjusted if masks is None else jnp.where(unpack_masks(masks, raw.shape[1]), adjusted, -jnp.inf)
+    return jax.lax.cond(jnp.any(rows.has_bias | rows.bans | rows.has_penalties | rows.has_watermark), adjust, lambda: raw)
 
 
 def _adjust_at(
-    ids: jax.Array, raw: jax.Array, state: SamplingState, rows: SamplingRows, masks: jax.Array | None, token_ids: jax.Array
+    ids: jax.Array, logits: jax.Array, state: SamplingState, rows: SamplingRows, previous: jax.Array, token_ids: jax.Array
 ) -> jax.Array:
-    """The same of the tokens `ids` [R, N] alone, in a state whose counts hold the tokens just chosen already."""
+    """The same of the tokens `ids` [R, N] alone, in a state that has the tokens just chosen already."""
     slots = rows.slots[:, None]
     counts = state.token_counts[slots, ids]
     counts -= ((ids == token_ids[:, None]) & (rows.samples & rows.has_penalties)[:, None]).astype(jnp.int32)
-    adjusted = _adjusted(jnp.take_along_axis(raw, ids, axis=1), state.bias[slots, ids], counts, _green(ids, state, rows), rows)
-    if masks is None:
-        return adjusted
-    words = jnp.take_along_axis(masks, ids // jnp.int32(32), axis=1)
-    return jnp.where((words >> (ids % jnp.int32(32)).astype(jnp.uint32)) & jnp.uint32(1) != jnp.uint32(0), adjusted, -jnp.inf)
+    green = is_green(previous, ids, rows.green_share)
+    return _adjusted(jnp.take_along_axis(logits, ids, axis=1), state.bias[slots, ids], counts, green, rows)
 
 
 def _adjusted(raw: jax.Array, bias: jax.Array, counts: jax.Array, green: jax.Array, rows: SamplingRows) -> jax.Array:
@@ -159,10 +165,9 @@ def _adjusted(raw: jax.Array, bias: jax.Array, counts: jax.Array, green: jax.Arr
     return adjust_logits(raw, bias, counts, *map(wide, options))
 
 
-def _green(token_ids: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.Array:
-    """bool [R, N], which of token ids [N] or [R, N] a watermark favours; none where green_share is 0."""
-    previous = jnp.where(rows.previous < 0, state.last_tokens[rows.slots, 0], rows.previous)
-    return is_green(previous, token_ids, rows.green_share)
+def _previous(state: SamplingState, rows: SamplingRows) -> jax.Array:
+    """int32 [R], the token before the one that is to be chosen."""
+    return jnp.where(rows.previous < 0, state.last_tokens[rows.slots, 0], rows.previous)
 
 
 def _distribution(adjusted: jax.Array, rows: SamplingRows, draws: jax.Array, wants_logprobs: jax.Array) -> Distribution:
@@ -191,31 +196,6 @@ def _draw(adjusted: jax.Array, distribution: Distribution, rows: SamplingRows) -
     race = jnp.where(distribution.keeps(distances), jnp.exp(-distances) / noise, jnp.float32(-1))
     greedy = (rows.temperature == jnp.float32(0))[:, None]
     return first_argmax(jnp.where(greedy, -distances, race))
-
-
-def _logprobs(
-    raw: jax.Array,
-    state: SamplingState,
-    rows: SamplingRows,
-    masks: jax.Array | None,
-    token_ids: jax.Array,
-    distribution: Distribution,
-) -> Logprobs:
-    def wanted() -> Logprobs:
-        best = jnp.max(raw, axis=1, keepdims=True)
-        log_sum = best + jnp.log(jnp.sum(jnp.exp(raw - best), axis=1, keepdims=True))
-        top_logits, top_ids = top_tokens(raw, MAX_TOP_LOGPROBS)
-        ids = jnp.concatenate([token_ids[:, None], top_ids], axis=1)
-        processed = distribution.logprobs(_adjust_at(ids, raw, state, rows, masks, token_ids))
-        chosen = jnp.take_along_axis(raw, token_ids[:, None], axis=1)
-        return Logprobs((chosen - log_sum)[:, 0], processed[:, 0], top_ids, top_logits - log_sum, processed[:, 1:])
-
-    def unwanted() -> Logprobs:
-        one, many = jnp.zeros(token_ids.shape, jnp.float32), jnp.zeros((token_ids.shape[0], MAX_TOP_LOGPROBS), jnp.float32)
-        return Logprobs(one, one, jnp.zeros(many.shape, jnp.int32), many, many)
-
-    # On a GPU the host has chosen this form because a row wants them.
-    return wanted() if local_gpu() is not None else jax.lax.cond(jnp.any(rows.wants_logprobs), wanted, unwanted)
 
 
 def top_tokens(logits: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
@@ -253,25 +233,16 @@ def _remember(state: SamplingState, rows: SamplingRows, token_ids: jax.Array) ->
     )
 
 
-def pack_sampled(samples: jax.Array, token_ids: jax.Array, logprobs: Logprobs | None) -> jax.Array:
-    """All of it in one int32 array, so that one copy brings it to the host: [R, 2], or [R, 4 + 3N] with log probabilities.
-
-    Args:
-        samples: bool [R], whether the row's token counts.
-        token_ids: int32 [R].
-        logprobs: of R rows.
-    """
-    columns = [samples.astype(jnp.int32), token_ids]
-    if logprobs is not None:
-        columns += [logprobs.raw, logprobs.processed, logprobs.top_ids, logprobs.top_raw, logprobs.top_processed]
-    count = token_ids.shape[0]
-    return jnp.concatenate([jax.lax.bitcast_convert_type(c, jnp.int32).reshape(count, -1) for c in columns], axis=1)
+def pack_columns(*columns: jax.Array) -> jax.Array:
+    """Arrays [R] or [R, n] of 4 bytes an element, or bool, side by side in one int32 array, so that one copy brings all to the host."""
+    wide = [column.astype(jnp.int32) if column.dtype == jnp.bool_ else column for column in columns]
+    return jnp.concatenate([jax.lax.bitcast_convert_type(x, jnp.int32).reshape(x.shape[0], -1) for x in wide], axis=1)
 
 
 def unpack_sampled(packed: np.ndarray) -> StepResult:
-    """numpy views of what `pack_sampled` packed."""
+    """numpy views of what `sample` or `find_logprobs` packed."""
     counts, token_ids = packed[:, 0], packed[:, 1:2]
-    if packed.shape[1] == 2:
+    if packed.shape[1] == SAMPLED_COLUMNS:
         return StepResult(token_ids, counts)
     raw, processed, top_ids, top_raw, top_processed = np.split(packed[:, 2:], np.cumsum([1, 1, *[MAX_TOP_LOGPROBS] * 2]), axis=1)
     logprobs = StepLogprobs(

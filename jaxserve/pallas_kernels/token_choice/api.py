@@ -40,28 +40,26 @@ def choose_tokens(
     token_counts: jax.Array,
     bias: jax.Array,
     last_tokens: jax.Array,
-    masks: jax.Array | None,
     *,
     interpret: bool = False,
 ) -> TokenChoice:
-    """Logit bias, bans, penalties, mask; temperature, min_p, top_k, top_p, typical_p; Gumbel-max, or argmax for greedy rows.
+    """Logit bias, bans, penalties; temperature, min_p, top_k, top_p, typical_p; Gumbel-max, or argmax for greedy rows.
 
     Ties: the lowest token id wins; a truncation keeps or drops equal logits together.
 
     Args:
-        logits: float32 [R, V].
+        logits: float32 [R, V]; -inf at tokens that a mask forbids.
         columns: int32 [R, len(Column)], see Column.
         noise_keys: see noise.py.
         token_counts: int32 [S, V] by slot: times each token was output, plus PROMPT_FLAG and BAN_FLAG.
         bias: float32 [S, V] by slot.
         last_tokens: int32 [S, 1+K] by slot.
-        masks: uint32 [R, ceil(V / 32)], bit t % 32 of word t // 32 allows token t; None allows all.
         interpret: run on the CPU, for tests.
     """
     num_rows, _ = logits.shape
     vocab_size = token_counts.shape[1]
     floats = lax.bitcast_convert_type(columns, jnp.float32)
-    shared = [logits, columns, floats, jnp.stack(noise_keys, axis=1), bias, *([] if masks is None else [masks])]
+    shared = [logits, columns, floats, jnp.stack(noise_keys, axis=1), bias]
     token_ids = jax.ShapeDtypeStruct((num_rows,), jnp.int32)
     stats = jax.ShapeDtypeStruct((num_rows, 6), jnp.float32)
     state = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (token_counts, last_tokens)]
@@ -71,7 +69,7 @@ def choose_tokens(
         """What is `carried` comes back as the first outputs, in place."""
         operands = [*shared, *carried]
         return pl.pallas_call(
-            functools.partial(kernel, vocab_size=vocab_size, masked=masks is not None),
+            functools.partial(kernel, vocab_size=vocab_size),
             grid=(num_rows,),
             in_specs=[pl.no_block_spec] * len(operands),
             out_specs=[pl.no_block_spec] * len(outputs),

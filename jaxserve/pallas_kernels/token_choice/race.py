@@ -17,10 +17,9 @@ NUM_WARPS = 32
 _BLOCK = 8192  # tokens read at once, and lanes: eight a thread
 
 
-def choose(*refs, vocab_size: int, masked: bool):
+def choose(*refs, vocab_size: int):
     """The kernel. Rows of truncation.py's are left alone, but for their tokens, which it writes again."""
-    num_shared = 5 + masked
-    shared, (counts_ref, last_ref, counts_out_ref, last_out_ref, tokens_ref) = refs[:num_shared], refs[num_shared:]
+    *shared, counts_ref, last_ref, counts_out_ref, last_out_ref, tokens_ref = refs
     row = Row(shared, counts_ref, last_ref, vocab_size, _BLOCK)
 
     @pl.when(~row.needs_truncation)

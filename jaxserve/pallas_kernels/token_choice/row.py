@@ -20,9 +20,8 @@ class Row:
     """
 
     def __init__(self, shared_refs, counts_ref, last_ref, vocab_size: int, block: int):
-        self._logits_ref, ints_ref, floats_ref, keys_ref, self._bias_ref, *masks = shared_refs
+        self._logits_ref, ints_ref, floats_ref, keys_ref, self._bias_ref = shared_refs
         self._counts_ref = counts_ref
-        self._masks_ref = masks[0] if masks else None
         self.vocab_size, self.block, self.num_blocks = vocab_size, block, pl.cdiv(vocab_size, block)
         self.number = row = pl.program_id(0)
         self.slot, self.flags, self.top_k = (ints_ref[row, column] for column in (Column.SLOT, Column.FLAGS, Column.TOP_K))
@@ -57,10 +56,6 @@ class Row:
             return adjust_logits(value, bias, counts, bans, penalized, self._repetition, self._presence, self._frequency)
 
         value = lax.cond(self.flags & ADJUSTS != 0, adjust, lambda value: value, value)
-        if self._masks_ref is not None:
-            words = plt.load(self._masks_ref.at[self.number, token // 32], mask=inside, other=jnp.uint32(0))
-            allowed = (words >> (token % 32).astype(jnp.uint32)) & jnp.uint32(1)
-            value = jnp.where(allowed != 0, value, -jnp.inf)
         return token, value
 
     def distances(self, i, best):

@@ -28,11 +28,10 @@ _CAPACITY = _BLOCK  # tokens of a scratch row
 SCRATCH_SIZE = _CAPACITY + _BLOCK  # the second half takes what an interpreted store would write elsewhere
 
 
-def choose(*refs, vocab_size: int, masked: bool, threaded: bool):
+def choose(*refs, vocab_size: int, threaded: bool):
     """The kernel; `threaded` where threads must wait for one another's writes."""
-    num_shared = 5 + masked
-    shared, refs = refs[:num_shared], refs[num_shared:]
-    counts_ref, last_ref, _, counts_out_ref, last_out_ref, tokens_ref, stats_ref, *scratch_refs = refs
+    *shared, counts_ref, last_ref, _, counts_out_ref, last_out_ref, tokens_ref, stats_ref, ids_ref, distances_ref = refs
+    scratch_refs = ids_ref, distances_ref
     row = Row(shared, counts_ref, last_ref, vocab_size, _BLOCK)
 
     @pl.when(row.needs_truncation)
