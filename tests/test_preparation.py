@@ -70,7 +70,7 @@ def prepare(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> Callable[..
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunnerConfig:
-    """Seven programs, and a folder that the tests of this module share."""
+    """Eight programs, and a folder that the tests of this module share."""
     return RunnerConfig(1, 32, max_total_tokens=64, compilation_cache_dir=str(tmp_path_factory.mktemp("cache")))
 
 
@@ -89,7 +89,7 @@ def test_a_second_start_traces_nothing_of_the_model(prepare, config: RunnerConfi
     model = load_model(source, ModelOptions(), make_mesh(1))
     first, lowered = prepare(config)
     logits = first_logits(model, config, first)
-    assert len(lowered) == 7
+    assert len(lowered) == 8
 
     def traced(*_: object) -> None:
         raise AssertionError("the model was traced")
@@ -113,7 +113,7 @@ def test_another_config_or_a_damaged_file_is_lowered_again(prepare, config: Runn
     assert len(lowered) == 2
     assert all(ProgramStore(folder).read(path.name) for path in sound) and set(folder.iterdir()) == set(sound)
     other, lowered = prepare(replace(config, masked=True))
-    assert len(dict(other.programs())) == 8 and lowered
+    assert len(dict(other.programs())) == 9 and lowered
 
 
 @pytest.mark.parametrize("tensor_size", [1, 2])
@@ -142,23 +142,23 @@ def test_more_temporaries_than_expected(prepare, config: RunnerConfig, tmp_path:
     monkeypatch.setattr(preparation, "plan_kv_cache", plan)
     monkeypatch.setattr(preparation, "expected_temporaries", lambda blueprint: 0)
     prepared, _ = prepare(config)
-    assert len(dict(prepared.programs())) == 7
+    assert len(dict(prepared.programs())) == 8
     _, expected, measured = budgets
     assert 0 < measured < expected
     again, lowered = prepare(config)  # and the next start knows
-    assert budgets[-1] == measured and len(dict(again.programs())) == 7 and not lowered
+    assert budgets[-1] == measured and len(dict(again.programs())) == 8 and not lowered
 
 
 def test_other_processes_lower(prepare, config: RunnerConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch):
     config = replace(config, compilation_cache_dir=str(tmp_path))
     prepared, lowered = prepare(config, num_processes=1)
-    assert len(dict(prepared.programs())) == 7
+    assert len(dict(prepared.programs())) == 8
     assert not lowered and not caplog.records
     # One that cannot even start: what it should have done is done here.
     monkeypatch.setattr(lowering_process.sys, "executable", "/bin/false")
     caplog.set_level(logging.WARNING)
     prepared, lowered = prepare(replace(config, masked=True), num_processes=1)
-    assert len(dict(prepared.programs())) == 8
+    assert len(dict(prepared.programs())) == 9
     assert lowered and "lowered in this process: in another one: the process died" in caplog.text
 
 
