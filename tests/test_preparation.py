@@ -199,6 +199,22 @@ def test_programs_for_a_gpu_are_lowered_where_there_is_none(kv_dtype: str):
     assert ("f8E4M3FN" in exported.mlir_module()) == (kv_dtype != "bfloat16")
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend")
+def test_gpus_that_reach_each_other_take_the_table_of_peers():
+    model, config = ModelConfig.from_hf(LLAMA), RunnerConfig(16, 64)
+    plan = plan_kv_cache(model, config, 2, jnp.dtype(jnp.bfloat16), 1 << 30)
+    here = Blueprint.of(Architecture.of(model), jnp.dtype(jnp.bfloat16), make_mesh(2), plan, config)
+    assert not here.peer_memory
+    texts = []
+    for peer_memory in (False, True):
+        program = Programs(replace(here, **H200, peer_memory=peer_memory))[FORWARD]
+        assert len(program.arguments) == 3 + peer_memory
+        texts.append(export.deserialize(bytearray(lower(program, "cuda"))).mlir_module())
+    # Of a layer two sums, of the embeddings' and the last layer's one each; functions are written once.
+    assert [text.count("stablehlo.all_reduce") > 0 for text in texts] == [True, False]
+    assert [text.count('name = "all_reduce') > 0 for text in texts] == [False, True]
+
+
 def test_a_store_takes_nothing_that_it_did_not_write(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     store = ProgramStore(tmp_path / "folder")
     assert store.read("a") is None
