@@ -90,10 +90,10 @@ def test_an_implementation_that_cannot_serve_is_refused(
     monkeypatch.setattr(api, "local_gpu", lambda: gpu)
     sizes = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": 16} | sizes
     if refusal is None:
-        api.check_implementation(implementation, jnp.dtype(dtype), **sizes)
+        api.check_implementation(implementation, jnp.dtype(dtype), None, **sizes)
         return
     with pytest.raises(ValueError, match=refusal):
-        api.check_implementation(implementation, jnp.dtype(dtype), **sizes)
+        api.check_implementation(implementation, jnp.dtype(dtype), None, **sizes)
 
 
 def test_the_implementation_chooses_the_kernels(monkeypatch: pytest.MonkeyPatch):
