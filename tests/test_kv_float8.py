@@ -22,6 +22,7 @@ from jaxserve.errors import StartupError
 from jaxserve.models import Model
 from jaxserve.models.kv_scaling import NAMES, is_kv_scale
 from jaxserve.pallas_kernels import AttentionMetadata, make_layer_kv, page_dtype, write_kv
+from jaxserve.pallas_kernels.float8 import float8_values
 from jaxserve.pallas_kernels.layer_kv import FLOAT8, from_pages
 from jaxserve.weights import resolve_model
 from jaxserve.weights.loader import open_model
@@ -160,6 +161,16 @@ def test_pages_hold_the_nearest_codes(dtype: str, platform: str):
         shapes = jax.eval_shape(lambda: make_layer_kv(4096, 8, 1, 4, pages)), new, new, metadata, scales
         analysis = write.lower(*shapes).compile().memory_analysis()
         assert analysis is not None and analysis.temp_size_in_bytes < 4096
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+def test_all_codes_have_their_values(dtype: str):
+    float8 = jnp.dtype(dtype)
+    codes = np.arange(256, dtype=np.uint8)
+    expected = codes.view(float8).astype(np.float32)
+    numbers = np.isfinite(expected)
+    for stored in (codes, codes.view(np.int8)):
+        np.testing.assert_array_equal(np.asarray(float8_values(jnp.asarray(stored), float8))[numbers], expected[numbers])
 
 
 def test_an_engine_with_a_cache_of_8_bits(tmp_path: Path):

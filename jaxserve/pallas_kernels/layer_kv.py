@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxserve.pallas_kernels.float8 import float8_values
+
 LayerKV = tuple[jax.Array, jax.Array]
 """K pages and V pages of one layer, each of `layer_kv_shape` (inside shard_map: the local KV heads)."""
 
@@ -41,7 +43,7 @@ def to_pages(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def from_pages(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """A part of pages as keys or values: of 8 bits in `dtype`, others as they are."""
     if x.dtype in _FLOAT8_OF_BYTES:
-        x = lax.bitcast_convert_type(x, _FLOAT8_OF_BYTES[x.dtype])
+        return float8_values(x, _FLOAT8_OF_BYTES[x.dtype]).astype(dtype)
     return x.astype(dtype) if x.dtype in FLOAT8 else x
 
 

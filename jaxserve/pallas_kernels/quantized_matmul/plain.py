@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxserve.pallas_kernels.float8 import float8_values
 from jaxserve.pallas_kernels.quantized_matmul.layout import TABLES, Layout
 
 
@@ -58,23 +59,13 @@ class PlainWeight:
 
     def _values(self, plane: int) -> jax.Array:
         if self.layout.code == "fp8":
-            return _widen(self.codes)
+            return float8_values(self.codes, jnp.dtype(jnp.float8_e4m3fn))
         if self.layout.bits == 8:
             return self.codes.astype(jnp.float32)
         codes = self.codes >> jnp.uint8(4) if plane else self.codes & jnp.uint8(15)
         if self.layout.code in ("int4", "uint4"):
             return codes.astype(jnp.float32) - jnp.float32(8 if self.layout.code == "int4" else 0)
         return _look_up(codes, TABLES[self.layout.code].tolist())
-
-
-def _widen(codes: jax.Array) -> jax.Array:
-    """The bits of float8_e4m3fn, not NaN, as float32, by arithmetic of which CPUs make vectors: of XLA's own conversion they do not."""
-    bits = codes.astype(jnp.uint32)
-    sign, rest = (bits & jnp.uint32(0x80)) << jnp.uint32(24), bits & jnp.uint32(0x7F)
-    normal = (rest << jnp.uint32(20)) + jnp.uint32(120 << 23)  # exponents count from -7 and from -127
-    subnormal = rest.astype(jnp.float32) * jnp.float32(2**-9)
-    magnitude = jnp.where(rest < jnp.uint32(8), jax.lax.bitcast_convert_type(subnormal, jnp.uint32), normal)
-    return jax.lax.bitcast_convert_type(magnitude | sign, jnp.float32)
 
 
 def _look_up(codes: jax.Array, table: list[float]) -> jax.Array:
