@@ -11,6 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 
 from jaxserve.pallas_kernels import quantized_gated_matmul, quantized_matmul, quantized_matmul_parts
 from jaxserve.pallas_kernels.gpu import Gpu
+from jaxserve.pallas_kernels.matmul import multiply_gated
 from jaxserve.pallas_kernels.quantized_matmul import TABLES, EightBitWeight, FourBitWeight, api, pack_four_bit
 from jaxserve.pallas_kernels.quantized_matmul.activations import round_activations, round_rows
 from jaxserve.pallas_kernels.quantized_matmul.dispatch import triton_config
@@ -107,17 +108,23 @@ def test_the_mosaic_kernel_multiplies(weight, num_tokens, config):
 
 
 WIDE_CUTS = [
-    (four_bit(256, 512, 32, zeros=True), 40, WideQuantizedConfig(2, 256, 2, 3, 2, 2, cluster=2)),
-    (four_bit(384, 256, 256), 70, WideQuantizedConfig(3, 32, 1, 3, 2, 1, panel=2)),  # three tiles of tokens, a panel not full
+    (four_bit(256, 512, 32, zeros=True), 40, WideQuantizedConfig(2, 256, 2, 3, 2, 2, cluster=2), False),
+    (four_bit(384, 256, 256), 70, WideQuantizedConfig(3, 32, 1, 3, 2, 1, panel=2), False),  # three tiles of tokens, a panel not full
+    (four_bit(256, 256, 64, zeros=True), 70, WideQuantizedConfig(2, 64, 1, 3, 2, 1), True),
 ]
 
 
-@pytest.mark.parametrize(("weight", "num_tokens", "config"), WIDE_CUTS, ids=["groups-of-32", "token-tiles"])
-def test_the_wide_kernel_multiplies(weight, num_tokens, config):
+@pytest.mark.parametrize(("weight", "num_tokens", "config", "gated"), WIDE_CUTS, ids=["groups-of-32", "token-tiles", "gated"])
+def test_the_wide_kernel_multiplies(weight, num_tokens, config, gated):
     x = activations(num_tokens, weight.shape[1])
-    parts = quantized_matmul_wide(x, weight, config=config, interpret=True)
-    assert parts.shape == (1 if config.splits == 1 else 4, num_tokens, weight.shape[0])
-    assert error(parts.astype(F32).sum(axis=0), x, weight) < HALF_OF_THE_LAST_BIT[BF16]
+    parts = quantized_matmul_wide(x, weight, config=config, gated=gated, interpret=True)
+    assert parts.shape == (1 if config.splits == 1 else 4, num_tokens, weight.shape[0] // (2 if gated else 1))
+    out = parts.astype(F32).sum(axis=0)
+    if gated:
+        expected = multiply_gated(quantized_matmul_reference(x, weight, F32))
+        assert float(jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected)) < 2 * HALF_OF_THE_LAST_BIT[BF16]
+    else:
+        assert error(out, x, weight) < HALF_OF_THE_LAST_BIT[BF16]
 
 
 def test_a_widened_weight_is_the_dequantized_one():

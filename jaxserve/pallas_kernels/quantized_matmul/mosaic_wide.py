@@ -3,7 +3,8 @@
 A block of threads has a warpgroup that fetches by TMA and runs ahead over the borders of tiles, and some that compute: each takes 64 rows
 of the weight and up to 256 tokens. It makes codes 16 bits wide and multiplies them by their scales in registers, in the very places where
 wgmma wants its left operand, while the tensor cores are at the columns before: so one accumulator serves all groups, and widened weights
-lie neither in memory nor in SMEM. Blocks of a cluster share fetches of tokens. Where the rows are too few, the columns are cut too.
+lie neither in memory nor in SMEM. Blocks of a cluster share fetches of tokens. Where the rows are too few, the columns are cut too. Of a
+gated product one warpgroup has 64 gate rows and another the up rows of the same units, so that SwiGLU needs no pass of its own.
 """
 
 import functools
@@ -37,7 +38,7 @@ class WideQuantizedConfig:
     """How the kernel is cut.
 
     Attributes:
-        warpgroups: that compute, 2 or 3; each has 64 rows of a tile.
+        warpgroups: that compute, 2 or 3, of a gated product 2; each has 64 rows of a tile.
         tokens: of a tile at most, a multiple of 32 up to 256.
         splits: shares of the columns, each with partial sums of its own.
         num_stages: fetches of 64 columns of tokens in flight.
@@ -63,15 +64,18 @@ def wide_token_tiles(num_tokens: int, most: int) -> tuple[int, int]:
     return pl.cdiv(num_tokens, _LANES_STEP * tiles) * _LANES_STEP, tiles
 
 
-@functools.partial(jax.jit, static_argnames=("config", "interpret"))
-def quantized_matmul_wide(x: jax.Array, weight: FourBitWeight, *, config: WideQuantizedConfig, interpret: bool = False) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("config", "gated", "interpret"))
+def quantized_matmul_wide(
+    x: jax.Array, weight: FourBitWeight, *, config: WideQuantizedConfig, gated: bool = False, interpret: bool = False
+) -> jax.Array:
     """x [T, K], bfloat16 or float16, times the transposed weight [N, K] without minima; no table but 0 to 15.
 
     The weight is rounded to x's dtype, as `dequantize` does. N is a multiple of 64 * warpgroups * cluster, K of 128 * splits; x has as many
     columns. The same bits in every run.
 
     Returns:
-        [P, T, N] in x's dtype, parts whose sum is the product: one, or two for each split, as quantized_matmul_mosaic's.
+        [P, T, N] in x's dtype, parts whose sum is the product: one, or two for each split, as quantized_matmul_mosaic's; gated:
+        silu(gate) * up, [1, T, N / 2], of the weight's gate rows and the up rows after them.
 
     Raises:
         ValueError: a config that does not divide the shapes.
@@ -79,7 +83,7 @@ def quantized_matmul_wide(x: jax.Array, weight: FourBitWeight, *, config: WideQu
     num_tokens, (size, depth) = x.shape[0], weight.shape
     lanes, tiles = wide_token_tiles(num_tokens, config.tokens)
     teams, cluster, splits = config.warpgroups, config.cluster, config.splits
-    if size % (HEIGHT * teams * cluster) or depth % (BLOCK * splits):
+    if size % (HEIGHT * teams * cluster) or depth % (BLOCK * splits) or (gated and (teams, splits) != (2, 1)):
         raise ValueError(f"a weight {weight.shape} cannot be cut by {config}")
     heights = size // HEIGHT
     chunks = heights // (teams * cluster) * splits * tiles
@@ -88,24 +92,34 @@ def quantized_matmul_wide(x: jax.Array, weight: FourBitWeight, *, config: WideQu
     codes = weight.codes.reshape(-1, heights, HEIGHT, BLOCK // 4)
     scales = weight.scales.reshape(-1, heights, HEIGHT)
     zeros = None if weight.zeros is None else weight.zeros.reshape(-1, heights, HEIGHT)
+    copies = 2 if gated else 1  # of codes, and of what belongs to them
     scales_smem = functools.partial(plgpu.SMEM, (config.code_stages, parts, teams, HEIGHT))
     piece = _HALF if lanes % _HALF == 0 else _LANES_STEP  # tokens that are stored at once
     emptied = plgpu.Barrier(num_arrivals=teams, num_barriers=config.num_stages)
     if cluster > 1:
         emptied = plgpu.ClusterBarrier(collective_axes=("member",), num_arrivals=teams, num_barriers=config.num_stages)
     sums = plgpu.kernel(
-        functools.partial(_wide_kernel, config=config, chunks=chunks, workers=workers, exact=scales.dtype == x.dtype, interpret=interpret),
-        out_type=jax.ShapeDtypeStruct((splits * (1 if splits == 1 else 2), lanes * tiles, size), x.dtype),
+        functools.partial(
+            _wide_kernel,
+            config=config,
+            gated=gated,
+            chunks=chunks,
+            workers=workers,
+            exact=scales.dtype == x.dtype,
+            interpret=interpret,
+        ),
+        out_type=jax.ShapeDtypeStruct((splits * (1 if splits == 1 else 2), lanes * tiles, size // (2 if gated else 1)), x.dtype),
         scratch_types=(
             plgpu.SMEM((config.num_stages, lanes, _HALF), x.dtype, transforms=swizzled(_HALF, x.dtype)),
             plgpu.SMEM((config.code_stages, teams, *codes.shape[2:]), codes.dtype, transforms=swizzled(codes.shape[3], codes.dtype)),
             scales_smem(scales.dtype),
             None if zeros is None else scales_smem(zeros.dtype),
-            plgpu.SMEM((teams, 2, piece, HEIGHT), x.dtype, transforms=swizzled(HEIGHT // 2, x.dtype)),
+            plgpu.SMEM((max(2 * teams, lanes // piece), piece, HEIGHT), x.dtype, transforms=swizzled(HEIGHT // 2, x.dtype)),
             plgpu.Barrier(num_arrivals=1, num_barriers=config.num_stages),
             emptied,
-            plgpu.Barrier(num_arrivals=2 + (zeros is not None), num_barriers=config.code_stages),
+            plgpu.Barrier(num_arrivals=copies * (2 + (zeros is not None)), num_barriers=config.code_stages),
             plgpu.Barrier(num_arrivals=teams, num_barriers=config.code_stages),
+            plgpu.Barrier(num_arrivals=1, num_barriers=2),
         ),
         grid=(workers,),
         grid_names=("worker",),
@@ -114,7 +128,7 @@ def quantized_matmul_wide(x: jax.Array, weight: FourBitWeight, *, config: WideQu
         num_threads=teams + 1,
         thread_name="warpgroup",
         # Lane semantics lower in half the time of the default's, which infers layouts first.
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(
         jnp.pad(x, ((0, lanes * tiles - num_tokens), (0, 0))), codes, scales, zeros,
@@ -125,12 +139,12 @@ def quantized_matmul_wide(x: jax.Array, weight: FourBitWeight, *, config: WideQu
 
 def _wide_kernel(
     x_ref, codes_ref, scales_ref, zeros_ref, one_zero_ref, sums_ref, x_smem, codes_smem, scales_smem, zeros_smem, out_smem,
-    filled, emptied, codes_filled, codes_emptied,
-    *, config: WideQuantizedConfig, chunks: int, workers: int, exact: bool, interpret: bool,
+    filled, emptied, codes_filled, codes_emptied, handed_over,
+    *, config: WideQuantizedConfig, gated: bool, chunks: int, workers: int, exact: bool, interpret: bool,
 ):  # fmt: skip
     teams, stages, code_stages, cluster = config.warpgroups, config.num_stages, config.code_stages, config.cluster
     splits, planes = jnp.int32(config.splits), sums_ref.shape[0] // config.splits
-    lanes, parts, piece = x_smem.shape[1], scales_smem.shape[1], out_smem.shape[2]
+    lanes, parts, piece = x_smem.shape[1], scales_smem.shape[1], out_smem.shape[1]
     dtype, heights = x_ref.dtype, codes_ref.shape[1]
     steps = codes_ref.shape[0] // config.splits
     tiles = jnp.int32(x_ref.shape[0] // lanes)
@@ -139,16 +153,17 @@ def _wide_kernel(
     num_chunks = lax.div(chunks - worker + (workers - 1), jnp.int32(workers))
     panel = jnp.int32(min(config.panel, x_ref.shape[0] // lanes))
     row_groups = jnp.int32(heights // (teams * cluster) * config.splits)
+    rows = 1 if gated else teams  # in units of 64, of which the tile's copies begin
     groups_a_block = scales_ref.shape[0] / codes_ref.shape[0]
 
     def place(i):
-        """Of this block's i-th chunk: its first token, its first row in units of 64, its share of the columns."""
+        """Of this block's i-th chunk: its first token, its first row (or gate row) in units of 64, its share of the columns."""
         chunk = worker + i * workers
         first = lax.div(chunk, panel * row_groups) * panel
         within, across = chunk - first * row_groups, jnp.minimum(panel, tiles - first)
         rest = lax.div(within, across)
         token = (first + lax.rem(within, across)) * lanes
-        return pl.multiple_of(token, _LANES_STEP), (lax.div(rest, splits) * cluster + member) * teams, lax.rem(rest, splits)
+        return pl.multiple_of(token, _LANES_STEP), (lax.div(rest, splits) * cluster + member) * rows, lax.rem(rest, splits)
 
     def drain(barriers, slots, count):
         """Sees every phase of the barriers out, as the interpreter demands, and clusters too."""
@@ -173,12 +188,13 @@ def _wide_kernel(
                 def _():
                     plgpu.barrier_wait(codes_emptied.at[slot])
 
-                rows = pl.ds(first, teams)
-                plgpu.copy_gmem_to_smem(codes_ref.at[block, rows], codes_smem.at[slot], codes_filled.at[slot])
                 groups = pl.ds(block * parts if groups_a_block >= 1 else lax.div(block, jnp.int32(round(1 / groups_a_block))), parts)
-                plgpu.copy_gmem_to_smem(scales_ref.at[groups, rows], scales_smem.at[slot], codes_filled.at[slot])
-                if zeros_ref is not None:
-                    plgpu.copy_gmem_to_smem(zeros_ref.at[groups, rows], zeros_smem.at[slot], codes_filled.at[slot])
+                for half in range(teams // rows):
+                    source, place = pl.ds(first + half * (heights // 2), rows), pl.ds(half * rows, rows)
+                    plgpu.copy_gmem_to_smem(codes_ref.at[block, source], codes_smem.at[slot, place], codes_filled.at[slot])
+                    for ref, smem in ((scales_ref, scales_smem), (zeros_ref, zeros_smem)):
+                        if ref is not None:
+                            plgpu.copy_gmem_to_smem(ref.at[groups, source], smem.at[slot, :, place], codes_filled.at[slot])
                 for half in range(2):
                     fetch = 2 * count + half
                     x_slot = lax.rem(fetch, jnp.int32(stages))
@@ -246,21 +262,55 @@ def _wide_kernel(
             else:
                 count, rest = pl.run_scoped(sum_all, plgpu.WGMMAAccumulatorRef((HEIGHT, lanes), jnp.float32))
             plgpu.barrier_arrive(emptied.at[lax.rem(2 * count - 1, jnp.int32(stages))])
+            (store_gated if gated else store)(i, rest)
+            return count
+
+        def store(i, total):
             token, first, share = place(i)
             rows = pl.ds(pl.multiple_of((first + warpgroup) * HEIGHT, HEIGHT), HEIGHT)
             for n, left in enumerate(range(0, lanes, piece)):
-                sums = rest[:, left : left + piece]
+                rest = total[:, left : left + piece]
                 for plane in range(planes):
-                    buffer = (n * planes + plane) % 2
+                    buffer = out_smem.at[2 * warpgroup + (n * planes + plane) % 2]
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    part = sums.astype(dtype)
-                    out_smem.at[warpgroup, buffer].transpose((1, 0))[...] = part
+                    part = rest.astype(dtype)
+                    buffer.transpose((1, 0))[...] = part
                     plgpu.commit_smem()
-                    tokens = pl.ds(token + left, piece)
-                    plgpu.copy_smem_to_gmem(out_smem.at[warpgroup, buffer], sums_ref.at[share * planes + plane, tokens, rows])
+                    plgpu.copy_smem_to_gmem(buffer, sums_ref.at[share * planes + plane, pl.ds(token + left, piece), rows])
                     if plane + 1 < planes:
-                        sums = sums - part.astype(jnp.float32)
-            return count
+                        rest = rest - part.astype(jnp.float32)
+
+        def store_gated(i, total):
+            """The second warpgroup hands its up rows over in SMEM and goes on; the first one puts the results in their place."""
+            given, taken = handed_over.at[0], handed_over.at[1]
+
+            @pl.when(warpgroup == 1)
+            def _give():
+                @pl.when(i > 0)
+                def _():
+                    plgpu.barrier_wait(taken)
+
+                for n, left in enumerate(range(0, lanes, piece)):
+                    out_smem.at[n].transpose((1, 0))[...] = total[:, left : left + piece].astype(dtype)
+                plgpu.barrier_arrive(given)
+
+            @pl.when(warpgroup == 0)
+            def _take():
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+                @pl.when(i > 0)
+                def _():
+                    plgpu.barrier_arrive(taken)
+
+                token, first, _ = place(i)
+                units = pl.ds(pl.multiple_of(first * HEIGHT, HEIGHT), HEIGHT)
+                plgpu.barrier_wait(given)
+                for n, left in enumerate(range(0, lanes, piece)):
+                    gate = total[:, left : left + piece]
+                    up = plgpu.load(out_smem.at[n].transpose((1, 0)), layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
+                    out_smem.at[n].transpose((1, 0))[...] = (gate / (1 + jnp.exp(-gate)) * up).astype(dtype)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(out_smem.at[n], sums_ref.at[0, pl.ds(token + left, piece), units])
 
         lax.fori_loop(0, num_chunks, compute_chunk, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
