@@ -24,8 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.rows import add_row_flags, command_line, make_rows
-from jaxserve.pallas_kernels.matmul import add_parts
+from jaxserve.pallas_kernels.matmul import add_parts, gated_matmul, matmul, multiply_gated
 from jaxserve.pallas_kernels.quantized_matmul.api import quantized_matmul
+from jaxserve.pallas_kernels.quantized_matmul.many_tokens import widened_matmul
 from jaxserve.pallas_kernels.quantized_matmul.mosaic import MosaicQuantizedConfig, quantized_matmul_mosaic
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import WideQuantizedConfig, quantized_matmul_wide
 from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfig, quantized_matmul_triton
@@ -35,6 +36,7 @@ BF16 = jnp.bfloat16
 READ_FLOOR_TBPS = 4.5  # measured on an H200: a sum over an array
 TENSOR_TFLOPS = {"bf16": 815, "w4": 815, "w4z": 815, "w4g32": 815, "fp8": 1630, "int8": 1630}
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336), "head": (128256, 4096)}  # [N, K]
+SHAPES["swiglu"] = SHAPES["gate_up"]  # with silu(gate) * up
 CUBLAS_ALONE = {"xla_gpu_enable_triton_gemm": False}
 
 
@@ -88,7 +90,7 @@ def wide(case: Case, *cut: int) -> Contender:
     config = WideQuantizedConfig(*cut[:5], 132, *cut[5:])
 
     def multiply(x: jax.Array, weight: FourBitWeight) -> jax.Array:
-        parts = quantized_matmul_wide(x, weight, config=config)
+        parts = quantized_matmul_wide(x, weight, config=config, gated=case.shape == "swiglu")
         return parts[0] if config.splits == 1 else add_parts(parts, BF16)
 
     return Contender(case, f"mosaic wide {cut}", multiply)
@@ -146,6 +148,10 @@ def _wide_cuts() -> Iterator[Contender]:
         ("gate_up", 512): ((2, 256, 1, 5, 3, 2), (2, 128, 1, 8, 4, 2)),
         ("gate_up", 2048): ((2, 256, 1, 5, 3, 2), (2, 256, 1, 5, 3, 1), (2, 256, 1, 5, 3, 2, 4)),
         ("gate_up", 8192): ((2, 256, 1, 5, 3, 2), (2, 256, 1, 5, 3, 2, 16)),
+        ("swiglu", 160): ((2, 160, 1, 7, 4, 2),),
+        ("swiglu", 256): ((2, 256, 1, 5, 3, 2),),
+        ("swiglu", 2048): ((2, 256, 1, 5, 3, 2),),
+        ("swiglu", 8192): ((2, 256, 1, 5, 3, 2),),
         ("down", 160): ((2, 160, 4, 6, 4, 2), (2, 160, 2, 6, 4, 2)),
         ("down", 256): ((2, 256, 4, 5, 3, 2), (2, 128, 2, 8, 4, 2), (2, 128, 2, 8, 4, 4)),
         ("down", 512): ((2, 128, 1, 8, 4, 2), (2, 256, 2, 5, 3, 2)),
@@ -159,8 +165,12 @@ def _wide_cuts() -> Iterator[Contender]:
         ("o", 2048): ((2, 256, 1, 5, 3, 2),),
     }
     for (shape, tokens), of_case in cuts.items():
-        yield Contender(Case("bf16", shape, tokens), "cublas", multiply_bf16)
-        yield Contender(Case("w4", shape, tokens), "served", multiply_quantized)
+        multiply = functools.partial(matmul, out_dtype=BF16) if shape != "swiglu" else gated_matmul
+        yield Contender(Case("bf16", shape, tokens), "bf16 served", multiply)
+        if tokens > 256 and shape != "swiglu":
+            yield Contender(Case("w4", shape, tokens), "widened", functools.partial(widened_matmul, out_dtype=BF16))
+        elif shape != "swiglu":
+            yield mosaic(Case("w4", shape, tokens), 2, {"down": 4, "qkv": 2, "o": 4, "gate_up": 1}[shape], 4, 132)
         for cut in of_case:
             yield wide(Case("w4", shape, tokens), *cut)
     yield wide(Case("w4z", "gate_up", 256), 2, 256, 1, 5, 3, 2)
@@ -245,7 +255,7 @@ def compile_products(contender: Contender) -> Any:
 def measure(compiled: Any, xs: list[jax.Array], weights: list[Any], expected: np.ndarray, rows: np.ndarray) -> tuple[float, float]:
     """Median seconds of a product, and the relative L2 error of the first."""
     outputs = compiled(xs, weights)
-    got = np.asarray(outputs[0][:64, rows], np.float32)
+    got = np.asarray(outputs[0][sample_tokens(len(outputs[0]))[:, None], rows], np.float32)
     error = float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
     jax.block_until_ready(compiled(xs, weights))  # the second run records the graph
     times = []
@@ -254,6 +264,11 @@ def measure(compiled: Any, xs: list[jax.Array], weights: list[Any], expected: np
         jax.block_until_ready([compiled(xs, weights)[0] for _ in range(4)])
         times.append((time.perf_counter() - started) / 4 / len(xs))
     return statistics.median(times), error
+
+
+def sample_tokens(num_tokens: int) -> np.ndarray:
+    """Up to 64 tokens whose outputs are compared, from first to last."""
+    return np.unique(np.linspace(0, num_tokens - 1, 64).astype(int))
 
 
 def main() -> None:
@@ -339,13 +354,17 @@ def measure_all(wanted: list[Contender], futures: list[Any], deadline: float, fi
         while len(weights) < count:
             weights.append(make_weight(jnp.int32(seed + len(weights)), case.kind, size, depth))
         xs = [jax.random.normal(jax.random.key(seed + 1000 + n), (case.tokens, depth), BF16) for n in range(count)]
-        rows = np.random.default_rng(seed).integers(0, size, 256)
+        is_gated = case.shape == "swiglu"
+        columns = np.random.default_rng(seed).integers(0, size // (2 if is_gated else 1), 256)
+        rows = np.concatenate([columns, columns + size // 2]) if is_gated else columns
         matrix = weights[0][rows] if case.kind == "bf16" else weights[0].rows(jnp.asarray(rows), jnp.float32)
-        expected = np.asarray(xs[0][:64], np.float32) @ np.asarray(matrix, np.float32).T
+        expected = np.asarray(xs[0][sample_tokens(case.tokens)], np.float32) @ np.asarray(matrix, np.float32).T
+        expected = np.asarray(multiply_gated(jnp.asarray(expected))) if is_gated else expected
         print(f"{running}", end="\r", file=sys.stderr, flush=True)  # the last of these is what hung
-        seconds, error = measure(compiled, xs, weights[:count], expected, rows)
+        seconds, error = measure(compiled, xs, weights[:count], expected, columns)
         # Activations may be rounded to 8 bits.
         bound = {"fp8": 0.04, "int8": 0.02}.get(case.kind, 4e-3) if wanted[i].name == "served" else 4e-3
+        bound = max(bound, 6e-3) if is_gated else bound  # gate and up are rounded first
         floor = case.floor(weight_bytes(case.kind, case.shape))
         row = dict(kind=case.kind, shape=case.shape, tokens=case.tokens, name=wanted[i].name, us=seconds * 1e6, floor_us=floor * 1e6)
         figures.append(row | dict(error=error, wrong=not error < bound))
