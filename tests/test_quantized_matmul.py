@@ -14,10 +14,10 @@ from jaxserve.pallas_kernels.gpu import Gpu
 from jaxserve.pallas_kernels.matmul import multiply_gated
 from jaxserve.pallas_kernels.quantized_matmul import TABLES, EightBitWeight, FourBitWeight, api, pack_four_bit
 from jaxserve.pallas_kernels.quantized_matmul.activations import round_activations, round_rows
-from jaxserve.pallas_kernels.quantized_matmul.dispatch import triton_config
+from jaxserve.pallas_kernels.quantized_matmul.dispatch import triton_config, wide_four_bit_config
 from jaxserve.pallas_kernels.quantized_matmul.many_tokens import dequantize_triton, eight_bit_matmul, widened_matmul
 from jaxserve.pallas_kernels.quantized_matmul.mosaic import MosaicQuantizedConfig, quantized_matmul_mosaic
-from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import WideQuantizedConfig, quantized_matmul_wide
+from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import WideQuantizedConfig, quantized_matmul_wide, wide_token_tiles
 from jaxserve.pallas_kernels.quantized_matmul.reference import quantized_matmul_reference
 from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfig, quantized_matmul_triton
 
@@ -190,6 +190,11 @@ def test_what_is_lowered_for_gpus(monkeypatch):
     assert TRITON in lowered(monkeypatch, HOPPER, 2048, floats, product=quantized_matmul_parts)
     gated = lowered(monkeypatch, HOPPER, 2048, abstract(floats, 28672, 4096), product=quantized_gated_matmul)
     assert gated.count("custom_call @mosaic_gpu_v2") == 1 and "dot_general" not in gated
+    # Many tokens and 4 bits: one kernel, no weight of 16 bits.
+    four = abstract(four_bit(64, 256, 128), 28672, 4096)
+    for product in (quantized_gated_matmul, quantized_matmul_parts):
+        text = lowered(monkeypatch, HOPPER, 2048, four, product=product)
+        assert text.count("custom_call @mosaic_gpu_v2") == 1 and TRITON not in text and "28672x4096x" not in text
     # No float8 products before sm_89: the weight is widened.
     assert "tensor<2048x4096xf8E4M3FN>" not in lowered(monkeypatch, AMPERE, 2048, floats)
     integers = abstract(eight_bit(64, 256, 1, jnp.int8, quantized_activations=True), 6144, 4096)
@@ -206,4 +211,12 @@ def test_the_cut_fits(size, depth):
             assert config is not None and config.splits * 4 <= max(4, depth // 128) and config.num_warps * 16 <= max(16, config.tile)
             assert config.tile * config.tokens <= 256 * 64  # float32 sums in registers
         many = jax.ShapeDtypeStruct((257, depth), BF16)
+        for num_tokens, gated in ((129, False), (160, True), (256, False), (512, False), (2048, True)):
+            x = jax.ShapeDtypeStruct((num_tokens, depth), BF16)
+            wide = wide_four_bit_config(x, weight, BF16, HOPPER, gated)  # pyright: ignore[reportArgumentType]
+            assert (wide is not None) == (isinstance(weight, FourBitWeight) and size % 128 == 0)
+            if wide is not None:
+                lanes, _ = wide_token_tiles(num_tokens, wide.tokens)
+                in_flight = lanes * 128 * wide.num_stages + 64 * wide.warpgroups * 64 * wide.code_stages
+                assert in_flight + 4 * 64 * 32 * max(2 * wide.warpgroups, lanes // 64) < 227 * 1024 and wide.num_stages > 2
         assert triton_config(many, weight, HOPPER) is None  # pyright: ignore[reportArgumentType]

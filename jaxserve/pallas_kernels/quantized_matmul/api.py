@@ -25,15 +25,32 @@ def quantized_matmul_parts(x: jax.Array, weight: FourBitWeight | EightBitWeight 
 def quantized_gated_matmul(x: jax.Array, weight: FourBitWeight | EightBitWeight | PlainWeight) -> jax.Array:
     """silu(gate) * up of x [T, K] and a weight [2 N, K] of gate rows and up rows: [T, N] in x's dtype."""
     gpu = local_gpu()
-    if gpu is not None and isinstance(weight, EightBitWeight):
-        from jaxserve.pallas_kernels.matmul.mosaic_wide import matmul_wide
-        from jaxserve.pallas_kernels.quantized_matmul.dispatch import wide_config
+    product = None if gpu is None else _gated_kernel(_pad(x, weight), weight, gpu)
+    return multiply_gated(quantized_matmul(x, weight, x.dtype)) if product is None else product
 
+
+def _gated_kernel(x: jax.Array, weight: FourBitWeight | EightBitWeight | PlainWeight, gpu: Gpu) -> jax.Array | None:
+    """The gated product by a kernel of our own; None: there is none for it."""
+    # Pallas takes over a second to import: not where there is no GPU.
+    from jaxserve.pallas_kernels.matmul.mosaic_wide import matmul_wide
+    from jaxserve.pallas_kernels.quantized_matmul.dispatch import wide_config, wide_four_bit_config
+    from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import quantized_matmul_wide
+
+    if isinstance(weight, EightBitWeight):
         config = wide_config(x, weight, gpu)
         if config is not None:
             codes, scales = _round(x, weight, after_kernel=False)
             return matmul_wide(codes, weight.codes, (scales[:, 0], weight.scales[0].astype(jnp.float32)), config=config, gated=True)[0]
-    return multiply_gated(quantized_matmul(x, weight, x.dtype))
+    elif isinstance(weight, FourBitWeight) and weight.minima is None:
+        config = wide_four_bit_config(x, weight, x.dtype, gpu, gated=True)
+        if config is not None:
+            return quantized_matmul_wide(x, weight, config=config, gated=True)[0]
+    return None
+
+
+def _pad(x: jax.Array, weight: FourBitWeight | EightBitWeight | PlainWeight) -> jax.Array:
+    """x with as many columns as the weight."""
+    return jnp.pad(x, ((0, 0), (0, weight.shape[1] - x.shape[1])))
 
 
 def _parts(x: jax.Array, weight: FourBitWeight | EightBitWeight | PlainWeight, out_dtype: jnp.dtype, after_kernel: bool) -> jax.Array:
@@ -42,22 +59,31 @@ def _parts(x: jax.Array, weight: FourBitWeight | EightBitWeight | PlainWeight, o
     gpu = local_gpu()
     if gpu is None:
         return quantized_matmul_reference(x, weight, out_dtype)
-    return _multiply_on_gpu(jnp.pad(x, ((0, 0), (0, weight.shape[1] - x.shape[1]))), weight, out_dtype, gpu, after_kernel)
+    return _multiply_on_gpu(_pad(x, weight), weight, out_dtype, gpu, after_kernel)
 
 
 def _multiply_on_gpu(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu, after_kernel: bool) -> jax.Array:
     # Pallas takes over a second to import: not where there is no GPU.
-    from jaxserve.pallas_kernels.quantized_matmul.dispatch import mosaic_config, takes_eight_bit_products, triton_config
+    from jaxserve.pallas_kernels.quantized_matmul.dispatch import (
+        mosaic_config,
+        takes_eight_bit_products,
+        triton_config,
+        wide_four_bit_config,
+    )
     from jaxserve.pallas_kernels.quantized_matmul.many_tokens import eight_bit_matmul, widened_matmul
     from jaxserve.pallas_kernels.quantized_matmul.mosaic import quantized_matmul_mosaic
+    from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import quantized_matmul_wide
     from jaxserve.pallas_kernels.quantized_matmul.triton import quantized_matmul_triton
 
     if isinstance(weight, EightBitWeight) and takes_eight_bit_products(x, weight, gpu):
         return eight_bit_matmul(*_round(x, weight, after_kernel), weight, out_dtype)
     minima = weight.minima if isinstance(weight, FourBitWeight) else _minima(weight)
     sums_dtype = out_dtype if minima is None else jnp.dtype("float32")
+    wide = wide_four_bit_config(x, weight, sums_dtype, gpu)
     mosaic, triton = mosaic_config(x, weight, sums_dtype, gpu), triton_config(x, weight, gpu)
-    if mosaic is not None:
+    if wide is not None:
+        parts = quantized_matmul_wide(x, weight, config=wide)  # pyright: ignore[reportArgumentType]
+    elif mosaic is not None:
         parts = quantized_matmul_mosaic(x, weight, config=mosaic)
     elif triton is not None:
         parts = quantized_matmul_triton(x, weight, sums_dtype, config=triton)

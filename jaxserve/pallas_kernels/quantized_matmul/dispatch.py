@@ -7,12 +7,14 @@ from jax.experimental import pallas as pl
 from jaxserve.pallas_kernels.gpu import Gpu
 from jaxserve.pallas_kernels.matmul.mosaic_wide import WideMatmulConfig
 from jaxserve.pallas_kernels.quantized_matmul.mosaic import HEIGHT, MosaicQuantizedConfig, token_tiles
+from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import WideQuantizedConfig, wide_token_tiles
 from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfig
 from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, EightBitWeight, FourBitWeight
 
-# At most so many tokens go to the kernel that widens codes in registers; more are cuBLAS's, with a weight that was widened before.
+# At most so many tokens go to Triton's kernel; more are cuBLAS's, with a weight that was widened before.
 _MOST_KERNEL_TOKENS = 256
 _MOST_MOSAIC_TOKENS = 256
+_LEAST_WIDE_TOKENS = 129
 _LEAST_MOSAIC_TOKENS = 17, 9  # of a weight that Triton would split, and of one large enough without
 _BUSY_SHARE = 0.85  # of the multiprocessors draw all that the memory gives
 _SMEM_BYTES = 225 * 1024  # of a block of Mosaic's, but for its barriers
@@ -20,6 +22,12 @@ _SMEM_BYTES = 225 * 1024  # of a block of Mosaic's, but for its barriers
 _LEAST_EIGHT_BIT_TOKENS = 33
 _LEAST_GATED_TOKENS = 1024  # for which SwiGLU within an 8-bit product wins
 _LEAST_SPLIT_BLOCKS = 4  # blocks of 128 columns in a share
+# Of the wide 4-bit kernel, fitted to the cuts that were measured.
+_CYCLE_PRODUCTS = 2048  # of a multiprocessor's tensor cores
+_STEP_CYCLES = 175  # of a warpgroup for 64 columns, beside the products
+_TILE_CYCLES = 3000  # in which the tensor cores wait
+_CYCLE_BYTES = 1700  # of parts that are written and read again, of all multiprocessors together
+_PANEL = 4  # tiles of 256 tokens
 
 
 def takes_eight_bit_products(x: jax.Array, weight: EightBitWeight, gpu: Gpu) -> bool:
@@ -42,9 +50,8 @@ def wide_config(x: jax.Array, weight: EightBitWeight, gpu: Gpu) -> WideMatmulCon
 def mosaic_config(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu) -> MosaicQuantizedConfig | None:
     """The cut of Hopper's kernel for x [T, K]; None where it is not the fastest or does not take the arrays."""
     (num_tokens, depth), size = x.shape, weight.shape[0]
-    tabled = isinstance(weight, FourBitWeight) and weight.values not in (None, tuple(range(16)))
-    fits = x.dtype in (jnp.bfloat16, jnp.float16) and out_dtype == x.dtype and size % HEIGHT == 0 and depth % BLOCK == 0 and not tabled
-    if not gpu.is_hopper or not fits or not _LEAST_MOSAIC_TOKENS[_is_large(weight, gpu)] <= num_tokens <= _MOST_MOSAIC_TOKENS:
+    within = _LEAST_MOSAIC_TOKENS[_is_large(weight, gpu)] <= num_tokens <= _MOST_MOSAIC_TOKENS
+    if not within or not _mosaic_takes(x, weight, out_dtype, gpu):
         return None
     lanes, tiles = token_tiles(num_tokens)
     cuts = [
@@ -70,6 +77,51 @@ def mosaic_config(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtyp
     stage = teams * (code_bytes + groups * HEIGHT * (weight.scales.dtype.itemsize + 1)) + 2 * lanes * BLOCK
     out = teams * (1 if splits == 1 else 2) * lanes * HEIGHT * 2
     return MosaicQuantizedConfig(teams, splits, min(8, (_SMEM_BYTES - out) // stage), gpu.num_multiprocessors)
+
+
+def wide_four_bit_config(
+    x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu, gated: bool = False
+) -> WideQuantizedConfig | None:
+    """The cut of Hopper's kernel for many tokens, x [T, K]; None where it is not the fastest or does not take the arrays."""
+    (num_tokens, depth), size = x.shape, weight.shape[0]
+    if num_tokens < _LEAST_WIDE_TOKENS or not isinstance(weight, FourBitWeight) or not _mosaic_takes(x, weight, out_dtype, gpu):
+        return None
+    cuts = [
+        (teams, tokens, splits, cluster)
+        for teams, tokens in ((2, 256), (2, 128), (3, 128))
+        for splits in (1, 2, 4)
+        for cluster in (2, 1)
+        if size % (teams * cluster * HEIGHT) == 0 and depth % (splits * BLOCK) == 0 and depth >= splits * BLOCK * _LEAST_SPLIT_BLOCKS
+        if not gated or (teams, splits) == (2, 1)
+    ]
+
+    def cost(cut: tuple[int, int, int, int]) -> float:
+        """Cycles of a multiprocessor."""
+        teams, most, splits, cluster = cut
+        lanes, tiles = wide_token_tiles(num_tokens, most)
+        chunks = size // (teams * cluster * HEIGHT) * tiles * splits
+        step = teams * (HEIGHT * lanes * HEIGHT / _CYCLE_PRODUCTS + _STEP_CYCLES)
+        tile = step * depth / splits / HEIGHT + _TILE_CYCLES
+        parts = 0 if splits == 1 else 8 * splits * num_tokens * size / _CYCLE_BYTES
+        return pl.cdiv(chunks, gpu.num_multiprocessors // cluster) * tile * (1.0 if cluster > 1 else 1.05) + parts
+
+    if not cuts:
+        return None
+    teams, most, splits, cluster = min(cuts, key=cost)
+    lanes, _ = wide_token_tiles(num_tokens, most)
+    code_stages = 3 if lanes > 160 else 4
+    codes = code_stages * teams * HEIGHT * (BLOCK // 2 + max(1, BLOCK // weight.group) * (weight.scales.dtype.itemsize + 1))
+    out = 2 * teams * HEIGHT * HEIGHT * 2 if lanes % HEIGHT == 0 else 8 * HEIGHT * HEIGHT
+    stages = min(8, (_SMEM_BYTES - codes - out) // (lanes * BLOCK))
+    return WideQuantizedConfig(teams, most, splits, stages, code_stages, gpu.num_multiprocessors, cluster, _PANEL)
+
+
+def _mosaic_takes(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu) -> bool:
+    """Whether this is a Hopper GPU, and the arrays are such as Mosaic's kernels multiply."""
+    size, depth = weight.shape
+    tabled = isinstance(weight, FourBitWeight) and weight.values not in (None, tuple(range(16)))
+    plain = x.dtype in (jnp.bfloat16, jnp.float16) and out_dtype == x.dtype and not tabled
+    return gpu.is_hopper and plain and size % HEIGHT == 0 and depth % BLOCK == 0
 
 
 def _is_large(weight: FourBitWeight | EightBitWeight, gpu: Gpu) -> bool:
