@@ -183,6 +183,19 @@ def test_probes_and_monitor_ask_for_what_there_is(chart: Chart, front_end: LiveF
     assert [front_end.client.get(path).status_code for path in paths] == [200] * 3
 
 
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_the_monitor_sends_the_key_that_the_server_asks_for(chart: Chart, hosts: int):
+    values = {"hosts": hosts, "gpus": 1, "podMonitor": {"enabled": True}}
+    (endpoint,) = rendered(chart, values)["PodMonitor"][0]["spec"]["podMetricsEndpoints"]
+    assert "authorization" not in endpoint
+    documents = rendered(chart, {**values, "apiKey": {"secret": "keys", "key": "of-clients"}})
+    (endpoint,) = documents["PodMonitor"][0]["spec"]["podMetricsEndpoints"]
+    (container,) = pods(documents)[0]["spec"]["containers"]
+    (asked,) = [each["valueFrom"]["secretKeyRef"] for each in container["env"] if each["name"] == "API_KEY"]
+    assert endpoint["authorization"] == {"type": "Bearer", "credentials": asked}
+    assert asked == {"name": "keys", "key": "of-clients"}
+
+
 @pytest.mark.parametrize(
     "values",
     [

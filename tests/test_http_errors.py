@@ -324,26 +324,31 @@ def test_overload(front_end: LiveFrontEnd):
 def test_api_key(front_end: LiveFrontEnd):
     """The key guards every route but the open ones, whatever the routes are."""
     from fastapi.testclient import TestClient
+    from starlette.routing import Route
 
     from jaxserve.config import ServerOptions
     from jaxserve.http.app import build_app
-    from jaxserve.http.auth import OPEN_PATHS
     from jaxserve.http.service import Service
 
     service = Service(front_end.router, front_end.service.metrics, ServerOptions(api_key="secret"))
     app = build_app(service)
     client = TestClient(app, raise_server_exceptions=False)
-    described = client.get("/openapi.json").json()["paths"]
+    described = app.openapi()["paths"]
+    open_paths = {"/", "/ping", "/health", "/health/live", "/health/ready", "/chat", "/chat/chat.css", "/chat/chat.js"}
     routes = [(method.upper(), path) for path, methods in described.items() for method in methods]
     assert len(routes) > 12
-    for method, path in [*routes, ("GET", "/"), ("GET", "/chat"), ("GET", "/chat/other"), ("GET", "/nothing")]:
+    mounted = {("GET", route.path) for route in app.routes if isinstance(route, Route)}  # those that the description leaves out
+    assert {("GET", "/metrics"), ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/api-doc/openapi.json")} <= {*routes, *mounted}
+    more = [("GET", path) for path in (*open_paths, "/chat/other", "/docs/static/swagger-ui.css", "/nothing", "/health/other")]
+    for method, path in {*routes, *mounted, *more}:
         status = client.request(method, path).status_code
-        assert (status == 401) == (method != "GET" or path not in OPEN_PATHS), (method, path, status)
+        assert (status == 401) == (method != "GET" or path not in open_paths), (method, path, status)
     for wrong in ("", "Bearer", "Bearer Secret", "Bearer secret2", "Basic secret", "secret"):
         assert client.get("/v1/models", headers={"authorization": wrong}).status_code == 401
     assert client.get("/v1/models").json()["error"]["code"] == "invalid_api_key"
     assert client.get("/info").content == b""
-    assert client.get("/v1/models", headers={"authorization": "Bearer secret"}).status_code == 200
+    for path in ("/v1/models", "/metrics", "/docs", "/openapi.json", "/docs/static/swagger-ui.css"):
+        assert client.get(path, headers={"authorization": "Bearer secret"}).status_code == 200, path
 
 
 def test_cors(front_end: LiveFrontEnd):

@@ -96,6 +96,11 @@ def test_no_spelling_of_a_path_goes_past_the_key(guarded: LiveFrontEnd, path: st
     assert path not in OPEN_PATHS
 
 
+def test_a_scraper_sends_the_key(guarded: LiveFrontEnd) -> None:
+    assert guarded.client.get("/metrics").status_code == 401
+    assert "jaxserve_requests_running" in guarded.client.get("/metrics", headers={"authorization": "Bearer secret"}).text
+
+
 @pytest.mark.parametrize("path", ["/docs/static/../__init__.py", "/docs/static/%2e%2e/core.py", "/chat/..%2fapp.py", "/chat//etc/passwd"])
 def test_static_files_are_no_way_to_others(front_end: LiveFrontEnd, path: str) -> None:
     with httpx.Client() as client:

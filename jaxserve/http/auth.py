@@ -1,7 +1,8 @@
 """The API key: every route asks for it but the few that are listed here.
 
-Open are the probes, the metrics, the description of the API and the chat page itself (which sends the key that its user types in).
-TGI leaves /info, /v1/models and /chat_tokenize open too; here they tell nothing without the key, unless --tgi-strict asks for it.
+Open are the probes and the chat page itself, which holds no data and sends the key that its user types in. Metrics and the description of
+the API tell how much is served and what there is to attack: a scraper sends the key as its bearer token, at --prometheus-port too.
+TGI leaves these open, and /info, /v1/models and /chat_tokenize; --tgi-strict does so too.
 """
 
 import hmac
@@ -13,26 +14,25 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxserve.http.errors import is_anthropic
 
-OPEN_PATHS = frozenset(
-    {
-        "/",
-        "/ping",
-        "/health",
-        "/health/live",
-        "/health/ready",
-        "/metrics",
-        "/docs",
-        "/docs/static/swagger-ui-bundle.js",
-        "/docs/static/swagger-ui.css",
-        "/docs/static/favicon.png",
-        "/openapi.json",
-        "/api-doc/openapi.json",
-        "/chat",
-        "/chat/chat.css",
-        "/chat/chat.js",
+OPEN_PATHS = frozenset({"/", "/ping", "/health", "/health/live", "/health/ready", "/chat", "/chat/chat.css", "/chat/chat.js"})
+TGI_OPEN_ROUTES = frozenset(
+    {("POST", "/chat_tokenize")}
+    | {
+        (method, path)
+        for method in ("GET", "HEAD")
+        for path in (
+            "/info",
+            "/v1/models",
+            "/metrics",
+            "/docs",
+            "/docs/static/swagger-ui-bundle.js",
+            "/docs/static/swagger-ui.css",
+            "/docs/static/favicon.png",
+            "/openapi.json",
+            "/api-doc/openapi.json",
+        )
     }
 )
-TGI_OPEN_ROUTES = frozenset({("GET", "/info"), ("GET", "/v1/models"), ("POST", "/chat_tokenize")})
 _WRONG_KEY = {"message": "Incorrect API key provided.", "type": "invalid_request_error", "param": None, "code": "invalid_api_key"}
 _WRONG_ANTHROPIC_KEY = {"type": "error", "error": {"type": "authentication_error", "message": _WRONG_KEY["message"]}}
 
