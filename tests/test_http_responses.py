@@ -141,16 +141,67 @@ def test_bad_fields(front_ends: Callable[[str], LiveFrontEnd], fields: dict[str,
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
+def test_what_a_response_was_made_from(hermes: openai.OpenAI):
+    asked: Any = [
+        {"role": "developer", "content": [{"type": "input_text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "id": "mine", "content": [{"type": "refusal", "refusal": "No."}, {"type": "output_text", "text": "Well."}]},
+        {"type": "reasoning", "id": "mine", "content": [{"type": "reasoning_text", "text": "Hm."}], "summary": 7},
+        {"type": "function_call", "call_id": "c", "name": "now", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": "noon"},
+    ]
+    one = hermes.responses.create(model="double", input=asked, temperature=0, tools=[TOOL])
+    first = hermes.responses.input_items.list(one.id, order="asc").data
+    assert [item.type for item in first] == ["message", "message", "reasoning", "function_call", "function_call_output"]
+    told: Any = [item.model_dump(exclude_none=True) for item in first]
+    assert told[0]["content"] == [{"type": "input_text", "text": "a"}, {"type": "input_text", "text": "b"}]
+    assert [part.get("text", part.get("refusal")) for part in told[1]["content"]] == ["No.", "Well."]
+    assert (told[2]["content"][0]["text"], told[2]["summary"], told[3]["name"], told[4]["output"]) == ("Hm.", [], "now", "noon")
+    assert told[1]["id"] == "mine" and len({item["id"] for item in told}) == 5  # else pages would have no end
+    two = hermes.responses.create(model="double", input="two", temperature=0, previous_response_id=one.id)
+    pages = hermes.responses.input_items.list(two.id, limit=2)
+    assert pages.has_more and [item.type for item in pages.data] == ["message", "message"]
+    everything: Any = [item.id for item in pages]
+    assert everything[:0:-1] == [*(item.id for item in first), one.output[0].id]
+    assert hermes.responses.input_items.list(two.id).data[0].content[0].text == "two"  # type: ignore[union-attr]
+    hermes.responses.delete(one.id)
+    assert len(hermes.responses.input_items.list(two.id).data) == 7
+    for wrong in ({"limit": 0}, {"limit": 101}, {"limit": "x"}, {"order": "up"}, {"after": "nobody"}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            hermes.responses.input_items.list(two.id, extra_query=wrong)
+        assert caught.value.param == next(iter(wrong))
+    with pytest.raises(openai.NotFoundError):
+        hermes.responses.input_items.list(one.id)
+
+
 def test_the_store_is_bounded():
     store = ResponseStore(max_responses=3, max_bytes=3000)
+
+    def add(name: str, size: int) -> None:
+        store.add({"id": name, "output": []}, [], [], [{"role": "user", "content": "x" * size}])
+
     for number in range(5):
-        store.add({"id": str(number)}, [], [{"role": "user", "content": "x"}])
+        add(str(number), 1)
         store.get("0" if number < 3 else "2")
     assert [number for number in range(5) if store.get(str(number))] == [2, 3, 4]
-    store.add({"id": "large"}, [], [{"content": "x" * 2940}])
+    add("large", 2900)
     assert [store.get(name) is not None for name in ("large", "4", "3")] == [True, False, False]
-    store.add({"id": "too large"}, [], [{"content": "x" * 4000}])
+    add("too large", 4000)
     assert store.get("too large") is None and store.get("large") is None
+
+
+def test_the_store_counts_what_later_responses_keep_alive():
+    store = ResponseStore(max_responses=100, max_bytes=3000)
+    for number in range(5):
+        store.add({"id": f"long {number}", "output": []}, [], [], [{"content": "x" * 900}])
+        earlier = store.get(f"long {number}")
+        assert earlier is not None
+        store.add({"id": f"next {number}", "output": []}, earlier.parts, [], [])
+        store.remove(f"long {number}")
+    kept = [number for number in range(5) if (response := store.get(f"next {number}")) and len(response.messages) == 1]
+    assert kept == [2, 3, 4]
+    for number in kept:
+        assert store.remove(f"next {number}") and not store.remove(f"next {number}")
+    assert store._num_bytes == 0 and not store._num_users
 
 
 def test_items_in_the_order_in_which_they_come():

@@ -172,9 +172,9 @@ def field_error(error: RequestValidationError) -> InvalidRequest | HTTPException
 def _place(location: Sequence[int | str]) -> list[int | str]:
     """Names and numbers from the body down to a value; pydantic tells between them which of several types it tried."""
     place: list[int | str] = []
-    for part in location:
+    for part in location[1:]:  # "body", "query" or "path"
         is_type = isinstance(part, str) and (not part.isidentifier() or not part.islower() or part in _TYPE_NAMES)
-        if part != "body" and not is_type:
+        if not is_type:
             place.append(part)
     return place
 

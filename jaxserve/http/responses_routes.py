@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -12,6 +12,7 @@ from jaxserve.http.answer import aborted_on_disconnect
 from jaxserve.http.body import json_route
 from jaxserve.http.documented import OPENAI_ERRORS
 from jaxserve.http.errors import NotFound
+from jaxserve.http.response_inputs import input_items, page
 from jaxserve.http.response_items import ResponseItems, new_id
 from jaxserve.http.response_rendering import ResponseEvents, response_end, response_head, token_logprobs
 from jaxserve.http.response_store import ResponseStore, StoredResponse
@@ -42,8 +43,9 @@ def responses_routes(service: Service) -> APIRouter:
         arrived = time.perf_counter()
         service.check_model(body.model)
         service.check_stop(body.stop)
-        earlier = stored(body.previous_response_id, "previous_response_id").messages if body.previous_response_id is not None else ()
+        previous = None if body.previous_response_id is None else stored(body.previous_response_id, "previous_response_id")
         messages = body.new_messages()
+        earlier = previous.messages if previous else ()
         conversation = body.conversation_after(earlier, messages, service.info.defaults, service.options.max_top_n_tokens)
         response_id = new_id("resp")
         turn = await service.turn(response_id, conversation, arrived, cache_salt=body.cache_salt or "")
@@ -52,7 +54,9 @@ def responses_routes(service: Service) -> APIRouter:
         def keep(response: Mapping[str, Any]) -> None:
             ended = turn.finish_reason(turn.answers.samples[0]) is not None  # else the client has gone
             if ended and body.keeps and service.options.http_workers == 1:
-                store.add(response, earlier, [*messages, *messages_of(response["output"])])
+                parts = previous.parts if previous else ()
+                before = [*previous.input_items, *parts[-1].output] if previous else ()
+                store.add(response, parts, input_items(body.input, before), [*messages, *messages_of(response["output"])])
 
         headers = {"x-request-id": response_id}
         if body.stream:
@@ -71,6 +75,13 @@ def responses_routes(service: Service) -> APIRouter:
     async def get(response_id: str) -> Response:
         """A response that is kept."""
         return JSONResponse(stored(response_id).body)
+
+    @router.get("/{response_id}/input_items", response_model=None)
+    async def list_input_items(
+        response_id: str, limit: int = 20, order: Literal["asc", "desc"] = "desc", after: str | None = None
+    ) -> Response:
+        """What a response that is kept was made from, the newest first: its input, and inputs and outputs before it."""
+        return JSONResponse(page(stored(response_id).input_items, limit, order == "desc", after))
 
     @router.delete("/{response_id}", response_model=None)
     async def delete(response_id: str) -> Response:
