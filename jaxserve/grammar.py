@@ -12,6 +12,10 @@ from jaxserve.json_schema import read_schema
 MAX_GRAMMAR_BYTES = 2**18
 MAX_JSON_DEPTH = 64
 MAX_CHOICES = 4096
+# Between two parts of a JSON text: a space, or a line break and the next line's indentation. JSON allows any number; models have been
+# seen to write nothing else for ever.
+JSON_WHITESPACE = r" |\r?\n[ \t]{0,24}"
+JSON_OPTIONS = "x-guidance"  # key of a schema's options for llguidance
 
 
 class GrammarKind(enum.Enum):
@@ -105,6 +109,28 @@ class Grammar:
         if not structures:
             raise InvalidRequest(f"`{param}`: `structures` must not be empty", param)
         return cls(GrammarKind.STRUCTURAL_TAG, _as_json({"structures": list(structures), "triggers": list(triggers)}, param), param)
+
+    @property
+    def is_json(self) -> bool:
+        """Whether all that it accepts is JSON."""
+        return self.kind in (GrammarKind.JSON_OBJECT, GrammarKind.JSON_SCHEMA)
+
+    def spaced(self, pattern: str) -> "Grammar":
+        """The same JSON with other white space.
+
+        It stands in the schema itself, under llguidance's key `x-guidance`, and stays with it where the schema becomes part of a larger
+        grammar.
+
+        Args:
+            pattern: regular expression of what may stand between two parts of the JSON, where anything does; "": nothing may.
+        """
+        schema = json.loads(self.text or '{"type":"object"}')
+        if schema is False:  # nothing matches it anyway
+            return self
+        schema = schema if isinstance(schema, dict) else {}
+        options = schema.get(JSON_OPTIONS)
+        spaced = {**schema, JSON_OPTIONS: {**(options if isinstance(options, dict) else {}), "whitespace_pattern": pattern}}
+        return Grammar(GrammarKind.JSON_SCHEMA, _as_json(spaced, self.param), self.param)
 
     def validate(self) -> None:
         """Check the size, which bounds the work of compiling.

@@ -2,7 +2,9 @@
 
 A schema with `properties` is an object with these and no others. JSON Schema would accept a number there, too, or further properties, and a
 model that may go on does. TGI and vLLM read schemas so as well: outlines-core's to_regex looks for `properties` before all else, and
-xgrammar's strict mode is its default. What a schema says itself about further properties counts.
+xgrammar's strict_mode is on unless its caller says otherwise, which vLLM's backend_xgrammar.py does not. What a schema says itself about
+further properties counts. Unlike xgrammar in that mode, this closes no array behind its `prefixItems`, and no object that several schemas
+speak of.
 """
 
 from typing import Any

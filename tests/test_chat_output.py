@@ -300,6 +300,19 @@ def test_an_answer_is_what_its_grammar_says_or_calls(parser: str, reasoning: str
     assert texts
 
 
+@pytest.mark.parametrize("parser", [*PARSERS, ""])
+def test_the_white_space_that_was_asked_for_stays_in_larger_grammars(parser: str):
+    grammar = Grammar.json_schema(NAMED).spaced("")
+    wrapped = answer_or_calls(grammar, TOOL_CALL_PARSERS[parser], TOOLS, True, None, "") if parser else constrained_answer(grammar, "begun")
+    assert wrapped is not None
+    tokenizer = llguidance.LLTokenizer("byte")
+    for text, good in (('{"name":"mon","n":5}', True), ('{"name": "mon","n":5}', False)):
+        matcher = llguidance.LLMatcher(tokenizer, llguidance.LLMatcher.grammar_from_lark(wrapped.text))
+        data = list((text if parser else f"hm</think>{text}").encode())
+        assert not matcher.is_error(), matcher.get_error()
+        assert (matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting()) is good, text
+
+
 @pytest.mark.parametrize("parser", [parser for parser in PARSERS if parser != "pythonic"])
 def test_a_function_without_parameters_is_called_without_arguments(parser: str):
     grammars = [tool_grammar(TOOL_CALL_PARSERS[parser], [("f", NO_PARAMETERS)], True, None, "")]

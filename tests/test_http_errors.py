@@ -108,6 +108,26 @@ OPENAI_BAD: list[tuple[str, dict[str, Any], str | None, str]] = [
     (CHAT, {"guided_choice": []}, "guided_choice", "guided_choice"),
     (CHAT, {"structured_outputs": {"regex": ""}}, "structured_outputs.regex", "empty"),
     (CHAT, {"structured_outputs": {"structural_tag": "{"}}, "structured_outputs.structural_tag", "JSON"),
+    (CHAT, {"structured_outputs": {"json_object": True, "whitespace_pattern": 1}}, "structured_outputs.whitespace_pattern", "string"),
+    (
+        CHAT,
+        {"structured_outputs": {"json_object": True, "disable_any_whitespace": True}, "guided_whitespace_pattern": " "},
+        "guided_whitespace_pattern",
+        "exclude",
+    ),
+    (
+        CHAT,
+        {
+            "structured_outputs": {"disable_any_whitespace": True},
+            "response_format": {
+                "type": "structural_tag",
+                "structures": [{"begin": "<f>", "schema": {}, "end": "</f>"}],
+                "triggers": ["<f>"],
+            },
+        },
+        "structured_outputs.disable_any_whitespace",
+        "structural tags",
+    ),
     (CHAT, {"regex": "a", "ebnf": "b"}, "ebnf", "exclude"),
     (CHAT, {"priority": 1}, "priority", "order"),
     (CHAT, {"detokenize": False}, "detokenize", "other than True is not supported"),

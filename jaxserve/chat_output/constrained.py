@@ -4,10 +4,8 @@ import json
 import re
 from typing import Any
 
-from jaxserve.grammar import Grammar, GrammarKind
+from jaxserve.grammar import JSON_OPTIONS, JSON_WHITESPACE, Grammar, GrammarKind
 
-# Between two parts of a JSON text; models have been seen to write nothing but white space for ever.
-_WHITESPACE = r" |\r?\n[ \t]{0,24}"
 _LARK = re.compile(r"(?m)^\s*(%llguidance\b|start\s*:)")
 
 
@@ -56,5 +54,7 @@ def json_schema(grammar: Grammar) -> Any:
 def json_body(schema: Any) -> str:
     """JSON that a schema accepts, as the right side of a rule in Lark."""
     schema = {} if schema is True else schema
-    options = {"x-guidance": {"whitespace_pattern": _WHITESPACE}}
-    return f"%json {json.dumps({**schema, **options} if isinstance(schema, dict) else schema)}"
+    if isinstance(schema, dict):
+        own = schema.get(JSON_OPTIONS)
+        schema = {**schema, JSON_OPTIONS: {"whitespace_pattern": JSON_WHITESPACE, **(own if isinstance(own, dict) else {})}}
+    return f"%json {json.dumps(schema)}"

@@ -7,7 +7,7 @@ from typing import Any
 from jaxserve.chat_output.constrained import after_reasoning, json_body, json_schema, rule_body
 from jaxserve.chat_output.formats import HERMES, LLAMA3_JSON, MISTRAL, ToolFormat
 from jaxserve.errors import InvalidRequest
-from jaxserve.grammar import Grammar, GrammarKind
+from jaxserve.grammar import JSON_OPTIONS, Grammar, GrammarKind
 from jaxserve.json_schema import read_schema
 
 FunctionSchema = tuple[str, Mapping[str, Any]]
@@ -42,8 +42,7 @@ def answer_or_calls(
     body = rule_body(answer)
     if body is None:
         return None
-    is_json = answer.kind in (GrammarKind.JSON_OBJECT, GrammarKind.JSON_SCHEMA)
-    if tool_format is LLAMA3_JSON and is_json:
+    if tool_format is LLAMA3_JSON and answer.is_json:
         either, rules = "answer", [f"answer: {json_body(_any_of(json_schema(answer), tools))}"]
     else:
         calls, rules = _calls(tool_format, tools, parallel, marker_id)
@@ -80,6 +79,7 @@ def _marker(tool_format: ToolFormat, marker_id: int | None) -> str:
 
 def _any_of(answer: Any, tools: Sequence[FunctionSchema]) -> Mapping[str, Any]:
     """A schema of the answer and of Llama's calls; each finds its own references in its own place."""
+    options = {JSON_OPTIONS: answer[JSON_OPTIONS]} if isinstance(answer, dict) and JSON_OPTIONS in answer else {}
     places = {"answer": answer} | {f"tool_{i}": read_schema(schema) for i, (_, schema) in enumerate(tools)}
     calls = [
         {
@@ -91,7 +91,7 @@ def _any_of(answer: Any, tools: Sequence[FunctionSchema]) -> Mapping[str, Any]:
         for i, (name, _) in enumerate(tools)
     ]
     moved = {name: _moved(schema, f"#/$defs/{name}") for name, schema in places.items()}
-    return {"anyOf": [{"$ref": "#/$defs/answer"}, *calls], "$defs": moved}
+    return {"anyOf": [{"$ref": "#/$defs/answer"}, *calls], "$defs": moved, **options}
 
 
 def _moved(schema: Any, place: str) -> Any:

@@ -7,9 +7,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from jaxserve.errors import InvalidRequest
-from jaxserve.grammar import Grammar
+from jaxserve.grammar import Grammar, GrammarKind
 from jaxserve.http.body import Body
-from jaxserve.http.sampler_fields import SamplerFields
+from jaxserve.http.sampler_fields import Ignored, SamplerFields
 
 JsonSchema = dict[str, Any] | bool
 
@@ -62,6 +62,10 @@ class StructuredOutputs(Body):
     grammar: str | None = None
     json_object: bool | None = None
     structural_tag: str | None = None
+    disable_any_whitespace: bool | None = Field(None, description="JSON has no white space.")
+    whitespace_pattern: str | None = Field(None, description="A regular expression of what may stand between two parts of JSON.")
+    disable_additional_properties: Any = Field(None, description="Without effect: objects with properties have no others anyway.")
+    disable_fallback: Ignored = None
 
     def value(self, name: str) -> Any:
         """One of the fields, by its name in JSON."""
@@ -87,7 +91,7 @@ class GrammarFields(SamplerFields):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = Field(None, description="Lark, or GBNF.")
     guided_decoding_backend: Any = Field(None, description="Accepted without effect.")
-    guided_whitespace_pattern: None = None
+    guided_whitespace_pattern: str | None = Field(None, description="As structured_outputs.whitespace_pattern.")
     # SGLang's
     json_schema: JsonSchema | str | None = Field(None, description="As guided_json.")
     regex: str | None = Field(None, description="As guided_regex.")
@@ -103,7 +107,26 @@ class GrammarFields(SamplerFields):
         if len(asked) > 1:
             first, second, *_ = asked
             raise InvalidRequest(f"`{first}` and `{second}` exclude each other", second)
-        return next(iter(asked.values()), None)
+        return self._spaced(next(iter(asked.values()), None))
+
+    def _spaced(self, grammar: Grammar | None) -> Grammar | None:
+        """JSON with the white space that is asked for; what is no JSON stays as it is."""
+        inner = self.structured_outputs or StructuredOutputs.model_validate({})
+        patterns = {
+            "structured_outputs.disable_any_whitespace": "" if inner.disable_any_whitespace else None,
+            "structured_outputs.whitespace_pattern": inner.whitespace_pattern,
+            "guided_whitespace_pattern": self.guided_whitespace_pattern,
+        }
+        asked = {param: pattern for param, pattern in patterns.items() if pattern is not None}
+        if len(asked) > 1:
+            first, second, *_ = asked
+            raise InvalidRequest(f"`{first}` and `{second}` exclude each other", second)
+        for param, pattern in asked.items():
+            if grammar is not None and grammar.kind is GrammarKind.STRUCTURAL_TAG:
+                raise InvalidRequest(f"`{param}` is not supported with structural tags", param)
+            if grammar is not None and grammar.is_json:
+                return grammar.spaced(pattern)
+        return grammar
 
     def _asked(self) -> list[tuple[str, Grammar]]:
         given = {"response_format": self.response_format and self.response_format.grammar("response_format")}

@@ -8,11 +8,7 @@ from llguidance import LLMatcher, StructTag
 from llguidance.gbnf_to_lark import any_to_lark
 
 from jaxserve.errors import InvalidRequest
-from jaxserve.grammar import Grammar, GrammarKind
-
-# Between two parts of a JSON text: a space, or a line break and the next line's indentation. JSON allows any number; models have been
-# seen to write nothing else for ever.
-_WHITESPACE = r" |\r?\n[ \t]{0,24}"
+from jaxserve.grammar import JSON_WHITESPACE, Grammar, GrammarKind
 
 _URI_CHARACTERS = "%:/?#@!$&'()*+,;=-._~"
 _PLAIN_VALUES = frozenset({"const", "enum", "default", "examples"})
@@ -41,7 +37,7 @@ def _json_schema(text: str) -> list[str]:
     if schema is False:
         raise InvalidRequest("no JSON is valid by the schema `false`")
     schema = {} if schema is True else _with_quoted_references(schema)
-    return [LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False), {"whitespace_pattern": _WHITESPACE})]
+    return [LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False), {"whitespace_pattern": JSON_WHITESPACE})]
 
 
 def _with_quoted_references(schema: Any) -> Any:
