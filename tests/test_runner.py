@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import jax
@@ -15,6 +15,7 @@ from jaxserve.errors import DeviceError
 from jaxserve.models import Model
 from jaxserve.request import Request, SamplingParams
 from jaxserve.runner import ModelRunner, Preparation, RunnerConfig, make_mesh, memory
+from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.state import abstract_state
 from jaxserve.step import StepResult
 from jaxserve.weights import ModelSource
@@ -152,6 +153,20 @@ def test_decodes_and_chunks_in_one_step(runner: ModelRunner, plain):
         for i, r in enumerate(rows):
             tokens[r.sample.slot] += [chosen(result, i)] if r.samples else []
     assert tokens == {s.slot: plain(s.prompt, len(tokens[s.slot])) for s in (first, second)}
+
+
+def test_a_step_in_one_program_chooses_the_same_tokens(model: Model, plain, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Buckets, "for_platform", lambda *_: Buckets((2,), [(16, 2)], None, whole=(2,)))
+    runner, sample, started = ModelRunner(model, make_mesh(1), CONFIG), Sample(0, prompt(3, 9)), []
+    runner.warmup()
+    start = runner._executor.run
+    monkeypatch.setattr(runner._executor, "run", lambda key, *arrays: started.append(key.name) or start(key, *arrays))
+    tokens = [chosen(run(runner, row(sample, max(end - 1, 9) if end > 9 else 0, end))) for end in range(9, 13)]
+    assert tokens == plain(sample.prompt, 4)
+    assert [name for name in started if "entries" not in name] == ["forward-16x2", "sample-2", *["step-2x2-decode"] * 3]
+    told = replace(sample, params=SamplingParams(temperature=0.0, logprobs=1), entered=False)
+    result = run(runner, row(told, 0, 9), row(replace(told, slot=1), 0, 1))
+    assert result.logprobs is not None  # which the program of a whole step does not tell
 
 
 def test_a_row_that_does_not_sample_leaves_its_slot_alone(runner: ModelRunner):

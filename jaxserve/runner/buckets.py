@@ -30,11 +30,16 @@ class Buckets:
         decode: row counts of the decode-only shapes, ascending.
         mixed: (tokens, rows) of the others.
         logits: row counts of logits, which the sampler is compiled for, ascending; None: those of the shapes.
+        whole: rows of the decode-only shapes that have a program with the sampler in it, too. One launch less is 0.15 ms less of the
+            host's time, and the steps of few streams of a small model take no longer than that time.
     """
 
-    def __init__(self, decode: Iterable[int], mixed: Iterable[tuple[int, int]], logits: Iterable[int] | None = None):
+    def __init__(
+        self, decode: Iterable[int], mixed: Iterable[tuple[int, int]], logits: Iterable[int] | None = None, whole: Iterable[int] = ()
+    ):
         self._decode = tuple(Bucket(rows, rows, True) for rows in decode)
         self._mixed = tuple(Bucket(tokens, rows, False) for tokens, rows in sorted(mixed))
+        self.whole = tuple(Bucket(rows, rows, True) for rows in whole)
         self.logits = tuple(logits or sorted({bucket.num_rows for bucket in self}))
 
     @classmethod
@@ -56,7 +61,8 @@ class Buckets:
         few = [(t, _FEW) for t in _ladder(16, min(max_batch_tokens, 1024)) if min(t, max_batch_size) > _FEW]
         mixed = (*few, *((t, min(t, max_batch_size)) for t in _ladder(16, max_batch_tokens, (64, 1), (256, 3))))
         logits = sorted({min(rows, max_batch_size) for rows in (_FEWEST, _FEW, max_batch_size)})
-        return cls(_ladder(_FEWEST, max_batch_size, (16, 1), (64, 3)), mixed, logits)
+        decode = _ladder(_FEWEST, max_batch_size, (16, 1), (64, 3))
+        return cls(decode, mixed, logits, decode[:1])
 
     @property
     def step_sizes(self) -> tuple[int, ...]:

@@ -97,7 +97,7 @@ class Executor:
                 array. Not to be changed afterwards.
 
         Returns:
-            what the host reads, of "sample", "logprobs" and "score": a replicated array, or this process's copy of it.
+            what the host reads, of "step", "sample", "logprobs" and "score": a replicated array, or this process's copy of it.
         """
         if self._hosts is not None:
             self._hosts.tell(key.name, arrays)
@@ -127,9 +127,13 @@ class Executor:
 
     def _run(self, key: ProgramKey, arrays: Sequence[np.ndarray]) -> jax.Array | None:
         program, uploads, result = self._compiled[key], [self._upload(array) for array in arrays], None
-        if key.kind == "forward":
+        if key.kind in ("forward", "step"):
             peers = () if self._exchange is None else (self._exchange.peers,)
-            self._state, *self._logits = program(self._model.leaves, self._state, *uploads, *peers)
+            self._state, *results = program(self._model.leaves, self._state, *uploads, *peers)
+            if key.kind == "forward":
+                self._logits = results
+            else:
+                (result,) = results
         elif key.kind == "mask":
             self._masked = program(self._logits[0], *uploads)
         elif key.kind in ("sample", "logprobs"):
@@ -153,7 +157,7 @@ class Executor:
         return jax.make_array_from_process_local_data(self._replicated, array, array.shape)
 
     def _recompile_products(self) -> None:
-        keys = [key for key in self._compiled if key.kind in ("forward", "score")]
+        keys = [key for key in self._compiled if key.kind in ("forward", "step", "score")]
         for key, program in self._preparation.compile_again(keys, TRITON_PRODUCTS).items():
             self._compiled[key] = program
             self._rehearse(key)

@@ -118,17 +118,20 @@ class ModelRunner:
         Args:
             batch: its page copies are done and its new slots loaded first.
         """
-        step = self.forward(batch)
-        self.sample(step)
+        step, packed = self._prepare(batch)
+        if step.layout.bucket not in self._buckets.whole or step.wants_logprobs or batch.num_scored:
+            self._start_forward(step, batch, packed)
+            self.sample(step)
+            return step
+        step.sampled = self._executor.run(ProgramKey("step", step.layout.bucket), packed)
+        assert step.sampled is not None
+        step.sampled.copy_to_host_async()
         return step
 
     def forward(self, batch: Batch) -> Step:
         """Start a step that waits for sample() after its logits; returns at once."""
         step, packed = self._prepare(batch)
-        self._executor.run(ProgramKey("forward", step.layout.bucket), packed)
-        self._unsampled = step
-        if batch.num_scored:
-            self._start_scores(step, batch)
+        self._start_forward(step, batch, packed)
         return step
 
     def sample(self, step: Step, masks: np.ndarray | None = None) -> None:
@@ -197,6 +200,12 @@ class ModelRunner:
         self._useful_tokens += batch.num_tokens
         self._padded_tokens += layout.bucket.num_tokens - batch.num_tokens
         return Step(layout, len(batch.rows), wants_logprobs), packed
+
+    def _start_forward(self, step: Step, batch: Batch, packed: np.ndarray) -> None:
+        self._executor.run(ProgramKey("forward", step.layout.bucket), packed)
+        self._unsampled = step
+        if batch.num_scored:
+            self._start_scores(step, batch)
 
     def _start_scores(self, step: Step, batch: Batch) -> None:
         """Score the prompts' tokens that the step reached; before the next forward, which overwrites what they need."""

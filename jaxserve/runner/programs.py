@@ -99,6 +99,7 @@ class Programs:
         kinds = "sample", "logprobs", *(["mask"] if self.blueprint.masked else [])
         yield from itertools.starmap(ProgramKey, itertools.product(kinds, reversed(self.buckets.logits)))
         yield from (key for bucket in sorted(self.buckets, reverse=True) if (key := ProgramKey("forward", bucket)) != self.largest())
+        yield from (ProgramKey("step", bucket) for bucket in self.buckets.whole)
         yield from map(ProgramKey, ("score", "copy_pages", "load_slot", "add_page_entries"))
 
     def largest(self) -> ProgramKey:
@@ -110,7 +111,7 @@ class Programs:
         match key.shape:
             case Bucket():
                 layout = BatchLayout.of(key.shape, len(self.plan.num_pages), self.plan.page_size)
-                return self.forward(layout, self.buckets.logit_rows(key.shape))
+                return getattr(self, key.kind)(layout, self.buckets.logit_rows(key.shape))
             case int(num_rows):
                 return getattr(self, key.kind)(num_rows)
         return getattr(self, key.kind)()
@@ -122,6 +123,22 @@ class Programs:
             layout: of the bucket.
             logit_rows: rows of the logits and columns; those beyond the bucket's are padding.
         """
+        return self._model_program(self._forward(layout, logit_rows), layout, (_EVERYWHERE, _EVERYWHERE))
+
+    def step(self, layout: BatchLayout, logit_rows: int) -> Program:
+        """(leaves, state, packed[, peers]) -> (state, what unpack_sampled() reads): `forward` and `sample` in one."""
+        forward = self._forward(layout, logit_rows)
+
+        def step(
+            leaves: tuple[jax.Array, ...], state: DeviceState, packed: jax.Array, peers: jax.Array | None = None
+        ) -> tuple[DeviceState, jax.Array]:
+            state, logits, columns = forward(leaves, state, packed, peers)
+            sampled, sampling = sample(logits, state.sampling, columns)
+            return replace(state, sampling=sampling), sampled
+
+        return self._model_program(step, layout, (_EVERYWHERE,))
+
+    def _forward(self, layout: BatchLayout, logit_rows: int) -> Callable[..., tuple[DeviceState, jax.Array, jax.Array]]:
         padding = logit_rows - layout.bucket.num_rows
 
         def forward(
@@ -138,9 +155,13 @@ class Programs:
             hidden = jax.lax.dynamic_update_slice(state.hidden, x, (0, 0))
             return DeviceState(kv, tables, state.sampling, hidden), logits, columns
 
+        return forward
+
+    def _model_program(self, function: Callable[..., Any], layout: BatchLayout, outputs: tuple[PartitionSpec, ...]) -> Program:
+        """Of (leaves, state, packed[, peers]) -> (state, *outputs)."""
         specs = self.architecture.specs, STATE_SPEC, _EVERYWHERE, *(PEERS_SPEC for _ in self._peers())
         arguments = self.leaves, self.state, self._ints(layout.size), *self._peers()
-        return self._program(forward, arguments, specs, (STATE_SPEC, _EVERYWHERE, _EVERYWHERE), donated=1, options=PRODUCTS)
+        return self._program(function, arguments, specs, (STATE_SPEC, *outputs), donated=1, options=PRODUCTS)
 
     def mask(self, num_rows: int) -> Program:
         """(logits, masks) -> logits."""
