@@ -15,7 +15,7 @@ from tiny_models import END_OF_TURN, EOS
 
 from jaxserve.engine import AsyncEngine
 
-SEEDS = range(67, 147)  # together they have all that random_request() knows
+SEEDS = range(67, 227)  # together they have all that random_request() knows
 
 
 @pytest.fixture(scope="module")
