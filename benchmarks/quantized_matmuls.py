@@ -26,7 +26,6 @@ import numpy as np
 from benchmarks.rows import add_row_flags, command_line, make_rows
 from jaxserve.pallas_kernels.matmul import add_parts, gated_matmul, matmul, multiply_gated
 from jaxserve.pallas_kernels.quantized_matmul.api import quantized_matmul
-from jaxserve.pallas_kernels.quantized_matmul.many_tokens import widened_matmul
 from jaxserve.pallas_kernels.quantized_matmul.mosaic import MosaicQuantizedConfig, quantized_matmul_mosaic
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import WideQuantizedConfig, quantized_matmul_wide
 from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfig, quantized_matmul_triton
@@ -86,8 +85,8 @@ def mosaic(case: Case, *cut: int) -> Contender:
 
 
 def wide(case: Case, *cut: int) -> Contender:
-    """The Mosaic kernel for many tokens: a WideQuantizedConfig without its number of blocks."""
-    config = WideQuantizedConfig(*cut[:5], 132, *cut[5:])
+    """The Mosaic kernel for many tokens: a WideQuantizedConfig without its number of blocks; an eighth number: with turns."""
+    config = WideQuantizedConfig(*cut[:5], 132, *cut[5:7], takes_turns=len(cut) > 7)
 
     def multiply(x: jax.Array, weight: FourBitWeight) -> jax.Array:
         parts = quantized_matmul_wide(x, weight, config=config, gated=case.shape == "swiglu")
@@ -141,40 +140,31 @@ def _mosaic_cuts() -> Iterator[Contender]:
 
 
 def _wide_cuts() -> Iterator[Contender]:
-    """Warpgroups, tokens, splits, stages of tokens and of codes, cluster, panel."""
+    """Warpgroups, tokens, splits, stages of tokens and of codes, cluster, panel, turns."""
+    whole, halves = (2, 256, 1, 5, 3, 2, 4), (2, 128, 1, 8, 4, 2, 4)
     cuts = {
-        ("gate_up", 160): ((2, 160, 1, 6, 4, 2), (2, 160, 1, 6, 4, 1)),
-        ("gate_up", 256): ((2, 256, 1, 5, 3, 2), (2, 256, 1, 5, 3, 1), (2, 256, 1, 4, 4, 4), (2, 128, 1, 8, 4, 2)),
-        ("gate_up", 512): ((2, 256, 1, 5, 3, 2), (2, 128, 1, 8, 4, 2)),
-        ("gate_up", 2048): ((2, 256, 1, 5, 3, 2), (2, 256, 1, 5, 3, 1), (2, 256, 1, 5, 3, 2, 4)),
-        ("gate_up", 8192): ((2, 256, 1, 5, 3, 2), (2, 256, 1, 5, 3, 2, 16)),
-        ("swiglu", 160): ((2, 160, 1, 7, 4, 2),),
-        ("swiglu", 256): ((2, 256, 1, 5, 3, 2),),
-        ("swiglu", 2048): ((2, 256, 1, 5, 3, 2),),
-        ("swiglu", 8192): ((2, 256, 1, 5, 3, 2),),
-        ("down", 160): ((2, 160, 4, 6, 4, 2), (2, 160, 2, 6, 4, 2)),
-        ("down", 256): ((2, 256, 4, 5, 3, 2), (2, 128, 2, 8, 4, 2), (2, 128, 2, 8, 4, 4)),
-        ("down", 512): ((2, 128, 1, 8, 4, 2), (2, 256, 2, 5, 3, 2)),
-        ("down", 2048): ((2, 256, 1, 5, 3, 2), (2, 256, 1, 5, 3, 2, 4)),
-        ("down", 8192): ((2, 256, 1, 5, 3, 2), (2, 256, 1, 5, 3, 2, 4)),
-        ("qkv", 160): ((3, 160, 4, 6, 3, 2), (2, 160, 2, 6, 4, 2)),
-        ("qkv", 256): ((3, 128, 2, 6, 4, 2), (2, 256, 2, 5, 3, 2), (2, 128, 1, 8, 4, 2)),
-        ("qkv", 2048): ((2, 256, 1, 5, 3, 2),),
-        ("o", 160): ((2, 160, 4, 6, 4, 2),),
-        ("o", 256): ((2, 128, 2, 8, 4, 2), (2, 256, 4, 5, 3, 2)),
-        ("o", 2048): ((2, 256, 1, 5, 3, 2),),
+        ("swiglu", 160): ((2, 160, 1, 7, 4, 2, 4), (2, 160, 1, 7, 4, 2, 4, 1)),
+        ("swiglu", 256): (whole, (*whole, 1)),
+        ("swiglu", 2048): (whole, (*whole, 1)),
+        ("swiglu", 8192): (whole, (*whole, 1)),
+        ("gate_up", 256): (whole, (*whole, 1), (2, 256, 1, 5, 3, 1, 4, 1)),
+        ("gate_up", 2048): (whole, (*whole, 1)),
+        ("gate_up", 8192): (whole, (*whole, 1)),
+        ("down", 256): ((2, 256, 4, 5, 3, 2, 4), (2, 256, 4, 5, 3, 2, 4, 1), (2, 128, 2, 8, 4, 2, 4, 1)),
+        ("down", 2048): (whole, (*whole, 1)),
+        ("down", 8192): (whole, (*whole, 1)),
+        ("qkv", 256): (halves, (*halves, 1), (2, 256, 2, 5, 3, 2, 4, 1)),
+        ("qkv", 2048): (whole, (*whole, 1)),
+        ("o", 256): ((2, 128, 2, 8, 4, 2, 4), (2, 128, 2, 8, 4, 2, 4, 1), (2, 256, 4, 5, 3, 2, 4, 1)),
+        ("o", 2048): (whole, (*whole, 1)),
     }
     for (shape, tokens), of_case in cuts.items():
         multiply = functools.partial(matmul, out_dtype=BF16) if shape != "swiglu" else gated_matmul
         yield Contender(Case("bf16", shape, tokens), "bf16 served", multiply)
-        if tokens > 256 and shape != "swiglu":
-            yield Contender(Case("w4", shape, tokens), "widened", functools.partial(widened_matmul, out_dtype=BF16))
-        elif shape != "swiglu":
-            yield mosaic(Case("w4", shape, tokens), 2, {"down": 4, "qkv": 2, "o": 4, "gate_up": 1}[shape], 4, 132)
         for cut in of_case:
             yield wide(Case("w4", shape, tokens), *cut)
-    yield wide(Case("w4z", "gate_up", 256), 2, 256, 1, 5, 3, 2)
-    yield wide(Case("w4g32", "gate_up", 256), 2, 256, 1, 5, 3, 2)
+    yield wide(Case("w4z", "gate_up", 256), *whole)
+    yield wide(Case("w4g32", "gate_up", 256), *whole)
 
 
 def _triton_cuts() -> Iterator[Contender]:

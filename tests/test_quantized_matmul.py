@@ -110,7 +110,7 @@ def test_the_mosaic_kernel_multiplies(weight, num_tokens, config):
 WIDE_CUTS = [
     (four_bit(256, 512, 32, zeros=True), 40, WideQuantizedConfig(2, 256, 2, 3, 2, 2, cluster=2), False),
     (four_bit(384, 256, 256), 70, WideQuantizedConfig(3, 32, 1, 3, 2, 1, panel=2), False),  # three tiles of tokens, a panel not full
-    (four_bit(256, 256, 64, zeros=True), 70, WideQuantizedConfig(2, 64, 1, 3, 2, 1), True),
+    (four_bit(256, 256, 64, zeros=True), 70, WideQuantizedConfig(2, 64, 1, 3, 2, 1, takes_turns=True), True),
 ]
 
 

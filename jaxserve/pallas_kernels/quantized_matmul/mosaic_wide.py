@@ -46,6 +46,7 @@ class WideQuantizedConfig:
         num_blocks: at most so many blocks of threads; each walks several tiles if there are more.
         cluster: blocks with the same tokens that fetch them together, each a share for all of them.
         panel: tiles of tokens that are walked together, rows by rows, so that what they fetch stays in L2.
+        takes_turns: warpgroups issue products one after the other, so that one widens codes while the tensor cores are at another's.
     """
 
     warpgroups: int
@@ -56,6 +57,7 @@ class WideQuantizedConfig:
     num_blocks: int
     cluster: int = 1
     panel: int = 8
+    takes_turns: bool = False
 
 
 def wide_token_tiles(num_tokens: int, most: int) -> tuple[int, int]:
@@ -120,6 +122,7 @@ def quantized_matmul_wide(
             plgpu.Barrier(num_arrivals=copies * (2 + (zeros is not None)), num_barriers=config.code_stages),
             plgpu.Barrier(num_arrivals=teams, num_barriers=config.code_stages),
             plgpu.Barrier(num_arrivals=1, num_barriers=2),
+            plgpu.Barrier(num_arrivals=1, num_barriers=teams) if config.takes_turns else None,
         ),
         grid=(workers,),
         grid_names=("worker",),
@@ -139,7 +142,7 @@ def quantized_matmul_wide(
 
 def _wide_kernel(
     x_ref, codes_ref, scales_ref, zeros_ref, one_zero_ref, sums_ref, x_smem, codes_smem, scales_smem, zeros_smem, out_smem,
-    filled, emptied, codes_filled, codes_emptied, handed_over,
+    filled, emptied, codes_filled, codes_emptied, handed_over, turns,
     *, config: WideQuantizedConfig, gated: bool, chunks: int, workers: int, exact: bool, interpret: bool,
 ):  # fmt: skip
     teams, stages, code_stages, cluster = config.warpgroups, config.num_stages, config.code_stages, config.cluster
@@ -242,8 +245,17 @@ def _wide_kernel(
                 if interpret:
                     operands = numbers.astype(jnp.float32), x_smem[x_slot].astype(jnp.float32)
                     total = total + lax.dot_general(*operands, (((1,), (1,)), ((), ())))
-                else:
+                if turns is not None:
+
+                    @pl.when((warpgroup > 0) | (fetch > 0))
+                    def _():
+                        plgpu.barrier_wait(turns.at[warpgroup])
+
+                if not interpret:
                     plgpu.wgmma(sums, numbers, x_smem.at[x_slot].transpose((1, 0)))
+                if turns is not None:
+                    plgpu.barrier_arrive(turns.at[lax.rem(warpgroup + 1, jnp.int32(teams))])
+                if not interpret:
                     plgpu.wgmma_wait(1)  # so the columns before are done, while the tensor cores are at these
 
                 @pl.when((k > 0) | (half > 0))
@@ -312,8 +324,13 @@ def _wide_kernel(
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(out_smem.at[n], sums_ref.at[0, pl.ds(token + left, piece), units])
 
-        lax.fori_loop(0, num_chunks, compute_chunk, jnp.int32(0))
+        count = lax.fori_loop(0, num_chunks, compute_chunk, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
+        if turns is not None:
+
+            @pl.when((warpgroup == 0) & (count > 0))
+            def _():
+                plgpu.barrier_wait(turns.at[0])
 
 
 def _scaled_numbers(codes, half: int, zeros: list[jax.Array], scales: list[jax.Array], dtype, exact: bool, interpret: bool) -> jax.Array:
