@@ -24,10 +24,10 @@ NOT_A_NUMBER = 0x7FFFFFFF  # what is sent where a part looks like an empty place
 class Machine:
     """Some threads of each of `shards` GPUs, all with their buffers in one memory."""
 
-    def __init__(self, shards: int, vectors: int, repeated: bool):
+    def __init__(self, shards: int, vectors: int, repeated: bool, scattered: bool = False):
         self.layout, self.words = ExchangeLayout.of(shards), 4 * vectors
         self.bases = [0x7F40_0000_0000 * (shard % 2) + (shard + 1) * 0xFFF0_0000 for shard in range(shards)]
-        self.text, constraints = round_asm(self.layout, vectors, pack=8 * vectors, repeated=repeated)
+        self.text, constraints = round_asm(self.layout, vectors, pack=8 * vectors, scattered=scattered, repeated=repeated)
         self.pack = 8 * vectors
         assert constraints.split(",").count("=r") == shards * self.words
         self.memory = Memory(self.is_place)
@@ -72,6 +72,27 @@ def test_every_shard_gets_what_all_sent(shards: int, vectors: int, seed: int):
             assert got == [word for part in expected for word in part]
     places_in_use = [word for address, word in machine.memory.words.items() if machine.is_place(address)]
     assert places_in_use and set(places_in_use) == {EMPTY}
+
+
+@pytest.mark.parametrize("shards", [3, 8])
+def test_every_shard_is_sent_its_own(shards: int):
+    """Two shots: a round in which each shard is sent another piece, and one in which all are sent the same, again and again."""
+    chance, scatter, gather = random.Random(4), Machine(shards, 1, True, scattered=True), Machine(shards, 1, True)
+    gather.memory = scatter.memory
+    pieces = {shard: [parts_of(chance, 4 * shards) for _ in range(3)] for shard in range(shards)}
+    sums = {shard: [parts_of(chance, 4) for _ in range(3)] for shard in range(shards)}
+
+    def both(shard: int):
+        results = []
+        for piece, total in zip(pieces[shard], sums[shard], strict=True):
+            results += [(yield from scatter.one_round(shard, 3, 40, piece)), (yield from gather.one_round(shard, 3, 40, total))]
+        return results
+
+    for shard, got in enumerate(run_all([both(shard) for shard in range(shards)], chance)):
+        for i in range(3):
+            received = [word for sender in range(shards) for word in pieces[sender][i][4 * shard : 4 * shard + 4]]
+            assert got[2 * i] == as_sent(received)
+            assert got[2 * i + 1] == as_sent([word for sender in range(shards) for word in sums[sender][i]])
 
 
 def test_kernels_of_other_cuts_share_the_buffers():
@@ -145,13 +166,16 @@ def sum_of(parts, residual, weight, shards):
     [
         (norm_of, 2, shapes_of(8, 4096), (1, 0)),
         (norm_of, 2, shapes_of(64, 5120, 4, parts_dtype=F32), (1, 0)),
-        (norm_of, 8, shapes_of(64, 8192, 2, dtype=jnp.dtype(jnp.float16)), (1, 0)),
+        (norm_of, 8, shapes_of(8, 8192, 2, dtype=jnp.dtype(jnp.float16)), (1, 0)),
+        (norm_of, 8, shapes_of(64, 8192, 2, dtype=jnp.dtype(jnp.float16)), (2, 0)),  # two shots, and the norm's kernel
         (norm_of, 2, shapes_of(256, 2048, dtype=F32), (1, 0)),
         (norm_of, 4, shapes_of(8, 16384), (2, 0)),  # a row of it is too long for the kernel with the norm
         (norm_of, 2, shapes_of(300, 4096), (1, 0)),  # many rows: XLA's norm
+        (norm_of, 4, shapes_of(256, 8192), (1, 0)),  # two shots: XLA's norm
         (norm_of, 2, shapes_of(8192, 8192), (0, 1)),
         (sum_of, 2, shapes_of(8, 4096), (1, 0)),
         (sum_of, 3, shapes_of(7, 1000, 2, parts_dtype=F32), (1, 0)),
+        (sum_of, 8, shapes_of(64, 8192, 2, parts_dtype=F32), (1, 0)),
         (sum_of, 8, shapes_of(8192, 4096), (0, 1)),
     ],
 )

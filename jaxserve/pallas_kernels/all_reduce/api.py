@@ -1,7 +1,8 @@
 """Sums over the shards of a mesh axis, whoever computes them; to be traced inside `jax.shard_map`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,10 @@ from jaxserve.pallas_kernels.all_reduce.exchange import BLOCKS, ExchangeLayout
 from jaxserve.pallas_kernels.all_reduce.reference import sum_in_order
 from jaxserve.pallas_kernels.matmul import add_parts
 
-# Most bytes of a sum that goes over peer memory, by the number of shards (the next larger one counts): each device sends its part to all
-# others, so that a large sum is XLA's, which sends each byte about twice. A guess until benchmarks.all_reduce has run on two and more GPUs.
-MOST_BYTES = {2: 8 * 2**20, 4: 4 * 2**20, 8: 2**20}
+# Most bytes of a sum over peer memory, by the number of shards (the next larger one counts): in one shot, each device sending its part to
+# all others, and in all; larger ones are made in two shots, and by XLA. Guesses until benchmarks.all_reduce has run on so many GPUs.
+MOST_BYTES_IN_ONE_SHOT = {2: 2**30, 4: 2**20, 8: 2**18}
+MOST_BYTES = {2: 8 * 2**20, 4: 8 * 2**20, 8: 8 * 2**20}
 # Most rows that are normalised in the kernel that adds them up, a block each.
 MOST_ROWS = 2 * BLOCKS
 
@@ -38,11 +40,14 @@ class Shards:
         """Known while tracing."""
         return jax.lax.axis_size(self.axis)
 
-    def takes_peer_memory(self, num_bytes: int) -> bool:
-        """Whether a sum of so many bytes is the kernel's; the one place where that is decided."""
-        if self.peers is None:
-            return False
-        return num_bytes <= next(most for shards, most in MOST_BYTES.items() if self.count <= shards)
+    def route(self, num_bytes: int) -> Literal["one shot", "two shots", "xla"]:
+        """Who adds up so many bytes; the one place where that is decided."""
+        if self.peers is None or num_bytes > self._most(MOST_BYTES):
+            return "xla"
+        return "one shot" if num_bytes <= self._most(MOST_BYTES_IN_ONE_SHOT) else "two shots"
+
+    def _most(self, table: Mapping[int, int]) -> int:
+        return next(most for shards, most in table.items() if self.count <= shards)
 
 
 def all_reduce(parts: jax.Array, dtype: Any, shards: Shards) -> jax.Array:
@@ -58,12 +63,16 @@ def all_reduce(parts: jax.Array, dtype: Any, shards: Shards) -> jax.Array:
     if shards.count == 1:
         return add_parts(parts, dtype)
     num_tokens, size = parts.shape[-2:]
-    if shards.peers is not None and shards.takes_peer_memory(num_tokens * size * jnp.dtype(dtype).itemsize):
+    route = shards.route(num_tokens * size * jnp.dtype(dtype).itemsize)
+    if shards.peers is not None and route != "xla":
         # Pallas takes over a second to import: not where there is no GPU.
-        from jaxserve.pallas_kernels.all_reduce.triton import AllReduceConfig, all_reduce_triton
+        from jaxserve.pallas_kernels.all_reduce.triton import AllReduceConfig, all_reduce_triton, all_reduce_two_shot_triton
 
+        flat = parts.reshape(1, -1, num_tokens * size)
+        if route == "two shots":
+            return all_reduce_two_shot_triton(flat, shards.peers, dtype).reshape(num_tokens, size)
         config = AllReduceConfig.for_elements(num_tokens * size, dtype, ExchangeLayout.of(shards.count))
-        return all_reduce_triton(parts.reshape(1, -1, num_tokens * size), shards.peers, dtype, config=config).reshape(num_tokens, size)
+        return all_reduce_triton(flat, shards.peers, dtype, config=config).reshape(num_tokens, size)
     whole = add_parts(parts, dtype)
     return sum_in_order(whole, shards.axis) if shards.deterministic else jax.lax.psum(whole, shards.axis)
 
@@ -78,7 +87,7 @@ def all_reduce_add_rms_norm(
         residual, weight, eps: as for `add_rms_norm`.
     """
     num_tokens, size = residual.shape
-    if shards.count > 1 and shards.peers is not None and num_tokens <= MOST_ROWS and shards.takes_peer_memory(residual.nbytes):
+    if shards.count > 1 and shards.peers is not None and num_tokens <= MOST_ROWS and shards.route(residual.nbytes) == "one shot":
         from jaxserve.pallas_kernels.all_reduce.triton import AllReduceConfig, all_reduce_add_rms_norm_triton
 
         config = AllReduceConfig.for_rows(size, residual.dtype, ExchangeLayout.of(shards.count))

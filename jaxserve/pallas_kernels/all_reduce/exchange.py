@@ -3,7 +3,7 @@
 On each device lies one buffer for life, an ordinary JAX array, whose address every device is told as data. A thread writes its part into
 its place of every device's buffer and waits until the others' parts stand in its own. No flag is sent: a buffer that is empty holds a
 word that no part has, and each word is watched by itself, as in the low-latency protocols of NCCL (LL) and of TensorRT-LLM's one-shot
-all-reduce ("Lamport" buffers), so that one trip over NVLink is all that a sum waits for.
+all-reduce ("Lamport" buffers), so that one trip over NVLink is all that a sum waits for; two where it is made in two steps.
 
 A place belongs to one thread of one block. Rounds use two places in turn: a device writes into a place again only two rounds later, and
 then it has had the other's part of the round between, which the other sent after it had read and emptied the place. The number of
@@ -73,23 +73,24 @@ def peers_table(addresses: list[int]) -> np.ndarray:
     return table
 
 
-def round_asm(layout: ExchangeLayout, vectors: int, pack: int, repeated: bool) -> tuple[str, str]:
+def round_asm(layout: ExchangeLayout, vectors: int, pack: int, *, scattered: bool, repeated: bool) -> tuple[str, str]:
     """PTX of one round of a thread, and LLVM's constraints of its operands.
 
-    Results: what each shard sent, `vectors` vectors each. Operands, all read before a result is written: this shard's vectors; then,
-    each `pack` times as Triton hands them over, the block's index, the shard's, and the halves of all addresses. A thread that waits for
-    over ten seconds ends the program (trap).
+    Results: what each shard sent, `vectors` vectors each. Operands, all read before a result is written: this shard's vectors, or those for
+    each shard; then, each `pack` times as Triton hands them over, the block's index, the shard's, and the halves of all addresses. A thread
+    that waits for over ten seconds ends the program (trap).
 
     Args:
-        vectors: that the thread sends.
+        vectors: that the thread sends to a shard.
         pack: elements of an array that it holds.
-        repeated: whether the kernel does several rounds.
+        scattered: whether each shard is sent vectors of its own; else all are sent the same.
+        repeated: whether the thread does another round in the same kernel.
     """
     words = 4 * vectors
     results = [[f"${shard * words + word}" for word in range(words)] for shard in range(layout.shards)]
     first = layout.shards * words
-    mine = [f"${first + word}" for word in range(words)]
-    scalars = [f"${first + words + pack * i}" for i in range(2 + 2 * layout.shards)]
+    sent = words * layout.shards if scattered else words
+    scalars = [f"${first + sent + pack * i}" for i in range(2 + 2 * layout.shards)]
     block, rank, *addresses = scalars
     stride = BLOCKS * layout.block_bytes
     code = [
@@ -113,11 +114,12 @@ def round_asm(layout: ExchangeLayout, vectors: int, pack: int, repeated: bool) -
         f"add.u64 %offset, %offset, {CONTROL_BYTES};",
         f"mad.wide.u32 %place, {rank}, {stride}, %offset;",
     ]
-    for v in range(vectors):
+    for begin in range(first, first + sent, 4):
+        # A part must not look like an empty place; these bits are one of many that are not a number.
         for i in range(4):
-            # A part must not look like an empty place; these bits are one of many that are not a number.
-            code += [f"setp.eq.u32 %empty, {mine[4 * v + i]}, {EMPTY};", f"selp.b32 %word{i}, 0x7FFFFFFF, {mine[4 * v + i]}, %empty;"]
-        for i in range(layout.shards):
+            code += [f"setp.eq.u32 %empty, ${begin + i}, {EMPTY};", f"selp.b32 %word{i}, 0x7FFFFFFF, ${begin + i}, %empty;"]
+        receiver, v = divmod((begin - first) // 4, vectors)
+        for i in [receiver] if scattered else range(layout.shards):
             code += [
                 f"add.u64 %target, %base{i}, %place;",
                 f"st.relaxed.sys.global.v4.b32 [%target + {v * THREADS * VECTOR_BYTES}], {{%word0, %word1, %word2, %word3}};",
@@ -145,5 +147,5 @@ def round_asm(layout: ExchangeLayout, vectors: int, pack: int, repeated: bool) -
     if repeated:
         # Between kernels their end sees to it that a place is empty before the next part is sent.
         code += ["fence.acq_rel.sys;"]
-    operands = words + pack * len(scalars)
+    operands = sent + pack * len(scalars)
     return "{\n" + "\n".join(code) + "\n}", ",".join(["=r"] * (layout.shards * words) + ["r"] * operands)
