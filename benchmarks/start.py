@@ -13,7 +13,7 @@ import tempfile
 import time
 
 CHILD = """
-import json, logging, os, sys, time
+import glob, json, logging, os, resource, sys, time
 asked = float(sys.argv[2])
 logging.basicConfig(level=logging.WARNING, format="%(message)s")
 say = lambda *text: print(f"{time.time() - asked:6.1f} s ", *text, flush=True)
@@ -36,6 +36,16 @@ from jaxserve.engine import build_engine
 say("jaxserve imported")
 engine = build_engine(ModelOptions(sys.argv[1], load_format="dummy"), EngineOptions(**json.loads(sys.argv[3])))
 say("ready")
+own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+say(f"  CPU seconds here: {own.ru_utime:.1f} + {own.ru_stime:.1f} of the system")
+say(f"  in processes that have ended (lowering, ptxas): {children.ru_utime:.1f} + {children.ru_stime:.1f}")
+threads = {}
+for task in glob.glob("/proc/self/task/*/stat"):
+    name, _, rest = open(task).read().partition("(")[2].rpartition(")")
+    ticks = sum(map(int, rest.split()[11:13]))
+    threads[name] = threads.get(name, 0) + ticks / os.sysconf("SC_CLK_TCK")
+most = sorted(threads.items(), key=lambda item: -item[1])[:6]
+say("  of threads that are still there:", ", ".join(f"{name} {s:.1f}" for name, s in most))
 for event, values in sorted(seconds.items()):
     if sum(values) > 0.5:
         say(f"  {event}: {len(values)} times, {sum(values):.1f} s, longest {max(values):.1f}")

@@ -4,6 +4,8 @@ A call is the key of a program and the host's arrays for it. All else that a pro
 program before it left. So whoever replays the calls of an executor on other devices of the same mesh computes the same steps.
 """
 
+import logging
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,6 +28,8 @@ from jaxserve.runner.programs import PAGE_COPIES, PAGE_ENTRIES, TRITON_PRODUCTS,
 from jaxserve.runner.sampling_rows import neutral_columns
 from jaxserve.runner.sampling_state import SLOT_LOAD_SIZE
 from jaxserve.runner.state import allocate_state
+
+logger = logging.getLogger(__name__)
 
 _MOST_RECORDED_TOKENS = 1024
 _NOWHERE = 2**30  # beyond all pages, slots and tokens
@@ -82,9 +86,14 @@ class Executor:
         vocab_size = self._model.config.vocab_size
         hidden = jax.ShapeDtypeStruct((self._config.max_batch_tokens, self._model.config.hidden_size), self._model.dtype)
         self._state = allocate_state(self._plan, self._config.max_batch_size, vocab_size, hidden, self._mesh)
+        logger.info("the state is allocated")
+        seconds = 0.0
         for key, program in self._preparation.programs():  # while others are still compiled
             self._keys[key.name], self._compiled[key] = key, program
+            begin = time.monotonic()
             self._rehearse(key)
+            seconds += time.monotonic() - begin
+        logger.info("programs were run for %.1f s, while others were compiled", seconds)
         self._compile_events.start()
 
     def run(self, key: ProgramKey, *arrays: np.ndarray) -> jax.Array | None:

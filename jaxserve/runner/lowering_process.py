@@ -1,13 +1,15 @@
 """Processes that lower programs beside this one, without its devices: `python -m jaxserve.runner.lowering_process`.
 
 Such a process reads lines of JSON, {"blueprint", "name", "folder", "file"}, writes the lowered program into the folder and answers
-each with {"error"}, null where it succeeded. It ends when its input does, so also when the process that started it dies.
+each with {"error", "seconds"}: null where it succeeded, and CPU time. It ends when its input does, so also when the process that started
+it dies.
 """
 
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from queue import SimpleQueue
@@ -40,8 +42,11 @@ class LoweringProcesses:
         for process in self._processes:
             self._idle.put(process)
 
-    def lower(self, blueprint: Blueprint, name: str, file: str) -> None:
+    def lower(self, blueprint: Blueprint, name: str, file: str) -> float:
         """Lower a program of a blueprint into a file of the store, as soon as a process is idle. To be called by several threads at once.
+
+        Returns:
+            seconds of CPU time; with the first program of a process its start.
 
         Raises:
             LoweringFailed: it is not there.
@@ -59,8 +64,10 @@ class LoweringProcesses:
             self._idle.put(process)
         if not answer:
             raise LoweringFailed("the process died")
-        if (error := json.loads(answer)["error"]) is not None:
-            raise LoweringFailed(error)
+        told = json.loads(answer)
+        if told["error"] is not None:
+            raise LoweringFailed(told["error"])
+        return told["seconds"]
 
     def close(self) -> None:
         """End the processes, whatever they do."""
@@ -90,7 +97,7 @@ def _command() -> dict[str, Any]:
 
 def serve(tasks: IO[str], answers: IO[str]) -> None:
     """Be such a process."""
-    blueprint, programs, names = "", None, {}
+    blueprint, programs, names, told = "", None, {}, 0.0
     for line in tasks:
         task: Mapping[str, str] = json.loads(line)
         try:
@@ -105,7 +112,8 @@ def serve(tasks: IO[str], answers: IO[str]) -> None:
             error = None
         except Exception as failure:  # the other process lowers it then, and shows the failure if it is one
             error = f"{type(failure).__name__}: {failure}"[:1000]
-        answers.write(json.dumps({"error": error}) + "\n")
+        seconds, told = time.process_time() - told, time.process_time()
+        answers.write(json.dumps({"error": error, "seconds": seconds}) + "\n")
         answers.flush()
 
 

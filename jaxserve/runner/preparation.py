@@ -94,6 +94,7 @@ class Preparation:
         self._compiling = ThreadPoolExecutor(_cores(), thread_name_prefix=_COMPILE_THREADS)
         self._futures: dict[ProgramKey, Future[Future[Compiled]]] = {}
         self._compile_seconds: dict[str, float] = {}
+        self._lowering_seconds: list[float] = []  # of CPU time, in other processes
         self._told = time.monotonic()
         self._sharing: Future[None] | None = Future() if self._shares else None
         self._num_shared = 0
@@ -149,6 +150,8 @@ class Preparation:
                 logger.warning("%d programs had to be compiled here: XLA did not take host 0's", missed)
             slowest = sorted(self._compile_seconds.items(), key=lambda item: -item[1])[:_SLOWEST_TOLD]
             logger.info("slowest to compile: %s", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in slowest))
+            if self._lowering_seconds:
+                logger.info("%d programs lowered in %.1f s of CPU time", len(self._lowering_seconds), sum(self._lowering_seconds))
         finally:
             self.close()
 
@@ -251,7 +254,7 @@ class Preparation:
         file = blueprint.digest(key.name)
         if self._processes is not None:
             try:
-                self._processes.lower(blueprint, key.name, file)
+                self._lowering_seconds.append(self._processes.lower(blueprint, key.name, file))
             except LoweringFailed as failure:
                 logger.warning("%s is lowered in this process: in another one: %s", key.name, failure)
             if (lowered := self._store.read(file)) is not None:
