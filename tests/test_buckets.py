@@ -46,10 +46,11 @@ def test_a_cpu_compiles_few_programs():
 def test_padding_of_large_steps_on_a_gpu_is_small():
     buckets = Buckets.for_platform("gpu", 256, 8192)
     for tokens in range(257, 8193):
-        assert buckets.pick(tokens, 20).num_tokens < 1.26 * tokens
+        # Larger ones are cut by the scheduler: test_scheduler.py.
+        assert buckets.pick(tokens, 20).num_tokens < (1.26 if tokens <= 1024 else 1.5) * tokens
     for rows in range(65, 257):
         assert buckets.pick(rows, rows).num_tokens < 1.25 * rows
-    assert len(list(buckets)) < 50 and buckets.logits == (8, 64, 256) and buckets.whole == (Bucket(8, 8, True),)
+    assert len(list(buckets)) < 41 and buckets.logits == (8, 64, 256) and buckets.whole == (Bucket(8, 8, True),)
     for bucket in buckets:  # no shape that a smaller one always goes before
         assert buckets.pick(bucket.num_tokens, bucket.num_rows) == bucket or bucket.num_tokens == bucket.num_rows
 

@@ -50,6 +50,8 @@ class Buckets:
         cost as much as some tens of tokens, which a large shape does not feel. On a GPU rows of logits are cheap (the head of the 8B's
         shape takes 250 us for 1 to 32 rows, 260 for 64) and samplers slow to compile, so there are few row counts.
 
+        Beyond 1024 tokens the scheduler rather cuts a step than leave much padding in it: a step more costs as much as 200 tokens.
+
         Deterministic steps have one shape: then nothing but its place in it can change how XLA computes a token.
         """
         if deterministic:
@@ -59,7 +61,7 @@ class Buckets:
             few = [(t, 4) for t in tokens if t <= 128 and max_batch_size > 4]
             return cls(_ladder(1, max_batch_size), (*few, *((t, max_batch_size) for t in tokens)))
         few = [(t, _FEW) for t in _ladder(16, min(max_batch_tokens, 1024)) if min(t, max_batch_size) > _FEW]
-        mixed = (*few, *((t, min(t, max_batch_size)) for t in _ladder(16, max_batch_tokens, (64, 1), (256, 3))))
+        mixed = (*few, *((t, min(t, max_batch_size)) for t in _ladder(16, max_batch_tokens, (64, 1), (256, 3), (1024, 1))))
         logits = sorted({min(rows, max_batch_size) for rows in (_FEWEST, _FEW, max_batch_size)})
         decode = _ladder(_FEWEST, max_batch_size, (16, 1), (64, 3))
         return cls(decode, mixed, logits, decode[:1])
@@ -94,7 +96,7 @@ def _ladder(first: int, last: int, *finer: tuple[int, int]) -> tuple[int, ...]:
     rungs = {last}
     rung = first
     while rung < last:
-        between = max((n for start, n in finer if rung >= start), default=0)
+        between = next((n for start, n in reversed(finer) if rung >= start), 0)
         rungs |= {rung + rung * i // (between + 1) for i in range(between + 1)}
         rung *= 2
     return tuple(sorted(r for r in rungs if r <= last))

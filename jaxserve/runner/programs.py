@@ -96,10 +96,10 @@ class Programs:
         The largest comes first: the plan waits for it. Then those that take long to compile and are lowered quickly.
         """
         yield self.largest()
+        yield from (ProgramKey("step", bucket) for bucket in self.buckets.whole)
         kinds = "sample", "logprobs", *(["mask"] if self.blueprint.masked else [])
         yield from itertools.starmap(ProgramKey, itertools.product(kinds, reversed(self.buckets.logits)))
         yield from (key for bucket in sorted(self.buckets, reverse=True) if (key := ProgramKey("forward", bucket)) != self.largest())
-        yield from (ProgramKey("step", bucket) for bucket in self.buckets.whole)
         yield from map(ProgramKey, ("score", "copy_pages", "load_slot", "add_page_entries"))
 
     def largest(self) -> ProgramKey:
