@@ -116,8 +116,8 @@ MUTATIONS = (
     Mutation(
         "keys and values swapped",
         "pallas_kernels/rotate_and_write_kv/reference.py",
-        "write_kv(kv, rotate(k, rotation), v, metadata)",
-        "write_kv(kv, v, rotate(k, rotation), metadata)",
+        "write_kv(kv, rotate(k, rotation), v, metadata, scales)",
+        "write_kv(kv, v, rotate(k, rotation), metadata, scales)",
         golden("llama"),
     ),
     Mutation("window off by one", "models/decoder.py", "window=self.window,", "window=self.window and self.window + 1,", golden("mistral")),
