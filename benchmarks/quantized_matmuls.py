@@ -86,7 +86,8 @@ def mosaic(case: Case, *cut: int) -> Contender:
 
 def wide(case: Case, *cut: int) -> Contender:
     """The Mosaic kernel for many tokens: a WideQuantizedConfig without its number of blocks; an eighth number: with turns."""
-    config = WideQuantizedConfig(*cut[:5], 132, *cut[5:7], takes_turns=len(cut) > 7)
+    warpgroups, tokens, splits, stages, code_stages, cluster, panel = cut[:7]
+    config = WideQuantizedConfig(warpgroups, tokens, splits, stages, code_stages, 132, cluster, panel, takes_turns=len(cut) > 7)
 
     def multiply(x: jax.Array, weight: FourBitWeight) -> jax.Array:
         parts = quantized_matmul_wide(x, weight, config=config, gated=case.shape == "swiglu")

@@ -251,7 +251,7 @@ def _wide_kernel(
                     def _():
                         plgpu.barrier_wait(turns.at[warpgroup])
 
-                if not interpret:
+                if sums is not None:
                     plgpu.wgmma(sums, numbers, x_smem.at[x_slot].transpose((1, 0)))
                 if turns is not None:
                     plgpu.barrier_arrive(turns.at[lax.rem(warpgroup + 1, jnp.int32(teams))])
@@ -314,7 +314,7 @@ def _wide_kernel(
                 def _():
                     plgpu.barrier_arrive(taken)
 
-                token, first, _ = place(i)
+                token, first = place(i)[:2]
                 units = pl.ds(pl.multiple_of(first * HEIGHT, HEIGHT), HEIGHT)
                 plgpu.barrier_wait(given)
                 for n, left in enumerate(range(0, lanes, piece)):
@@ -374,4 +374,5 @@ def _scaled_numbers(codes, half: int, zeros: list[jax.Array], scales: list[jax.A
         return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
 
     # The decorator takes the first argument, a context, away.
-    return scaled_numbers(codes, *[zeros[g] for g in groups], *[scales[g] for g in groups])  # pyright: ignore[reportCallIssue]
+    operands = *(zeros[g] for g in groups), *(scales[g] for g in groups)
+    return scaled_numbers(codes, *operands)  # pyright: ignore[reportCallIssue, reportReturnType]
