@@ -11,11 +11,12 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec
 from ptx_machine import EMPTY, Memory, Trap, run_all, run_thread
 
+from jaxserve.config import EngineOptions
 from jaxserve.pallas_kernels import ExchangeLayout, Shards, all_reduce, all_reduce_add_rms_norm, peers_table
 from jaxserve.pallas_kernels.add_rms_norm.reference import add_rms_norm_reference
 from jaxserve.pallas_kernels.all_reduce.exchange import BLOCKS, CONTROL_BYTES, THREADS, round_asm
 from jaxserve.pallas_kernels.all_reduce.triton import AllReduceConfig
-from jaxserve.runner import exchange, make_mesh
+from jaxserve.runner import RunnerConfig, exchange, make_mesh
 
 BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 NOT_A_NUMBER = 0x7FFFFFFF  # what is sent where a part looks like an empty place
@@ -211,6 +212,11 @@ def test_a_buffer_a_device():
     for buffer in buffers:
         content = np.asarray(buffer.data)[0]
         assert not content[:control].any() and (content[control:] == EMPTY).all() and content.nbytes == ExchangeLayout.of(4).nbytes
+
+
+def test_the_flag_leaves_sums_to_xla():
+    made = [RunnerConfig.from_options(EngineOptions(disable_custom_all_reduce=disabled), "gpu") for disabled in (False, True)]
+    assert [config.peer_memory for config in made] == [True, False]
 
 
 class Driver:
