@@ -105,6 +105,12 @@ class Measurement:
         return statistics.median(run() for _ in range(self._repetitions))
 
 
+def name_parts(quantize: str | None, label: str, tensor_size: int) -> tuple[str, str]:
+    """Prefix and label of the rows' names, as Measurement takes them."""
+    prefix = f"{quantize}_" if quantize else ""
+    return (f"tp{tensor_size}_{prefix}{label}_", "") if tensor_size > 1 else (prefix, label)
+
+
 def main() -> None:
     """Read the arguments and measure."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
@@ -142,9 +148,7 @@ def main() -> None:
     told = llm.generate(fixed, SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True))
     print("greedy tokens of fixed prompts:", [list(output.outputs[0].token_ids) for output in told], flush=True)
     rows = make_rows(arguments, llm.info.device)
-    prefix, label = f"{arguments.quantize}_" if arguments.quantize else "", arguments.label
-    if (tensor_size := parse_mesh(arguments.mesh)[1]) > 1:
-        prefix, label = f"tp{tensor_size}_{prefix}{label}_", ""
+    prefix, label = name_parts(arguments.quantize, arguments.label, parse_mesh(arguments.mesh)[1])
     measurement = Measurement(llm, rows, prefix, label, arguments.tokens_in, arguments.tokens_out, arguments.repetitions)
     if "prefill" in arguments.only:
         for prefill in arguments.prefills:

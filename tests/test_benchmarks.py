@@ -11,7 +11,7 @@ from engines import tiny_runner
 from tiny_models import CONFIGS
 
 from benchmarks.device_bytes import bytes_an_element, schemes
-from benchmarks.engine import Measurement
+from benchmarks.engine import Measurement, name_parts
 from benchmarks.quantized_model import quantized_model
 from benchmarks.rows import Rows
 from benchmarks.throughput import Run, row_name
@@ -40,16 +40,17 @@ class InstantLLM:
 
 
 @pytest.mark.parametrize(
-    "quantize, label, names",
+    "quantize, label, tensor_size, names",
     [
-        ("fp8", "", {"fp8_decode_step_b1_ms", "fp8_decode_step_b64_ms", "fp8_prefill_64x2048_tok_s"}),
-        ("w4", "", {"w4_decode_step_b1_ms", "w4_decode_step_b64_ms", "w4_prefill_64x2048_tok_s"}),
-        (None, "1b", {"decode_step_1b_b1_ms", "decode_step_1b_b64_ms", "prefill_1b_64x2048_tok_s"}),
+        ("fp8", "", 1, {"fp8_decode_step_b1_ms", "fp8_decode_step_b64_ms", "fp8_prefill_64x2048_tok_s"}),
+        ("w4", "", 1, {"w4_decode_step_b1_ms", "w4_decode_step_b64_ms", "w4_prefill_64x2048_tok_s"}),
+        (None, "1b", 1, {"decode_step_1b_b1_ms", "decode_step_1b_b64_ms", "prefill_1b_64x2048_tok_s"}),
+        (None, "8b", 2, {"tp2_8b_decode_step_b1_ms", "tp2_8b_decode_step_b64_ms", "tp2_8b_prefill_64x2048_tok_s"}),
     ],
 )
-def test_rows_of_the_engine(quantize: str | None, label: str, names: set[str]):
+def test_rows_of_the_engine(quantize: str | None, label: str, tensor_size: int, names: set[str]):
     rows = Rows(None, "", "cpu")
-    measurement = Measurement(InstantLLM(), rows, quantize, label, 4, 3, 1)  # type: ignore[arg-type]
+    measurement = Measurement(InstantLLM(), rows, *name_parts(quantize, label, tensor_size), 4, 3, 1)  # type: ignore[arg-type]
     for count in (1, 64):
         measurement.decode(count)
     measurement.prefill(64, 2048)
