@@ -8,6 +8,7 @@ speak of.
 """
 
 from typing import Any
+from urllib.parse import quote
 
 _MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _LISTS = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
@@ -17,6 +18,9 @@ _OPEN = frozenset({"additionalProperties", "patternProperties", "unevaluatedProp
 # Keywords by which several schemas speak of one value: if one of them names all properties, there is no room for those of the others.
 _SEVERAL = frozenset({"allOf", "anyOf", "oneOf", "$ref", "not", "if", "dependentSchemas", "dependentRequired"})
 
+_URI_CHARACTERS = "%:/?#@!$&'()*+,;=-._~"
+_PLAIN_VALUES = frozenset({"const", "enum", "default", "examples"})
+
 
 def read_schema(schema: Any) -> Any:
     """A schema that accepts what is meant; all that it accepts is accepted by the given one.
@@ -25,6 +29,22 @@ def read_schema(schema: Any) -> Any:
         schema: parsed JSON, not nested too deeply for a recursion; what is no schema stays as it is.
     """
     return _read(schema, closes=not _overlap(schema))
+
+
+def quote_references(schema: Any) -> Any:
+    """A schema whose references are URIs: names in them that people wrote as they are ("#/$defs/tree node") are escaped."""
+    if isinstance(schema, list):
+        return [quote_references(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: quote(value, safe=_URI_CHARACTERS)
+        if key == "$ref" and isinstance(value, str)
+        else value
+        if key in _PLAIN_VALUES
+        else quote_references(value)
+        for key, value in schema.items()
+    }
 
 
 def _parts(schema: dict[str, Any]) -> list[Any]:

@@ -314,6 +314,21 @@ def test_the_white_space_that_was_asked_for_stays_in_larger_grammars(parser: str
 
 
 @pytest.mark.parametrize("parser", [parser for parser in PARSERS if parser != "pythonic"])
+def test_references_to_names_as_people_write_them(parser: str):
+    """No URI has a space or an umlaut in it; llguidance takes nothing else."""
+    tool = {"properties": {"a": {"$ref": "#/$defs/Größe 1"}}, "required": ["a"], "$defs": {"Größe 1": {"enum": ["ü"]}}}
+    call = {"name": "f", ("parameters" if parser == "llama3_json" else "arguments"): {"a": "ü"}}
+    text = {"hermes": "<tool_call>\n{}\n</tool_call>", "mistral": "[TOOL_CALLS][{}]"}.get(parser, "{}")
+    data = list(text.replace("{}", json.dumps(call, ensure_ascii=False)).encode())
+    either = answer_or_calls(Grammar.json_schema({"const": 1}), TOOL_CALL_PARSERS[parser], [("f", tool)], True, None, "")
+    assert either is not None
+    for grammar in (tool_grammar(TOOL_CALL_PARSERS[parser], [("f", tool)], True, None, ""), either.text):
+        matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), llguidance.LLMatcher.grammar_from_lark(grammar))
+        assert not matcher.is_error(), matcher.get_error()
+        assert matcher.try_consume_tokens(data) == len(data)
+
+
+@pytest.mark.parametrize("parser", [parser for parser in PARSERS if parser != "pythonic"])
 def test_a_function_without_parameters_is_called_without_arguments(parser: str):
     grammars = [tool_grammar(TOOL_CALL_PARSERS[parser], [("f", NO_PARAMETERS)], True, None, "")]
     if (

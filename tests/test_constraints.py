@@ -3,7 +3,9 @@
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import jsonschema
 import pytest
 from engines import Outputs, TinyRunner, ended, finish, greedy, load_goldens, run_alone, tiny_runner, tokens_of
 from json_schemas import random_schema
+from live_front_end import LiveFrontEnd
 from tiny_models import END_OF_TURN, EOS
 
 from jaxserve.chat_output import TOOL_CALL_PARSERS, MessageParser, answer_or_calls
@@ -69,6 +72,76 @@ def test_random_schemas_are_obeyed_whatever_happens_to_their_requests(runner: Ti
             validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER)
             validator.validate(json.loads(text_of(runner, sample)))
     assert num_ended >= 0.9 * len(schemas)
+
+
+@pytest.fixture(scope="module")
+def live(runner: TinyRunner, tiny_checkpoint: Callable[[str], Path]) -> Iterator[LiveFrontEnd]:
+    """The tiny model behind the real front end."""
+    folder = tiny_checkpoint("llama")
+    engine = runner.engine(ENDS)
+    engine.info = replace(engine.info, model_path=str(folder))
+    front_end = LiveFrontEnd(folder, engine=AsyncEngine(engine, 64))
+    front_end.start()
+    yield front_end
+    front_end.stop()
+
+
+def asked_and_told(number: int, schema: dict[str, Any]) -> tuple[str, dict[str, Any], Callable[[dict[str, Any]], tuple[str, bool]]]:
+    """A way to ask for a schema over HTTP: route, body, and what takes the text out of the answer, and whether it ended by itself."""
+    sampling = {"temperature": 1.0, "seed": number}
+    match number % 4:
+        case 0:
+            told_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+            messages = [{"role": "user", "content": "a"}]
+            return (
+                "/v1/chat/completions",
+                {"messages": messages, "max_tokens": 440, "response_format": told_format, **sampling},
+                lambda told: (told["choices"][0]["message"]["content"], told["choices"][0]["finish_reason"] == "stop"),
+            )
+        case 1:
+            return (
+                "/v1/completions",
+                {"prompt": "a", "max_tokens": 440, "guided_json": schema, **sampling},
+                lambda told: (told["choices"][0]["text"], told["choices"][0]["finish_reason"] == "stop"),
+            )
+        case 2:
+            parameters = {
+                "max_new_tokens": 440,
+                "details": True,
+                "grammar": {"type": "json", "value": schema},
+                "do_sample": True,
+                **sampling,
+            }
+            return (
+                "/generate",
+                {"inputs": "a", "parameters": parameters},
+                lambda told: (told["generated_text"], told["details"]["finish_reason"] == "eos_token"),
+            )
+    text = {"format": {"type": "json_schema", "name": "x", "schema": schema}}
+    return (
+        "/v1/responses",
+        {"input": "a", "max_output_tokens": 440, "text": text, **sampling},
+        lambda told: (told["output"][0]["content"][0]["text"], told["status"] == "completed"),
+    )
+
+
+def test_random_schemas_over_http(live: LiveFrontEnd):
+    """Of every four one for each of the fields that take a schema; all at once."""
+    schemas = [random_schema(random.Random(400 + number)) for number in range(40)]
+
+    def ask(number: int) -> bool:
+        path, body, told = asked_and_told(number, schemas[number])
+        answer = live.client.post(path, json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        text, ended = told(answer.json())
+        if ended:
+            checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
+            jsonschema.Draft202012Validator(schemas[number], format_checker=checker).validate(json.loads(text))
+        return ended
+
+    with ThreadPoolExecutor(16) as pool:
+        assert sum(pool.map(ask, range(len(schemas)))) >= 0.9 * len(schemas)
+    assert live.idle()
 
 
 @pytest.mark.parametrize("name", TOOL_CALL_PARSERS)

@@ -185,6 +185,38 @@ def test_upgrades_are_not_taken_and_not_told(short_limits: LiveFrontEnd, caplog:
     assert not [record for record in caplog.records if "upgrade" in record.getMessage().lower()]
 
 
+@pytest.mark.parametrize("cut", [0, 1, 7, 10**6])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_request_to_upgrade_is_answered_as_any_other(short_limits: LiveFrontEnd, cut: int, chunked: bool):
+    """As Java's HttpClient sends it, body and all; and so are the requests after it on its connection."""
+    body = json.dumps({"prompt": "abc", "max_tokens": 3, "temperature": 0}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: Upgrade, HTTP2-Settings\r\n"
+    head += b"upgrade: h2c\r\nhttp2-settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\n"
+    head += b"transfer-encoding: chunked\r\n\r\n" if chunked else b"content-length: %d\r\n\r\n" % len(body)
+    told = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body) if chunked else body
+    probe = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n"
+    sent = head + told + probe + head + told + b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    with _connect(short_limits) as connection:
+        connection.sendall(sent[: len(head) + cut])
+        time.sleep(0.05)
+        connection.sendall(sent[len(head) + cut :])
+        data = _read_all(connection)
+    assert data.count(b"HTTP/1.1 200") == 4 and data.count(b'"text":"abc"') == 2, data
+
+
+def test_a_request_to_upgrade_has_no_more_time_and_room_than_others(short_limits: LiveFrontEnd):
+    ask = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: upgrade\r\nupgrade: h2c\r\n"
+    with _connect(short_limits) as connection:
+        connection.sendall(ask + b"content-length: 10\r\n\r\n{")
+        assert _read_all(connection) == b""
+    with _connect(short_limits) as connection:
+        connection.sendall(ask + b"transfer-encoding: chunked\r\n\r\nnonsense\r\n")
+        assert _read_all(connection).startswith(b"HTTP/1.1 400")
+    with _connect(short_limits) as connection:
+        connection.sendall(ask + b"content-length: 3000000\r\n\r\n" + b" " * 3000000)
+        assert _read_all(connection).startswith(b"HTTP/1.1 413")
+
+
 def test_too_many_connections(short_limits: LiveFrontEnd, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(protocol, "MAX_CONNECTIONS", len(short_limits.http.server_state.connections))
     with _connect(short_limits) as connection:

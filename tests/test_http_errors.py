@@ -1,5 +1,6 @@
 """What is wrong with a request is told with a 4xx that names the field; nothing makes a 5xx or a hang, and the next request is served."""
 
+import gzip
 import json
 from typing import Any
 
@@ -223,6 +224,9 @@ def test_content_type(front_end: LiveFrontEnd):
     assert response.status_code == 415 and "application/json" in response.json()["error"]["message"]
     response = front_end.client.post("/generate", data={"inputs": "a"})
     assert (response.status_code, response.json()["error_type"]) == (415, "validation")
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    response = front_end.client.post(COMPLETIONS, content=gzip.compress(b'{"prompt": "a"}'), headers=headers)
+    assert response.status_code == 415 and "gzip" in response.json()["error"]["message"]
 
 
 def test_body_over_the_limit(front_end: LiveFrontEnd):

@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     # host half
     "scheduler": PLAIN | {"step", "page_key"},
     "tokenizer": {"errors", "request", "gguf_header"},
-    "structured": {"errors", "grammar"},
+    "structured": {"errors", "grammar", "json_schema"},
     "hosts": {"errors", "config"},
     "metrics": {"errors", "request"},
     "rpc": {"errors", "request", "grammar", "page_key", "engine"},

@@ -14,6 +14,7 @@ from jaxserve.errors import InvalidRequest, StartupError
 from jaxserve.grammar import Grammar
 from jaxserve.structured import GrammarCompiler, MaskFiller, Matcher, examiner, read_tokens
 from jaxserve.structured import compiler as compiler_module
+from jaxserve.structured import masks as masks_module
 from jaxserve.tokenizer import Tokenizer, load_pipeline, load_tokenizer
 
 TOKENIZER = Tokenizer(fast(byte_level()))
@@ -268,3 +269,10 @@ def test_a_folders_pipeline_is_the_tokenizers(tmp_path: Path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(StartupError, match="cannot load the tokenizer"):
         load_pipeline(tmp_path)
+
+
+def test_a_grammar_whose_masks_take_too_long_is_refused(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch):
+    """Each step would wait for them, with all requests in it. No time is as short as none."""
+    assert compiler.compile(Grammar.regex("[a-d]{3}")).future.result(60)
+    monkeypatch.setattr(masks_module, "MASK_SECONDS", -1.0)
+    assert refusal(compiler, Grammar.regex("[a-d]{4}")) == examiner.TOO_MUCH

@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from jaxserve.grammar import JSON_OPTIONS, JSON_WHITESPACE, Grammar, GrammarKind
+from jaxserve.json_schema import quote_references
 
 _LARK = re.compile(r"(?m)^\s*(%llguidance\b|start\s*:)")
 
@@ -56,5 +57,8 @@ def json_body(schema: Any) -> str:
     schema = {} if schema is True else schema
     if isinstance(schema, dict):
         own = schema.get(JSON_OPTIONS)
-        schema = {**schema, JSON_OPTIONS: {"whitespace_pattern": JSON_WHITESPACE, **(own if isinstance(own, dict) else {})}}
+        schema = {
+            **quote_references(schema),
+            JSON_OPTIONS: {"whitespace_pattern": JSON_WHITESPACE, **(own if isinstance(own, dict) else {})},
+        }
     return f"%json {json.dumps(schema)}"

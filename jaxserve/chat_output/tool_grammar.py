@@ -8,7 +8,7 @@ from jaxserve.chat_output.constrained import after_reasoning, json_body, json_sc
 from jaxserve.chat_output.formats import HERMES, LLAMA3_JSON, MISTRAL, ToolFormat
 from jaxserve.errors import InvalidRequest
 from jaxserve.grammar import JSON_OPTIONS, Grammar, GrammarKind
-from jaxserve.json_schema import read_schema
+from jaxserve.json_schema import quote_references, read_schema
 
 FunctionSchema = tuple[str, Mapping[str, Any]]
 
@@ -115,7 +115,7 @@ def _compact(schema: Any) -> str:
     """A schema whose values have white space only where people put it: models may else write nothing else for ever."""
     if isinstance(schema, Mapping):
         schema = {**read_schema(schema), "x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
-    return json.dumps(schema)
+    return json.dumps(quote_references(schema))
 
 
 def _pythonic_calls(tools: Sequence[FunctionSchema], parallel: bool) -> tuple[str, list[str]]:

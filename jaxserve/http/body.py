@@ -32,6 +32,8 @@ def json_route(payload_limit: int) -> type[APIRoute]:
                 kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
                 if request.method == "POST" and not _is_json(kind):
                     raise HTTPException(415, "Expected request with `Content-Type: application/json`")
+                if (coding := request.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+                    raise HTTPException(415, f"bodies in the content coding `{coding[:32]}` are not supported")
                 return await handle(_JsonRequest(request.scope, request.receive, payload_limit))
 
             return handle_json

@@ -5,8 +5,10 @@ uvicorn takes headers of megabytes and waits for ever for half a request or for 
 
 import asyncio
 import logging
+import sys
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,10 @@ class LimitedProtocol(HttpToolsProtocol):
         self._in_head = True
         self._num_bytes = 0
         self._refused = False
+        # Of a request to upgrade.
+        self._asks_upgrade = False
+        self._rest_at: int | None = None  # where the data that was parsed last goes on behind its head
+        self._resuming = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -65,22 +71,38 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._receive_timer is None and (self.cycle is None or self.cycle.response_complete):
             self._arm_receive_timer(HEAD_TIMEOUT)
         super().data_received(data)
+        rest = memoryview(data)
+        while self._rest_at is not None and not self._refused:
+            rest = rest[self._rest_at :]
+            self._rest_at = None
+            self._resume_after_upgrade()
+            super().data_received(rest)  # type: ignore[arg-type]
         if self._in_head and self._num_bytes > MAX_HEAD_BYTES:
             self._refuse(b"431 Request Header Fields Too Large")
         elif self._num_bytes > self._most_bytes:
             self.transport.abort()
 
     def on_message_begin(self) -> None:
+        if self._resuming:
+            return
         self._in_head = True
         self._arm_receive_timer(HEAD_TIMEOUT)
         super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        if not self._resuming:
+            super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._in_head:  # what comes after the body is nobody's
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self._resuming:
+            self._resuming = False
+            return
         self._in_head = False
+        self._asks_upgrade = self.parser.should_upgrade()
         if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > MAX_HEAD_BYTES:
             self._refuse(b"431 Request Header Fields Too Large")
         if self._refused:
@@ -95,6 +117,9 @@ class LimitedProtocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._asks_upgrade:  # the parser takes what follows for another protocol; its body comes yet
+            self._asks_upgrade = False
+            return
         self._disarm_receive_timer()
         self._in_head = True
         self._num_bytes = 0
@@ -113,7 +138,19 @@ class LimitedProtocol(HttpToolsProtocol):
         super().resume_writing()
 
     def _unsupported_upgrade_warning(self) -> None:
-        """A request to upgrade is answered as if it had not asked; no line in the log, which any client could fill."""
+        """A request to upgrade goes on as if it had not asked, which the server may do (RFC 9110, 7.8); no line in the log, which any
+        client could fill. Java's HttpClient asks for h2c with every first request that it sends, bodies and all."""
+        upgrade = sys.exception()
+        assert isinstance(upgrade, httptools.HttpParserUpgrade)
+        self._rest_at = upgrade.args[0]
+
+    def _resume_after_upgrade(self) -> None:
+        """The parser is through with the connection: another one takes the body, and the requests after it."""
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+        framing = [name + b": " + value for name, value in self.headers if name in (b"content-length", b"transfer-encoding")]
+        self._resuming = True
+        self.parser.feed_data(b"\r\n".join([b"POST / HTTP/1.1", *framing, b"", b""]))
 
     def _body_may_be_too_large(self) -> bool:
         for name, value in self.headers:

@@ -1,16 +1,22 @@
 """Matchers, and the masks of what they allow next: packed bits, filled in llguidance's threads without the GIL."""
 
 import os
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
+
+from jaxserve.errors import InvalidRequest
+from jaxserve.structured.examiner import TOO_MUCH
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 # A lexer state takes 1 to 2 KB, so that a matcher takes 64 MB at worst; JSON schemas of agents make do with hundreds.
 MAX_LEXER_STATES = 32768
+# CPU that one mask may take: steps wait for it, all requests in them. Masks take 1 ms, those of lexers that double each other a second.
+MASK_SECONDS = 0.1
 
 
 class Matcher:
@@ -27,13 +33,18 @@ class Matcher:
 
     @classmethod
     def compile(cls, tokens: "LLTokenizer", grammar: str) -> Self:
-        """A matcher at a grammar's start; with an `error` where there can be none."""
+        """A matcher at a grammar's start; with an `error` where there can be none. Raises InvalidRequest where masks take too long."""
         from llguidance import LLMatcher, LLParserLimits
 
         limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
         inner = LLMatcher(tokens, grammar, log_level=0, limits=limits)
         if not inner.is_error():
             inner.compute_bitmask()  # some errors show only now: a grammar that no text matches
+            again = inner.deep_copy()  # what a step will do
+            begun = time.thread_time()
+            again.compute_bitmask()
+            if time.thread_time() - begun > MASK_SECONDS:
+                raise InvalidRequest(TOO_MUCH)
         return cls(inner, tokens)
 
     @property

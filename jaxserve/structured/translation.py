@@ -2,16 +2,13 @@
 
 import json
 from typing import Any
-from urllib.parse import quote
 
 from llguidance import LLMatcher, StructTag
 from llguidance.gbnf_to_lark import any_to_lark
 
 from jaxserve.errors import InvalidRequest
 from jaxserve.grammar import JSON_WHITESPACE, Grammar, GrammarKind
-
-_URI_CHARACTERS = "%:/?#@!$&'()*+,;=-._~"
-_PLAIN_VALUES = frozenset({"const", "enum", "default", "examples"})
+from jaxserve.json_schema import quote_references
 
 
 def translate(grammar: Grammar) -> list[str]:
@@ -36,24 +33,8 @@ def _json_schema(text: str) -> list[str]:
     schema = json.loads(text)
     if schema is False:
         raise InvalidRequest("no JSON is valid by the schema `false`")
-    schema = {} if schema is True else _with_quoted_references(schema)
+    schema = {} if schema is True else quote_references(schema)
     return [LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False), {"whitespace_pattern": JSON_WHITESPACE})]
-
-
-def _with_quoted_references(schema: Any) -> Any:
-    """A schema whose references are URIs: names in them that people wrote as they are ("#/$defs/tree node") are escaped."""
-    if isinstance(schema, list):
-        return [_with_quoted_references(each) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    return {
-        key: quote(value, safe=_URI_CHARACTERS)
-        if key == "$ref" and isinstance(value, str)
-        else value
-        if key in _PLAIN_VALUES
-        else _with_quoted_references(value)
-        for key, value in schema.items()
-    }
 
 
 def _json_object(_: str) -> list[str]:
