@@ -2,6 +2,7 @@
 
 import enum
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -15,6 +16,7 @@ MAX_CHOICES = 4096
 # Between two parts of a JSON text: a space, or a line break and the next line's indentation. JSON allows any number; models have been
 # seen to write nothing else for ever.
 JSON_WHITESPACE = r" |\r?\n[ \t]{0,24}"
+_WHITESPACE_ALONE = re.compile(r"(?:\\[ntrs ]|[ \t\r\n\[\]()|?*+]|\(\?:|\{\d{1,4}(?:,\d{0,4})?\})*")
 JSON_OPTIONS = "x-guidance"  # key of a schema's options for llguidance
 
 
@@ -115,7 +117,7 @@ class Grammar:
         """Whether all that it accepts is JSON."""
         return self.kind in (GrammarKind.JSON_OBJECT, GrammarKind.JSON_SCHEMA)
 
-    def spaced(self, pattern: str) -> "Grammar":
+    def spaced(self, pattern: str, param: str = "whitespace_pattern") -> "Grammar":
         """The same JSON with other white space.
 
         It stands in the schema itself, under llguidance's key `x-guidance`, and stays with it where the schema becomes part of a larger
@@ -123,7 +125,18 @@ class Grammar:
 
         Args:
             pattern: regular expression of what may stand between two parts of the JSON, where anything does; "": nothing may.
+            param: name of the request's field that it came from.
+
+        Raises:
+            InvalidRequest: it may match anything but JSON's white space; the answer would be no JSON.
         """
+        if not _WHITESPACE_ALONE.fullmatch(pattern):
+            raise InvalidRequest(
+                f"`{param}` must be a regular expression of white space alone: spaces, \\t, \\r, \\n and \\s, in classes, groups, "
+                "alternatives and repetitions",
+                param,
+            )
+        pattern = pattern.replace("\\s", "[ \\t\\r\\n]")  # JSON knows no other
         schema = json.loads(self.text or '{"type":"object"}')
         if schema is False:  # nothing matches it anyway
             return self

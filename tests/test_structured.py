@@ -87,6 +87,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"$ref": "#/$defs/ß 1"}}, "requ
         (Grammar.json_schema({"properties": {"a": {}, "b": {}}}).spaced(""), ['{"a":1,"b":[1,2]}'], ['{"a": 1}', '{"b":[1, 2]}']),
         (Grammar.json_object().spaced("[ ]?"), ['{"a": 1,"b":2}'], ['{"a":  1}', '{"a":\n1}', "1"]),
         (Grammar.json_schema(True).spaced(r"\t"), ["[1,\t2]", "1"], ["[1, 2]"]),
+        (Grammar.json_schema(True).spaced(r"(?:[\s]| ){0,2}"), ["[1,\n 2]"], ["[1,   2]", "[1,\xa02]", "[1,\x0b2]"]),
         (Grammar.regex(r"^\d{3}-[a-c]+$"), ["123-abc"], ["12-a", "123-", "123-d"]),
         (Grammar.ebnf('root ::= "a" [0-9]+ ("x" | "y")'), ["a12x", "a1y"], ["ax", "a1"]),
         (Grammar.ebnf('start: "f(" %json {"type": "integer"} ")"'), ["f(12)"], ["f()", 'f("1")']),
@@ -276,3 +277,11 @@ def test_a_grammar_whose_masks_take_too_long_is_refused(compiler: GrammarCompile
     assert compiler.compile(Grammar.regex("[a-d]{3}")).future.result(60)
     monkeypatch.setattr(masks_module, "MASK_SECONDS", -1.0)
     assert refusal(compiler, Grammar.regex("[a-d]{4}")) == examiner.TOO_MUCH
+
+
+@pytest.mark.parametrize("pattern", ["a", "5", ".", "[^ ]", "[ -~]", r"\S", r"\x20", r"\d", "(?i: )", " {2,99999}", "\xa0", "^ $", "\x00"])
+def test_white_space_is_white_space(pattern: str):
+    """Anything else between its parts, and an answer is no JSON."""
+    with pytest.raises(InvalidRequest, match="white space alone") as caught:
+        Grammar.json_object().spaced(pattern, "guided_whitespace_pattern")
+    assert caught.value.param == "guided_whitespace_pattern"

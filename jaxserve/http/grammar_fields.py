@@ -125,7 +125,7 @@ class GrammarFields(SamplerFields):
             if grammar is not None and grammar.kind is GrammarKind.STRUCTURAL_TAG:
                 raise InvalidRequest(f"`{param}` is not supported with structural tags", param)
             if grammar is not None and grammar.is_json:
-                return grammar.spaced(pattern)
+                return grammar.spaced(pattern, param)
         return grammar
 
     def _asked(self) -> list[tuple[str, Grammar]]:
