@@ -55,7 +55,7 @@ def responses_routes(service: Service) -> APIRouter:
             ended = turn.finish_reason(turn.answers.samples[0]) is not None  # else the client has gone
             if ended and body.keeps and service.options.http_workers == 1:
                 parts = previous.parts if previous else ()
-                before = [*previous.input_items, *parts[-1].output] if previous else ()
+                before = [*previous.input_items, *previous.parts[-1].output] if previous else ()
                 store.add(response, parts, input_items(body.input, before), [*messages, *messages_of(response["output"])])
 
         headers = {"x-request-id": response_id}
