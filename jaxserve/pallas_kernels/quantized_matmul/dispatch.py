@@ -29,7 +29,7 @@ _STEP_CYCLES = 175  # of a warpgroup for 64 columns, beside the products
 _TILE_CYCLES = 3000  # in which the tensor cores wait
 _CYCLE_BYTES = 1700  # of parts that are written and read again, of all multiprocessors together
 _PANEL = 4  # tiles of 256 tokens
-_TAKES_TURNS = False  # not measured yet
+_MOST_TURN_TOKENS = 256  # of a gated product; with more, warpgroups that take turns are slower
 
 
 def takes_eight_bit_products(x: jax.Array, weight: EightBitWeight, gpu: Gpu) -> bool:
@@ -124,7 +124,8 @@ def wide_four_bit_config(
     codes = code_stages * teams * HEIGHT * (BLOCK // 2 + max(1, BLOCK // weight.group) * (weight.scales.dtype.itemsize + 1))
     out = 2 * teams * HEIGHT * HEIGHT * 2 if lanes % HEIGHT == 0 else 8 * HEIGHT * HEIGHT
     stages = min(8, (_SMEM_BYTES - codes - out) // (lanes * BLOCK))
-    return WideQuantizedConfig(teams, most, splits, stages, code_stages, gpu.num_multiprocessors, cluster, _PANEL, _TAKES_TURNS)
+    takes_turns = gated and num_tokens <= _MOST_TURN_TOKENS
+    return WideQuantizedConfig(teams, most, splits, stages, code_stages, gpu.num_multiprocessors, cluster, _PANEL, takes_turns)
 
 
 def _mosaic_takes(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu) -> bool:
