@@ -71,17 +71,14 @@ def test_the_kernel_for_many_tokens_multiplies(num_tokens, size, depth, config, 
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("num_tokens", [5, 130])
-def test_the_kernels_multiply_eight_bit_numbers(num_tokens, gated):
-    x, weight = (jnp.asarray(a, jnp.float8_e4m3fn) for a in normal(num_tokens, 256, 256))
-    scales = tuple(jnp.asarray(np.random.default_rng(n).uniform(0.1, 0.3, n), jnp.float32) for n in (num_tokens, 256))
-    product = functools.partial(matmul_wide, config=WideMatmulConfig(2, 64, 64, 1, 2, 4, 2))
-    if num_tokens == 5:
-        product = functools.partial(matmul_mosaic, config=MosaicMatmulConfig(128, 1 if gated else 2, 128, 2, 4))
-    out = jax.jit(functools.partial(product, gated=gated, interpret=True), compiler_options=UNOPTIMISED)(x, weight, scales)
-    assert (out.dtype, out.shape[1:]) == (jnp.bfloat16, (num_tokens, 128 if gated else 256))
+def test_the_kernel_for_many_tokens_multiplies_eight_bit_numbers(gated):
+    x, weight = (jnp.asarray(a, jnp.float8_e4m3fn) for a in normal(130, 256, 128))
+    scales = tuple(jnp.asarray(np.random.default_rng(n).uniform(0.1, 0.4, n), jnp.float32) for n in (130, 256))
+    call = functools.partial(matmul_wide, config=WideMatmulConfig(2, 64, 64, 1, 2, 4, 2), gated=gated, interpret=True)
+    out = jax.jit(call, compiler_options=UNOPTIMISED)(x, weight, scales)
+    assert (out.dtype, out.shape) == (jnp.bfloat16, (1, 130, 128 if gated else 256))
     wide = [np.asarray(a.astype(jnp.float32)) * np.asarray(scale)[:, None] for a, scale in zip((x, weight), scales, strict=True)]
-    assert relative_error(out.astype(jnp.float32).sum(axis=0), *wide) < 2.5e-3
+    assert relative_error(out[0].astype(jnp.float32), *wide) < 2.5e-3
 
 
 @pytest.mark.parametrize("num_tokens", [3, 16])

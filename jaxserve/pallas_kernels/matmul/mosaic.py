@@ -4,7 +4,7 @@ The weight is wgmma's left operand, 64 of its rows at a time, and the tokens are
 nothing. A block of threads has two warpgroups: one fetches by TMA and runs ahead over the borders of tiles, one computes. The work is
 cut so that each block reads as many bytes as every other; where the rows of a weight are too few for that, its columns are cut too, and
 the partial sums go to the reader, which adds them up in a fixed order. A gated product takes gate and up rows of the same units in one
-tile, so that SwiGLU needs no pass of its own; nor do the scales of 8-bit products.
+tile, so that SwiGLU needs no pass of its own.
 """
 
 import functools
@@ -53,25 +53,21 @@ class MosaicMatmulConfig:
         """
         (num_tokens, depth), size = x.shape, weight.shape[0]
         fewest_bytes = _FEWEST_BYTES if num_tokens <= _FEW_TOKENS else _FEWEST_BYTES_OF_MANY
-        itemsize = weight.dtype.itemsize
-        if x.dtype not in (jnp.bfloat16, jnp.float8_e4m3fn) or weight.dtype != x.dtype or num_tokens > _MOST_TOKENS:
-            return None
-        if itemsize * size * depth < fewest_bytes:
+        if x.dtype != jnp.bfloat16 or weight.dtype != x.dtype or num_tokens > _MOST_TOKENS or 2 * size * depth < fewest_bytes:
             return None
         lanes = _lanes(num_tokens)
         enough = 0.7 * num_multiprocessors  # fewer blocks do not draw all that the memory gives
         tile = 2 * HEIGHT if size % (2 * HEIGHT) == 0 and size // (2 * HEIGHT) >= enough else HEIGHT
         splits = next((splits for splits in (1, 2, 4, 8) if size // tile * splits >= enough), 0)
-        widths = (256 // itemsize, 128 // itemsize)
-        block_k = next((width for width in widths if splits and depth % (splits * width) == 0), 0)
-        partial_share = 0 if splits == 1 else 4 * splits * lanes / (itemsize * depth)  # bytes of partial sums a byte of the weight
+        block_k = next((width for width in (128, 64) if splits and depth % (splits * width) == 0), 0)
+        partial_share = 0 if splits == 1 else 2 * splits * lanes / depth  # bytes of partial sums a byte of the weight
         if size % tile or block_k == 0 or partial_share > 1 / 8:
             return None
         if gated and (splits > 1 or tile != 2 * HEIGHT):  # a tile is 64 rows of each half
             return None
         # A cluster's blocks wait for each other: it pays where the tokens are as many bytes as the tile.
         cluster = 2 if lanes > 64 and lanes % 16 == 0 and size % (2 * tile) == 0 else 1
-        stages = (_SMEM_BYTES - 4 * lanes * HEIGHT) // (itemsize * (tile + lanes) * block_k)
+        stages = (_SMEM_BYTES - 4 * lanes * HEIGHT) // (2 * (tile + lanes) * block_k)
         return cls(tile, splits, block_k, min(8, stages), num_multiprocessors, cluster)
 
 
@@ -81,49 +77,33 @@ def _lanes(num_tokens: int) -> int:
 
 @functools.partial(jax.jit, static_argnames=("config", "gated", "interpret"))
 def matmul_mosaic(
-    x: jax.Array,
-    weight: jax.Array,
-    scales: tuple[jax.Array, jax.Array] | None = None,
-    *,
-    config: MosaicMatmulConfig,
-    gated: bool = False,
-    interpret: bool = False,
+    x: jax.Array, weight: jax.Array, *, config: MosaicMatmulConfig, gated: bool = False, interpret: bool = False
 ) -> jax.Array:
-    """x [T, K] times the transposed weight [N, K], both bfloat16, float16 or float8_e4m3fn; the same bits in every run.
-
-    Args:
-        scales: float32 [T] and [N], what a token's and a row's sums are multiplied by; with float8 alone.
+    """x [T, K] times the transposed weight [N, K], both bfloat16 or float16; the same bits in every run.
 
     Returns:
-        [P, T, N] in x's dtype, with scales in bfloat16: parts whose sum is the product, one, or two for each split. A partial sum leaves
-        the kernel as two numbers, itself and what rounding it left over (in bfloat16 16 bits of its float32's 24): only 16-bit numbers
-        go transposed to SMEM. Gated: silu(gate) * up, [1, T, N / 2], of the weight's gate rows and the up rows after them; a tile is
-        half of each.
-
-    Raises:
-        ValueError: scales where none belong, or none where they do.
+        [P, T, N] in x's dtype, parts whose sum is the product: one, or two for each split. A partial sum leaves the kernel as two
+        numbers, itself and what rounding it left over (in bfloat16 16 bits of its float32's 24): only 16-bit numbers go transposed to
+        SMEM. Gated: silu(gate) * up, [1, T, N / 2], of the weight's gate rows and the up rows after them; a tile is half of each.
     """
-    if (scales is not None) != (x.dtype == jnp.float8_e4m3fn):
-        raise ValueError(f"{x.dtype} {'without' if scales is None else 'with'} scales")
-    num_tokens, out_dtype = x.shape[0], x.dtype if scales is None else jnp.dtype(jnp.bfloat16)
+    num_tokens = x.shape[0]
     size = weight.shape[0] // (2 if gated else 1)
     width = config.tile // (2 if gated else 1)
     lanes = _lanes(num_tokens)
     chunks = size // (width * config.cluster) * config.splits
     workers = pl.cdiv(chunks, pl.cdiv(chunks, config.num_blocks // config.cluster))
     planes = 1 if config.splits == 1 else 2
-    factors = () if scales is None else (jnp.pad(scales[0], (0, lanes - num_tokens)), scales[1])
     tiled = swizzled(config.block_k, x.dtype)
     emptied = plgpu.Barrier(num_barriers=config.num_stages)
     if config.cluster > 1:
         emptied = plgpu.ClusterBarrier(collective_axes=("member",), num_barriers=config.num_stages)
     parts = plgpu.kernel(
-        functools.partial(_matmul_kernel, config=config, gated=gated, scaled=scales is not None, chunks=chunks, workers=workers),
-        out_type=jax.ShapeDtypeStruct((config.splits * planes, lanes, size), out_dtype),
+        functools.partial(_matmul_kernel, config=config, gated=gated, chunks=chunks, workers=workers),
+        out_type=jax.ShapeDtypeStruct((config.splits * planes, lanes, size), x.dtype),
         scratch_types=(
             plgpu.SMEM((config.num_stages, config.tile, config.block_k), x.dtype, transforms=tiled),
             plgpu.SMEM((config.num_stages, lanes, config.block_k), x.dtype, transforms=tiled),
-            plgpu.SMEM((planes, lanes, HEIGHT), out_dtype, transforms=swizzled(HEIGHT // 2, out_dtype)),
+            plgpu.SMEM((planes, lanes, HEIGHT), x.dtype, transforms=swizzled(HEIGHT // 2, x.dtype)),
             plgpu.Barrier(num_arrivals=3 if gated else 2, num_barriers=config.num_stages),
             emptied,
         ),
@@ -136,12 +116,14 @@ def matmul_mosaic(
         # Lane semantics lower in half the time of the default's, which infers layouts first.
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(jnp.pad(x, ((0, lanes - num_tokens), (0, 0))), weight, *factors)
+    )(jnp.pad(x, ((0, lanes - num_tokens), (0, 0))), weight)
     return parts[:, :num_tokens]
 
 
-def _matmul_kernel(x_ref, weight_ref, *refs, config: MosaicMatmulConfig, gated: bool, scaled: bool, chunks: int, workers: int):
-    scale_refs, (parts_ref, weight_smem, x_smem, out_smem, filled, emptied) = refs[: 2 * scaled], refs[2 * scaled :]
+def _matmul_kernel(
+    x_ref, weight_ref, parts_ref, weight_smem, x_smem, out_smem, filled, emptied,
+    *, config: MosaicMatmulConfig, gated: bool, chunks: int, workers: int,
+):  # fmt: skip
     halves = 2 if gated else 1
     width, size = config.tile // halves, parts_ref.shape[2]
     tile, block_k, stages = config.tile, config.block_k, config.num_stages
@@ -207,11 +189,6 @@ def _matmul_kernel(x_ref, weight_ref, *refs, config: MosaicMatmulConfig, gated: 
 
             accumulators = [plgpu.WGMMAAccumulatorRef((HEIGHT, lanes), jnp.float32) for _ in tops]
             count, sums = pl.run_scoped(accumulate, *accumulators)
-            if scaled:
-                by_token = scale(scale_refs[0], 0, lanes, (HEIGHT, lanes), 1)
-                starts = [first_row(chunk) + half * size + top for half in range(halves) for top in range(0, width, HEIGHT)]
-                rows = [scale(scale_refs[1], start, HEIGHT, (HEIGHT, lanes), 0) for start in starts]
-                sums = [total * by_token * by_row for total, by_row in zip(sums, rows, strict=True)]
             if gated:
                 sums = [gate / (1 + jnp.exp(-gate)) * up for gate, up in zip(sums[: len(sums) // 2], sums[len(sums) // 2 :], strict=True)]
             place = lax.rem(chunk, splits) * planes
@@ -230,9 +207,3 @@ def _matmul_kernel(x_ref, weight_ref, *refs, config: MosaicMatmulConfig, gated: 
 
         lax.fori_loop(begin, end, compute_chunk, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
-
-
-def scale(ref, start, number: int, shape: tuple[int, int], axis: int):
-    """Part of the scales of one axis of a tile, as large as the tile."""
-    part = plgpu.load(ref.at[pl.ds(start, number)], layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
-    return lax.broadcast_in_dim(part, shape, (axis,))

@@ -17,7 +17,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxserve.pallas_kernels.matmul.mosaic import scale
 from jaxserve.pallas_kernels.paged_attention.mosaic_decode import swizzled
 
 HEIGHT = 64  # of a wgmma
@@ -261,14 +260,14 @@ def _wide_kernel(
             token, unit, share = place(i)
             token = token + warpgroup * tokens
             if scaled:
-                total = total * scale(scale_refs[0], token, tokens, total.shape, 0)
+                total = total * _scale(scale_refs[0], token, tokens, total.shape, 0)
             if scaled and not gated:
-                total = total * scale(scale_refs[1], unit, width, total.shape, 1)
+                total = total * _scale(scale_refs[1], unit, width, total.shape, 1)
             if gated:
                 gate, up = total[:, :width], total[:, width:]
                 if scaled:
-                    gate = gate * scale(scale_refs[1], unit, width, gate.shape, 1)
-                    up = up * scale(scale_refs[1], unit + units, width, up.shape, 1)
+                    gate = gate * _scale(scale_refs[1], unit, width, gate.shape, 1)
+                    up = up * _scale(scale_refs[1], unit + units, width, up.shape, 1)
                 total = gate / (1 + jnp.exp(-gate)) * up
             if out_smem is None:
                 out_ref.at[share, pl.ds(token, tokens), pl.ds(unit, width)][...] = total
@@ -286,3 +285,9 @@ def _wide_kernel(
         lax.fori_loop(0, num_chunks, compute_chunk, jnp.int32(0))
         if out_smem is not None:
             plgpu.wait_smem_to_gmem(0)
+
+
+def _scale(ref, start, number: int, shape: tuple[int, int], axis: int):
+    """Part of the scales of one axis of a tile, as large as the tile."""
+    part = plgpu.load(ref.at[pl.ds(start, number)], layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
+    return lax.broadcast_in_dim(part, shape, (axis,))

@@ -32,17 +32,15 @@ def quantized_gated_matmul(x: jax.Array, weight: FourBitWeight | EightBitWeight 
 def _gated_kernel(x: jax.Array, weight: FourBitWeight | EightBitWeight | PlainWeight, gpu: Gpu) -> jax.Array | None:
     """The gated product by a kernel of our own; None: there is none for it."""
     # Pallas takes over a second to import: not where there is no GPU.
-    from jaxserve.pallas_kernels.matmul.mosaic import matmul_mosaic
     from jaxserve.pallas_kernels.matmul.mosaic_wide import matmul_wide
-    from jaxserve.pallas_kernels.quantized_matmul.dispatch import few_tokens_config, wide_config, wide_four_bit_config
+    from jaxserve.pallas_kernels.quantized_matmul.dispatch import wide_config, wide_four_bit_config
     from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import quantized_matmul_wide
 
     if isinstance(weight, EightBitWeight):
-        few, wide = few_tokens_config(x, weight, gpu, gated=True), wide_config(x, weight, gpu)
-        if few is not None:
-            return matmul_mosaic(*_eight_bit_operands(x, weight, after_kernel=False), config=few, gated=True)[0]
-        if wide is not None:
-            return matmul_wide(*_eight_bit_operands(x, weight, after_kernel=False), config=wide, gated=True)[0]
+        config = wide_config(x, weight, gpu)
+        if config is not None:
+            codes, scales = _round(x, weight, after_kernel=False)
+            return matmul_wide(codes, weight.codes, (scales[:, 0], weight.scales[0].astype(jnp.float32)), config=config, gated=True)[0]
     elif isinstance(weight, FourBitWeight) and weight.minima is None:
         config = wide_four_bit_config(x, weight, x.dtype, gpu, gated=True)
         if config is not None:
@@ -66,9 +64,7 @@ def _parts(x: jax.Array, weight: FourBitWeight | EightBitWeight | PlainWeight, o
 
 def _multiply_on_gpu(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu, after_kernel: bool) -> jax.Array:
     # Pallas takes over a second to import: not where there is no GPU.
-    from jaxserve.pallas_kernels.matmul.mosaic import matmul_mosaic
     from jaxserve.pallas_kernels.quantized_matmul.dispatch import (
-        few_tokens_config,
         mosaic_config,
         takes_eight_bit_products,
         triton_config,
@@ -79,10 +75,6 @@ def _multiply_on_gpu(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_d
     from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import quantized_matmul_wide
     from jaxserve.pallas_kernels.quantized_matmul.triton import quantized_matmul_triton
 
-    few = few_tokens_config(x, weight, gpu) if isinstance(weight, EightBitWeight) and out_dtype == x.dtype else None
-    if few is not None:
-        parts = matmul_mosaic(*_eight_bit_operands(x, weight, after_kernel), config=few)  # pyright: ignore[reportArgumentType]
-        return parts[0] if parts.shape[0] == 1 else parts
     if isinstance(weight, EightBitWeight) and takes_eight_bit_products(x, weight, gpu):
         return eight_bit_matmul(*_round(x, weight, after_kernel), weight, out_dtype)
     minima = weight.minima if isinstance(weight, FourBitWeight) else _minima(weight)
@@ -108,14 +100,6 @@ def _multiply_on_gpu(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_d
 
 def _minima(weight: EightBitWeight) -> jax.Array | None:
     return None if weight.zeros is None else -weight.scales.astype(jnp.float32) * weight.zeros.astype(jnp.float32)
-
-
-def _eight_bit_operands(
-    x: jax.Array, weight: EightBitWeight, after_kernel: bool
-) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
-    """x rounded, the weight's codes, and the scales of both, as kernels take them."""
-    codes, scales = _round(x, weight, after_kernel)
-    return codes, weight.codes, (scales[:, 0], weight.scales[0].astype(jnp.float32))
 
 
 def _round(x: jax.Array, weight: EightBitWeight, after_kernel: bool) -> tuple[jax.Array, jax.Array]:

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jaxserve.pallas_kernels.gpu import Gpu
-from jaxserve.pallas_kernels.matmul.mosaic import MosaicMatmulConfig
 from jaxserve.pallas_kernels.matmul.mosaic_wide import WideMatmulConfig
 from jaxserve.pallas_kernels.quantized_matmul.mosaic import HEIGHT, MosaicQuantizedConfig, token_tiles
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import WideQuantizedConfig, wide_token_tiles
@@ -38,15 +37,6 @@ def takes_eight_bit_products(x: jax.Array, weight: EightBitWeight, gpu: Gpu) -> 
         return False
     fits = all(length % 16 == 0 for length in (*x.shape, weight.shape[0]))
     return fits and x.shape[0] >= _LEAST_EIGHT_BIT_TOKENS and (gpu.is_hopper or weight.codes.dtype == jnp.int8)
-
-
-def few_tokens_config(x: jax.Array, weight: EightBitWeight, gpu: Gpu, gated: bool = False) -> MosaicMatmulConfig | None:
-    """The cut of Hopper's kernel for few tokens for x [T, K] in float8; None where it does not go."""
-    rounds = weight.quantized_activations and weight.zeros is None and weight.scales.shape[0] == 1
-    if not gpu.is_hopper or not rounds or x.dtype != jnp.bfloat16 or weight.codes.dtype != jnp.float8_e4m3fn:
-        return None
-    rounded = jax.ShapeDtypeStruct(x.shape, weight.codes.dtype)
-    return MosaicMatmulConfig.suited(rounded, weight.codes, gpu.num_multiprocessors, gated)  # pyright: ignore[reportArgumentType]
 
 
 def wide_config(x: jax.Array, weight: EightBitWeight, gpu: Gpu) -> WideMatmulConfig | None:
