@@ -30,6 +30,12 @@ FIGURES: tuple[tuple[str, str, float | None], ...] = (
     ("1B, decode step of 1 request", "decode_step_1b_b1_ms", 1.34),
     ("1B, decode step of 64 requests", "decode_step_1b_b64_ms", 2.28),
     ("1B, decode step of 256 requests", "decode_step_1b_b256_ms", 5.00),
+    ("8B in fp8, decode step of 1 request", "fp8_decode_step_b1_ms", 3.50),
+    ("8B in fp8, decode step of 64 requests", "fp8_decode_step_b64_ms", 6.26),
+    ("8B in fp8, decode step of 256 requests", "fp8_decode_step_b256_ms", 16.14),
+    ("8B in fp8, prefill of 8 prompts of 8192 tokens", "fp8_prefill_8x8192_tok_s", 57_000),
+    ("8B in 4 bits, decode step of 1 request", "w4_decode_step_b1_ms", None),
+    ("8B in 4 bits, decode step of 64 requests", "w4_decode_step_b64_ms", None),
     ("decode attention, 64 requests of 4k tokens", "decode_attention_b64_4k_tbps", None),
 )
 
