@@ -101,7 +101,7 @@ MUTATIONS = (
     Mutation(
         "final norm missing",
         "models/decoder.py",
-        "normed, _ = self.norm(x, jnp.zeros_like(x))",
+        "normed, _ = self.norm(Branch(x), jnp.zeros_like(x), Shards())",
         "normed = x",
         golden("llama"),
     ),
@@ -132,8 +132,8 @@ MUTATIONS = (
     Mutation(
         "sum over shards missing",
         "models/layers.py",
-        'jax.lax.psum(y, "tensor") if self.reduce else y',
-        "y",
+        "if x.shared:",
+        "if False:",
         (f"{SHARDED[0]}[llama-bias-2]",),
     ),
     Mutation(
@@ -218,14 +218,14 @@ MUTATIONS = (
     ),
     Mutation(
         "prefix found under another's salt",
-        "scheduler/prefix_cache.py",
+        "page_key.py",
         "sha256(parent + tokens + extras)",
         "sha256(parent + tokens)",
         ("test_scheduler.py",),
     ),
     Mutation(
         "prefix found behind another past",
-        "scheduler/prefix_cache.py",
+        "page_key.py",
         "sha256(parent + tokens + extras)",
         "sha256(tokens + extras)",
         ("test_scheduler.py", "test_scheduler_simulation.py"),

@@ -13,7 +13,8 @@ from jaxserve.pallas_kernels.all_reduce.reference import sum_in_order
 from jaxserve.pallas_kernels.matmul import add_parts
 
 # Most bytes of a sum over peer memory, by the number of shards (the next larger one counts): in one shot, each device sending its part to
-# all others, and in all; larger ones are made in two shots, and by XLA. Guesses until benchmarks.all_reduce has run on so many GPUs.
+# all others, and in all; larger ones are made in two shots, and by XLA. Of two shards by benchmarks.all_reduce, where the kernel wins up to
+# 16 MB; guesses for more of them.
 MOST_BYTES_IN_ONE_SHOT = {2: 2**30, 4: 2**20, 8: 2**18}
 MOST_BYTES = {2: 8 * 2**20, 4: 8 * 2**20, 8: 8 * 2**20}
 # Most rows that are normalised in the kernel that adds them up, a block each.
