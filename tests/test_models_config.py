@@ -1,5 +1,6 @@
 """config.json: what is read, and what is refused rather than computed wrongly."""
 
+import functools
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from tiny_models import CONFIGS
 from jaxserve.errors import UnsupportedModel
 from jaxserve.models import Architecture, KVGroup, ModelConfig
 from jaxserve.models.parameters import Parameter
-from jaxserve.pallas_kernels import AttentionMetadata, layer_kv_shape
+from jaxserve.pallas_kernels import AttentionMetadata, Shards, layer_kv_shape
 
 
 def changed(name: str, **fields: Any) -> dict[str, Any]:
@@ -124,7 +125,8 @@ def test_each_kind_of_layer_is_traced_once(name: str, kinds: int) -> None:
     metadata = AttentionMetadata(
         page_table=zeros[None, :4], kv_lens=zeros[:1], query_starts=zeros[:2], write_pages=zeros, write_offsets=zeros, decode_only=False
     )
-    step = jax.shard_map(architecture.apply, mesh=mesh, in_specs=(architecture.specs, *[P()] * 5), out_specs=P(), check_vma=False)
+    apply = functools.partial(architecture.apply, shards=Shards())
+    step = jax.shard_map(apply, mesh=mesh, in_specs=(architecture.specs, *[P()] * 5), out_specs=P(), check_vma=False)
     kv = ((cache, cache),) * 6
     jaxpr = jax.make_jaxpr(step)(leaves, zeros, zeros, kv, (metadata,) * len(config.kv_groups), zeros[:1])
     (sharded,) = (equation.params["jaxpr"] for equation in jaxpr.eqns if equation.primitive.name == "shard_map")

@@ -40,5 +40,5 @@ def read_body[B: BaseModel](kind: type[B], fields: Mapping[str, Any]) -> B:
     try:
         return kind.model_validate(dict(fields))
     except ValidationError as error:
-        told = field_error(RequestValidationError(error.errors()))
+        told = field_error(RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in error.errors()]))
         raise told if isinstance(told, InvalidRequest) else InvalidRequest(str(told)) from None
