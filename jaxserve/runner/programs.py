@@ -2,8 +2,9 @@
 
 A step is two: `forward` a bucket, and `sample` a row count. So the sampler is not compiled for each bucket, and the masks of constrained
 rows are filled while the forward runs: `mask` applies them before the sampler. `logprobs` comes after it, where a row wants them. The
-second launch costs a step nothing: it waits in the queue. The other programs change the state between steps: copied pages, page-table
-entries, the sampler's slots.
+second launch mostly costs a step nothing: it waits in the queue. The steps of few streams can be shorter than the host's two launches, so
+the smallest ones are also one program, `step`. The other programs change the state between steps: copied pages, page-table entries, the
+sampler's slots.
 """
 
 import itertools
