@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.rows import add_row_flags, command_line, make_rows
 from jaxserve.pallas_kernels.matmul import add_parts, gated_matmul, matmul, multiply_gated
-from jaxserve.pallas_kernels.quantized_matmul.api import quantized_matmul
+from jaxserve.pallas_kernels.quantized_matmul.api import quantized_gated_matmul, quantized_matmul
 from jaxserve.pallas_kernels.quantized_matmul.mosaic import MosaicQuantizedConfig, quantized_matmul_mosaic
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import WideQuantizedConfig, quantized_matmul_wide
 from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfig, quantized_matmul_triton
@@ -183,7 +183,32 @@ def _triton_cuts() -> Iterator[Contender]:
         yield triton(Case("w4", shape, 64), 128, 64, 1, splits, 8, 4)
 
 
-CONTENDERS = {"served": _served, "mosaic": _mosaic_cuts, "wide": _wide_cuts, "triton": _triton_cuts}
+def _few_cuts() -> Iterator[Contender]:
+    """One token (and 16) times weights of 8 and 4 bits: Mosaic's kernel beside Triton's."""
+    of_shape = {
+        "gate_up": (
+            ((4, 1, 5, 132), (2, 1, 8, 132), (2, 1, 5, 264), (1, 1, 8, 264)),
+            ((64, 16, 1, 1, 2, 4), (64, 16, 1, 1, 2, 6), (32, 16, 1, 1, 2, 4)),
+        ),
+        "down": (((2, 4, 8, 132), (4, 8, 5, 132), (1, 2, 8, 132)), ((64, 16, 1, 8, 2, 4), (64, 16, 1, 4, 2, 6))),
+        "qkv": (((3, 4, 6, 132), (4, 4, 5, 132), (1, 1, 8, 132)), ((64, 16, 1, 4, 2, 4),)),
+        "o": (((2, 4, 8, 132), (1, 2, 8, 132)), ((64, 16, 1, 8, 2, 4),)),
+        "head": (((4, 1, 5, 132), (2, 1, 5, 264)), ((64, 16, 1, 1, 2, 4),)),
+    }
+    for shape, (of_mosaic, of_triton) in of_shape.items():
+        for tokens in (1, 16):
+            for cut in of_mosaic if tokens == 1 else of_mosaic[:1]:
+                yield mosaic(Case("fp8", shape, tokens), *cut)
+            for cut in of_triton if tokens == 1 else ():
+                yield triton(Case("fp8", shape, tokens), *cut)
+    yield Contender(Case("fp8", "swiglu", 1), "served", quantized_gated_matmul)
+    for cut in ((4, 1, 8, 132), (2, 1, 8, 264), (2, 1, 8, 132)):
+        yield mosaic(Case("w4", "gate_up", 1), *cut)
+    for cut in ((64, 16, 2, 1, 2, 3), (64, 16, 1, 1, 2, 4), (64, 16, 1, 1, 2, 6)):
+        yield triton(Case("w4", "gate_up", 1), *cut)
+
+
+CONTENDERS = {"few": _few_cuts, "served": _served, "mosaic": _mosaic_cuts, "wide": _wide_cuts, "triton": _triton_cuts}
 
 
 def multiply_quantized(x: jax.Array, weight: FourBitWeight | EightBitWeight) -> jax.Array:
