@@ -14,6 +14,7 @@ from benchmarks.device_bytes import bytes_an_element, schemes
 from benchmarks.engine import Measurement, name_parts
 from benchmarks.quantized_model import quantized_model
 from benchmarks.rows import Rows
+from benchmarks.sampled_steps import CASES, Card, Steps, Turn, table
 from benchmarks.throughput import Run, row_name
 from jaxserve.config import ModelOptions
 from jaxserve.runner import make_mesh
@@ -85,6 +86,16 @@ def test_throughput_counts_each_token(tiny_checkpoint: Callable[[str], Path]):
     assert tokens == 0 and not engine.has_work
     assert run.measure(2, 60.0)[0] == 12
     engine.check_integrity()
+
+
+def test_steps_of_each_option(tiny_checkpoint: Callable[[str], Path]):
+    engine = tiny_runner(tiny_checkpoint("llama")).engine(prefix_caching=True)
+    steps, turns = Steps(engine, Card(), 3, 20, 2, 4), {name: Turn() for name in ("greedy", "one token", "own token")}
+    for name, turn in turns.items():
+        steps.run(CASES[name], turn)
+        assert len(turn.steps) == len(turn.different) == 4 and not engine.has_work
+    assert turns["one token"].different == [1] * 4 and turns["own token"].different == [3] * 4
+    assert [line.split("  ")[0] for line in table(turns).splitlines()] == ["case", *turns]
 
 
 @pytest.mark.parametrize(
