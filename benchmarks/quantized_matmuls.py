@@ -27,6 +27,7 @@ from benchmarks.rows import add_row_flags, command_line, make_rows
 from jaxserve.pallas_kernels.matmul import add_parts, gated_matmul, matmul, multiply_gated
 from jaxserve.pallas_kernels.quantized_matmul.api import quantized_gated_matmul, quantized_matmul
 from jaxserve.pallas_kernels.quantized_matmul.mosaic import MosaicQuantizedConfig, quantized_matmul_mosaic
+from jaxserve.pallas_kernels.quantized_matmul.mosaic_eight_bit import MosaicEightBitConfig, eight_bit_matmul_mosaic
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import WideQuantizedConfig, quantized_matmul_wide
 from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfig, quantized_matmul_triton
 from jaxserve.pallas_kernels.quantized_matmul.weights import EightBitWeight, FourBitWeight
@@ -183,25 +184,42 @@ def _triton_cuts() -> Iterator[Contender]:
         yield triton(Case("w4", shape, 64), 128, 64, 1, splits, 8, 4)
 
 
+def eight_bit(case: Case, *cut: int) -> Contender:
+    """The Mosaic kernel for 8 bits and a scale a row: warpgroups, splits, stages, blocks of threads."""
+    config = MosaicEightBitConfig(*cut)
+
+    def multiply(x: jax.Array, weight: EightBitWeight) -> jax.Array:
+        parts = eight_bit_matmul_mosaic(x, weight, config=config, gated=case.shape == "swiglu")
+        return parts[0] if config.splits == 1 else add_parts(parts, BF16)
+
+    return Contender(case, f"mosaic8 {cut}", multiply)
+
+
 def _few_cuts() -> Iterator[Contender]:
-    """One token (and 16) times weights of 8 and 4 bits: Mosaic's kernel beside Triton's."""
-    of_shape = {
-        "gate_up": (
-            ((4, 1, 5, 132), (2, 1, 8, 132), (2, 1, 5, 264), (1, 1, 8, 264)),
-            ((64, 16, 1, 1, 2, 4), (64, 16, 1, 1, 2, 6), (32, 16, 1, 1, 2, 4)),
-        ),
-        "down": (((2, 4, 8, 132), (4, 8, 5, 132), (1, 2, 8, 132)), ((64, 16, 1, 8, 2, 4), (64, 16, 1, 4, 2, 6))),
-        "qkv": (((3, 4, 6, 132), (4, 4, 5, 132), (1, 1, 8, 132)), ((64, 16, 1, 4, 2, 4),)),
-        "o": (((2, 4, 8, 132), (1, 2, 8, 132)), ((64, 16, 1, 8, 2, 4),)),
-        "head": (((4, 1, 5, 132), (2, 1, 5, 264)), ((64, 16, 1, 1, 2, 4),)),
+    """Few tokens times weights of 8 bits by Mosaic's kernel for them, by the one for groups, and by what is served."""
+    few = {
+        "swiglu": ((2, 1, 6, 132), (2, 1, 4, 132), (1, 1, 5, 264), (1, 1, 8, 132)),
+        "gate_up": ((4, 1, 5, 132), (2, 1, 5, 264)),
+        "down": ((2, 4, 8, 132), (4, 8, 5, 132), (1, 2, 8, 132)),
+        "qkv": ((3, 4, 6, 132), (2, 2, 8, 132)),
+        "o": ((2, 4, 8, 132), (1, 2, 8, 132)),
+        "head": ((4, 1, 5, 132), (2, 1, 5, 264)),
     }
-    for shape, (of_mosaic, of_triton) in of_shape.items():
-        for tokens in (1, 16):
-            for cut in of_mosaic if tokens == 1 else of_mosaic[:1]:
-                yield mosaic(Case("fp8", shape, tokens), *cut)
-            for cut in of_triton if tokens == 1 else ():
-                yield triton(Case("fp8", shape, tokens), *cut)
-    yield Contender(Case("fp8", "swiglu", 1), "served", quantized_gated_matmul)
+    many = {
+        "swiglu": ((2, 1, 4, 132), (1, 1, 6, 132)),
+        "down": ((2, 4, 6, 132), (4, 8, 4, 132)),
+        "qkv": ((3, 4, 5, 132), (2, 2, 6, 132)),
+        "o": ((2, 4, 6, 132),),
+        "head": ((4, 1, 4, 132),),
+    }
+    for tokens, cuts in ((8, few), (64, many)):
+        for shape, of_shape in cuts.items():
+            case = Case("fp8", shape, tokens)
+            yield Contender(case, "served", quantized_gated_matmul if shape == "swiglu" else multiply_quantized)
+            for cut in of_shape:
+                yield eight_bit(case, *cut)
+    for shape, cut in (("gate_up", (4, 1, 5, 132)), ("down", (2, 4, 8, 132))):
+        yield mosaic(Case("fp8", shape, 8), *cut)
     for cut in ((4, 1, 8, 132), (2, 1, 8, 264), (2, 1, 8, 132)):
         yield mosaic(Case("w4", "gate_up", 1), *cut)
     for cut in ((64, 16, 2, 1, 2, 3), (64, 16, 1, 1, 2, 4), (64, 16, 1, 1, 2, 6)):

@@ -157,3 +157,10 @@ def _int8_to_float16() -> str:
     for result, order in enumerate(("0x4140", "0x4342")):  # 1024 + 128 + code
         code += f" prmt.b32 b, t, m, {order}; fma.rn.f16x2 ${result}, b, o, z;"
     return code.replace("m; xor", "m, b; xor") + " }"
+
+
+def eight_bit_half_asm(codes_dtype: jnp.dtype) -> str:
+    """PTX for the four codes, float8_e4m3fn or int8, of $2 in float16, in $0 and $1; for sm_89 and later."""
+    if codes_dtype == jnp.int8:
+        return _int8_to_float16()
+    return "{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }"

@@ -1,0 +1,309 @@
+"""Few tokens times a weight of 8 bits with a scale a row for sm_90 (Hopper), in Pallas Mosaic GPU: as fast as the codes can be read.
+
+As matmul/mosaic.py: a warpgroup fetches by TMA and runs ahead over the borders of tiles, others compute. Each of those takes 64 rows of
+the tile (of a gated product 64 gate rows and the up rows of the same units) and makes its codes 16 bits wide in registers, in the very
+places where wgmma wants its left operand. To float16, because that is one instruction for two float8 numbers where bfloat16 takes five.
+So tokens must be float16 too: one more warpgroup converts them in SMEM, once for all rows of the tile.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.experimental.mosaic.gpu.utils import bitcast
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+from jaxserve.pallas_kernels.paged_attention.mosaic_decode import swizzled
+from jaxserve.pallas_kernels.quantized_matmul.mosaic import HEIGHT, token_tiles
+from jaxserve.pallas_kernels.quantized_matmul.upcast import eight_bit_half_asm
+from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, EightBitWeight
+
+HALF_FACTOR = 16.0  # bfloat16 tokens are divided by it: float16 then holds up to a million, and is 5e-7 from what is small
+_PIECE = 32  # columns that are widened and multiplied at once
+_RUN = 32  # bytes of 16 columns, in which the order of columns changes
+
+
+@dataclass(frozen=True)
+class MosaicEightBitConfig:
+    """How the kernel is cut.
+
+    Attributes:
+        warpgroups: that compute; each has 64 rows of a tile, twice if gated.
+        splits: shares of the columns, each with partial sums of its own; 1 if gated.
+        num_stages: blocks of 128 columns in flight.
+        num_blocks: at most so many blocks of threads; each walks several tiles if there are more.
+    """
+
+    warpgroups: int
+    splits: int
+    num_stages: int
+    num_blocks: int
+
+
+@functools.partial(jax.jit, static_argnames=("config", "gated", "interpret"))
+def eight_bit_matmul_mosaic(
+    x: jax.Array, weight: EightBitWeight, *, config: MosaicEightBitConfig, gated: bool = False, interpret: bool = False
+) -> jax.Array:
+    """x [T, K], bfloat16 or float16, times the transposed weight [N, K] with a scale a row, without its zeros: the same bits in every run.
+
+    bfloat16 tokens are rounded to float16, after a division by 16: what is over 1,048,064 becomes that, the least of 7.6e-6 and more is
+    exact, and below that at most 4.8e-7 is lost. N is a multiple of 64 * warpgroups (128 if gated), K of 128 * splits.
+
+    Returns:
+        [P, T, N] in x's dtype, parts whose sum is the product: one, or two for each split, as matmul_mosaic's. Gated: silu(gate) * up,
+        [1, T, N / 2], of the weight's gate rows and the up rows after them.
+    """
+    (num_tokens, depth), dtype = x.shape, x.dtype
+    halves = 2 if gated else 1
+    size, teams = weight.shape[0] // halves, config.warpgroups
+    lanes, tiles = token_tiles(num_tokens)
+    chunks = size // (teams * HEIGHT) * config.splits * tiles
+    workers = pl.cdiv(chunks, pl.cdiv(chunks, config.num_blocks))
+    planes = 1 if config.splits == 1 else 2
+    x = jnp.pad(x, ((0, lanes * tiles - num_tokens), (0, 0)))
+    factor = 1.0 if dtype == jnp.float16 else HALF_FACTOR
+    if interpret:
+        x = (x.astype(jnp.float32) / factor).astype(jnp.float16)
+    sums = plgpu.kernel(
+        functools.partial(
+            _eight_bit_kernel, config=config, gated=gated, factor=factor, chunks=chunks, workers=workers, dtype=dtype, interpret=interpret
+        ),
+        out_type=jax.ShapeDtypeStruct((config.splits * planes, lanes * tiles, size), dtype),
+        scratch_types=(
+            plgpu.SMEM((config.num_stages, halves * teams, HEIGHT, BLOCK), weight.codes.dtype, transforms=swizzled(BLOCK, jnp.int8)),
+            plgpu.SMEM((config.num_stages, lanes, BLOCK), jnp.float16, transforms=swizzled(_PIECE, jnp.float16)),
+            plgpu.SMEM((teams, planes, lanes, HEIGHT), dtype, transforms=swizzled(HEIGHT // 2, dtype)),
+            plgpu.Barrier(num_arrivals=1 + halves, num_barriers=config.num_stages),
+            plgpu.Barrier(num_barriers=config.num_stages),
+            plgpu.Barrier(num_arrivals=teams, num_barriers=config.num_stages),
+        ),
+        grid=(workers,),
+        grid_names=("worker",),
+        num_threads=teams + 2,
+        thread_name="warpgroup",
+        # Lane semantics lower in half the time of the default's, which infers layouts first.
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )(
+        # Tokens are fetched as they are: their bits alone are float16's until they are converted.
+        lax.bitcast_convert_type(x, jnp.float16),
+        weight.codes.reshape(-1, HEIGHT, depth),
+        weight.scales.reshape(-1, HEIGHT),
+    )
+    return sums[:, :num_tokens]
+
+
+def _eight_bit_kernel(
+    x_ref, codes_ref, scales_ref, sums_ref, codes_smem, x_smem, out_smem, filled, converted, emptied,
+    *, config: MosaicEightBitConfig, gated: bool, factor: float, chunks: int, workers: int, dtype, interpret: bool,
+):  # fmt: skip
+    halves = 2 if gated else 1
+    teams, stages, splits, planes = config.warpgroups, config.num_stages, jnp.int32(config.splits), out_smem.shape[1]
+    lanes = x_smem.shape[1]
+    tiles = jnp.int32(x_ref.shape[0] // lanes)
+    steps = x_ref.shape[1] // BLOCK // config.splits
+    units = codes_ref.shape[0] // halves
+    worker = lax.axis_index("worker")
+    warpgroup = lax.axis_index("warpgroup")
+    begin, end = lax.div(worker * chunks, jnp.int32(workers)), lax.div((worker + 1) * chunks, jnp.int32(workers))
+
+    def place(chunk):
+        """A chunk's first row in units of a wgmma's, its share of the columns, its tile of tokens; what shares codes is neighbours."""
+        rest = lax.div(chunk, tiles)
+        return lax.div(rest, splits) * teams, lax.rem(rest, splits), pl.ds(lax.rem(chunk, tiles) * lanes, lanes)
+
+    @pl.when(warpgroup == teams)
+    def _fetch():
+        def fetch_chunk(chunk, count):
+            first, share, tokens = place(chunk)
+
+            def step(i, count):
+                slot = lax.rem(count, jnp.int32(stages))
+
+                @pl.when(count >= stages)
+                def _():
+                    plgpu.barrier_wait(emptied.at[slot])
+
+                # Blocks of threads start at different columns: together at the same ones they would crowd some of the memory's channels.
+                block = share * steps + lax.rem(i + worker, jnp.int32(steps))
+                columns = pl.ds(pl.multiple_of(block * BLOCK, BLOCK), BLOCK)
+                for half in range(halves):
+                    codes = codes_ref.at[pl.ds(first + half * units, teams), :, columns]
+                    plgpu.copy_gmem_to_smem(codes, codes_smem.at[slot, pl.ds(half * teams, teams)], filled.at[slot])
+                plgpu.copy_gmem_to_smem(x_ref.at[tokens, columns], x_smem.at[slot], filled.at[slot])
+                return count + 1
+
+            return lax.fori_loop(0, steps, step, count)
+
+        count = lax.fori_loop(begin, end, fetch_chunk, jnp.int32(0))
+        for slot in range(stages):  # see every phase of a barrier out, as the interpreter demands
+
+            @pl.when(slot < count)
+            def _(slot=slot):
+                plgpu.barrier_wait(emptied.at[slot])
+
+    @pl.when(warpgroup == teams + 1)
+    def _convert():
+        def step(count, carry):
+            slot = lax.rem(count, jnp.int32(stages))
+            plgpu.barrier_wait(filled.at[slot])
+            if not interpret:
+                _convert_tokens(x_smem.at[slot], dtype)
+                plgpu.commit_smem()
+            plgpu.barrier_arrive(converted.at[slot])
+            return carry
+
+        lax.fori_loop(0, (end - begin) * steps, step, jnp.int32(0))
+
+    @pl.when(warpgroup < teams)
+    def _compute():
+        def read(count):
+            slot = lax.rem(count, jnp.int32(stages))
+            plgpu.barrier_wait(filled.at[slot])
+            rows = [codes_smem.at[slot, half * teams + warpgroup] for half in range(halves)]
+            return slot, [plgpu.load(ref, layout=plgpu.Layout.WGMMA_8BIT) for ref in rows]
+
+        def scales_of(chunk):
+            heights = [place(chunk)[0] + warpgroup + half * units for half in range(halves)]
+            return [plgpu.load(scales_ref.at[height], layout=_ROW, optimized=False).astype(jnp.float32) for height in heights]
+
+        def sum_all(count):
+            """Columns times tokens, wgmma's accumulators; where it is interpreted, whose wgmma takes no registers, plain sums."""
+            if interpret:
+
+                def plain_step(_, carry):
+                    count, *sums = carry
+                    slot, rows = read(count)
+                    plgpu.barrier_wait(converted.at[slot])
+                    tokens = x_smem[slot].astype(jnp.float32)
+                    for half, codes in enumerate(rows):
+                        sums[half] += lax.dot_general(codes.astype(jnp.float32), tokens, (((1,), (1,)), ((), ())))
+                    plgpu.barrier_arrive(emptied.at[slot])
+                    return count + 1, *sums
+
+                return lax.fori_loop(0, steps, plain_step, (count, *[jnp.zeros((HEIGHT, lanes), jnp.float32)] * halves))
+
+            def accumulate(*sums):
+                def step(_, count):
+                    slot, rows = read(count)
+                    for piece in range(BLOCK // _PIECE):
+                        numbers = [_numbers(codes, piece) for codes in rows]
+                        if piece == 0:
+                            plgpu.barrier_wait(converted.at[slot])
+                        tokens = x_smem.at[slot, :, pl.ds(piece * _PIECE, _PIECE)].transpose((1, 0))
+                        for total, of_rows in zip(sums, numbers, strict=True):
+                            plgpu.wgmma(total, of_rows, tokens)
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(emptied.at[slot])
+                    return count + 1
+
+                return lax.fori_loop(0, steps, step, count), *[total[...] for total in sums]
+
+            return pl.run_scoped(accumulate, *[plgpu.WGMMAAccumulatorRef((HEIGHT, lanes), jnp.float32)] * halves)
+
+        def compute_chunk(chunk, count):
+            scales = scales_of(chunk)  # before the products, so that nothing waits for them
+            count, *sums = sum_all(count)
+            sums = [total * lax.broadcast_in_dim(scale * factor, total.shape, (0,)) for total, scale in zip(sums, scales, strict=True)]
+            rest = sums[0] / (1 + jnp.exp(-sums[0])) * sums[1] if gated else sums[0]
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for plane in range(planes):
+                part = rest.astype(dtype)
+                out_smem.at[warpgroup, plane].transpose((1, 0))[...] = part
+                if plane + 1 < planes:
+                    rest = rest - part.astype(jnp.float32)
+            plgpu.commit_smem()
+            first, share, tokens = place(chunk)
+            rows = pl.ds(pl.multiple_of((first + warpgroup) * HEIGHT, HEIGHT), HEIGHT)
+            for plane in range(planes):
+                plgpu.copy_smem_to_gmem(out_smem.at[warpgroup, plane], sums_ref.at[share * planes + plane, tokens, rows])
+            return count
+
+        lax.fori_loop(begin, end, compute_chunk, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+
+_ROW = plgpu.Layout.WGMMA.reduce(1)
+
+
+def _numbers(codes: jax.Array, piece: int) -> jax.Array:
+    """Numbers float16 [64, 32] of a part of a block's codes [64, 128], four that lie together as pairs 8 columns apart."""
+    result = plgpu.ShapeDtypeStruct((HEIGHT, _PIECE), jnp.float16, layout=plgpu.Layout.WGMMA)
+    word = functools.partial(ir.IntegerType.get_signless, 32)
+    asm = eight_bit_half_asm(codes.dtype)
+
+    # The second axis of the registers are tiles of 16 columns, then of 8.
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA_8BIT,), return_type=result)
+    def numbers(ctx, codes):
+        del ctx
+        tiles = codes.registers[:, 2 * piece : 2 * piece + 2]
+        registers = np.empty((tiles.shape[0], 4, *tiles.shape[2:]), dtype=object)
+        both = llvm.StructType.get_literal([word(), word()])
+        pair = ir.VectorType.get((2,), ir.F16Type.get())
+        for place, register in np.ndenumerate(tiles):
+            two = llvm.inline_asm(both, [bitcast(register, word())], asm, "=r,=r,r")
+            for half in range(2):
+                registers[(place[0], 2 * place[1] + half, *place[2:])] = bitcast(llvm.extractvalue(word(), two, [half]), pair)
+        return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
+
+    return numbers(codes)  # pyright: ignore[reportCallIssue, reportReturnType]
+
+
+_TO_HALF = (  # two bfloat16, $1, divided by 16
+    "{ .reg .f32 a, b; .reg .b32 t; shl.b32 t, $1, 16; mov.b32 a, t; and.b32 t, $1, 0xffff0000; mov.b32 b, t;"
+    " mul.f32 a, a, 0f3D800000; mul.f32 b, b, 0f3D800000; cvt.rn.satfinite.f16x2.f32 $0, b, a; }"
+)
+
+
+def _convert_tokens(ref, dtype) -> None:
+    """Tokens [T, 128] of a dtype to float16, in place, and four columns that lie together to pairs 8 columns apart.
+
+    A run of 16 columns is two pieces of 16 bytes, which the swizzle leaves neighbours but swaps in every other 128 bytes.
+    """
+    lanes = ref.shape[0]
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(swizzled(_PIECE, jnp.float16)),))
+    def convert(ctx, ref):
+        del ctx
+        word = ir.IntegerType.get_signless(32)
+        words = ir.VectorType.get((4,), word)
+        constant = functools.partial(mgpu_utils.c, ty=word)
+        thread = arith.andi(mgpu_utils.thread_idx(), constant(127))
+        runs = lanes * BLOCK * 2 // _RUN
+
+        def convert_run(run):
+            byte = arith.muli(run, constant(_RUN))
+            swapped = arith.andi(arith.shrui(byte, constant(3)), constant(16))  # bit 7 to bit 4
+            places = [
+                llvm.getelementptr(
+                    llvm.PointerType.get(3), mgpu_utils.memref_ptr(ref), [at], [-(2**31)], ir.IntegerType.get_signless(8), None
+                )
+                for at in (arith.addi(byte, swapped), arith.addi(byte, arith.xori(swapped, constant(16))))
+            ]
+            given = [llvm.load(words, place, alignment=16) for place in places]
+            given = [llvm.extractelement(x, constant(i)) for x in given for i in range(4)]
+            if dtype == jnp.bfloat16:
+                given = [llvm.inline_asm(word, [x], _TO_HALF, "=r,r") for x in given]
+            for half, to in enumerate(places):
+                vector = llvm.mlir_undef(words)
+                for i in range(4):
+                    vector = llvm.insertelement(vector, given[2 * i + half], constant(i))
+                llvm.store(vector, to, alignment=16)
+
+        for first in range(0, runs, 128):
+            run = arith.addi(thread, constant(first))
+            if runs - first >= 128:
+                convert_run(run)
+            else:
+                with mgpu_utils.when(arith.cmpi(arith.CmpIPredicate.ult, run, constant(runs))):
+                    convert_run(run)
+
+    convert(ref)  # pyright: ignore[reportCallIssue]
