@@ -62,6 +62,7 @@ class Edges:
         # As many as run at once, of whole pages, short enough that they grow while they run.
         pages = min(max(most // 2, info.num_pages // self._config.max_batch_size), most - 4)
         fitting = max(info.num_pages // pages, 1)
+        pages = min(info.num_pages // fitting - 1, most - 4)  # little is left for them to grow into: decoding to the end of it is slow
         grown = (info.num_pages - fitting * pages) // fitting + 3
         return self._run([pages * info.page_size] * (fitting + 2), min(grown, most - pages) * info.page_size, MOST_OPTIONS)
 

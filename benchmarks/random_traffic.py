@@ -36,7 +36,7 @@ ABORTED_SHARE, ILLEGAL_SHARE, SHARED_PREFIX_SHARE = 0.2, 0.05, 0.3
 LONGEST_SHARE = 0.003  # prompts as long as is legal
 BURST_INTERVAL, BURST_EXCESS = 30.0, 200  # seconds; requests more than the server takes
 GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc", "tgi_queue_size", "tgi_batch_current_size")
-AFTER_BURST = 15.0  # seconds in which a 429 is no wonder
+LEAVING = 10.0  # seconds in which the server may not have noticed yet that a client has left
 LATE, LATE_SECONDS = 2.0, 0.1  # the first time to a first token, against a later one
 
 
@@ -72,7 +72,8 @@ class Traffic:
         self._ids = range(3, min(49000, vocab_size))
         self._random = random.Random(seed)
         self._prefix = self._random.choices(self._ids, k=min(2000, self._longest // 2))
-        self._last_burst = float("-inf")
+        self._num_open = 0
+        self._left: collections.deque[float] = collections.deque()  # when clients left
 
     @property
     def _longest(self) -> int:
@@ -114,11 +115,9 @@ class Traffic:
 
     async def _bursts(self, end: float) -> None:
         while time.monotonic() < end:
-            self._last_burst = time.monotonic()
             count = self._limits["max_concurrent_requests"] + BURST_EXCESS
             before = self.tally.outcomes["burst 429"]
             await asyncio.gather(*(self._send("burst", "/v1/completions", self._body([7, 8, 9], 16), tokens=16) for _ in range(count)))
-            self._last_burst = time.monotonic()
             if self.tally.outcomes["burst 429"] == before:
                 self.tally.faults.append(f"{count} requests at once, and none was refused")
             await asyncio.sleep(min(BURST_INTERVAL, max(end - time.monotonic(), 0)))
@@ -216,8 +215,12 @@ class Traffic:
             hang_up: chunks after which the client leaves.
             done: the answer is a stream that must end with [DONE].
             illegal: it must be refused.
-            may_refuse: 429 is legal around a burst.
+            may_refuse: 429 is legal where the server may have as many requests already as it takes.
         """
+        while self._left and self._left[0] < time.monotonic() - LEAVING:
+            self._left.popleft()
+        crowded = self._num_open + len(self._left) >= self._limits["max_concurrent_requests"]
+        self._num_open += 1
         try:
             async with self._session.post(self._url + path, json=body) as response:
                 status, chunks, data = response.status, 0, b""
@@ -226,6 +229,7 @@ class Traffic:
                         chunks += 1
                         if chunks >= hang_up:
                             self.tally.outcomes[f"{kind} left"] += 1
+                            self._left.append(time.monotonic())
                             return
                         data += chunk
                 else:
@@ -233,8 +237,10 @@ class Traffic:
         except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
             self._fault(kind, body, f"{type(error).__name__}: {error}")
             return
+        finally:
+            self._num_open -= 1
         self.tally.outcomes[f"{kind} {status}"] += 1
-        if status == 429 and may_refuse and time.monotonic() < self._last_burst + AFTER_BURST:
+        if status == 429 and may_refuse and crowded:
             return
         if illegal:
             if not 400 <= status < 500 or status == 429:

@@ -1,6 +1,7 @@
 """Clients that hang up, do not read, send slowly, send too much: raw sockets against the real protocol, with short time limits."""
 
 import asyncio
+import gc
 import json
 import socket
 import time
@@ -29,7 +30,10 @@ def short_limits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveFront
         patch.setattr(sse, "KEEP_ALIVE_INTERVAL", SHORT)
         patch.setattr(rpc_client, "MAX_UNREAD_OUTPUTS", 500)
         live = LiveFrontEnd(folder, engine={"forever": True, "max_total_tokens": 10**6, "step_seconds": 0.002})
+        collected: list[bool] = []
+        patch.setattr(gc, "collect", lambda: collected.append(live.service.ready))
         live.start()
+        assert collected == [False], "a collection after /health said ready would hold up the first request"
         yield live
         live.stop()
 

@@ -56,6 +56,7 @@ class Service:
         self.options = options
         self.max_concurrent_requests = max_concurrent_requests
         self.started_at = int(time.time())
+        self._open = False
         self._tokenizer: Tokenizer | None = None
         self._chat_format: ChatFormat | None = None
         self._tokenizer_config_path = tokenizer_config_path
@@ -65,7 +66,7 @@ class Service:
         self._long_text = asyncio.Semaphore(1)
 
     async def load_tokenizer(self) -> None:
-        """Wait for an engine to tell which model it serves, load its tokenizer, and wait until the engine is there.
+        """Wait for an engine to tell which model it serves, and load its tokenizer.
 
         Raises:
             StartupError: it cannot be loaded.
@@ -77,8 +78,12 @@ class Service:
         tokenizer = await loop.run_in_executor(self._threads, load_tokenizer, path, self._tokenizer_config_path)
         self._chat_format = ChatFormat(tokenizer, self.options.tool_call_parser, self.options.reasoning_parser)
         self._tokenizer = tokenizer
+
+    async def open(self) -> None:
+        """Wait until an engine is there; from then on requests are answered. The tokenizer must be loaded."""
         while not self.router.available:
             await asyncio.sleep(0.05)
+        self._open = True
 
     def _model_path(self) -> Path | None:
         """Of the folder or file that the engines read, once it is known."""
@@ -91,7 +96,7 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether requests can be answered now."""
-        return self._tokenizer is not None and self.router.available
+        return self._open and self.router.available
 
     @property
     def info(self) -> EngineInfo:
