@@ -21,7 +21,7 @@ from benchmarks.plain_llama import GOLDEN_LAYERS
 from benchmarks.under_load import check_under_load
 from jaxserve.config import EngineOptions, ModelOptions
 from jaxserve.engine.build import join
-from jaxserve.engine.start import compilation_cache, limit_gpu_memory
+from jaxserve.engine.start import limit_gpu_memory
 from jaxserve.request import EngineInfo
 from jaxserve.runner import ModelRunner, RunnerConfig, make_mesh
 from jaxserve.weights import ModelSource
@@ -74,7 +74,7 @@ def main() -> None:
         options_of_model = ModelOptions(load_format="dummy", dtype=arguments.dtype)
         model = open_model(source, options_of_model, mesh, attention=options.attention).load(mesh)
     device = mesh.devices.flat[0]
-    config = RunnerConfig.from_options(options, device.platform, str(compilation_cache(options)))
+    config = RunnerConfig.from_options(options, device.platform, str(options.compilation_cache))
     if "logits" in arguments.parts and config.kv_bytes is None:
         config = replace(config, kv_bytes=KV_GIB * 2**30)
     runner = ModelRunner(model, mesh, config)

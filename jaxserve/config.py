@@ -6,7 +6,9 @@ Flags keep TGI's names and meaning where TGI has the flag. Nothing writes to a c
 """
 
 import math
+import os
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from jaxserve.errors import StartupError
@@ -91,6 +93,11 @@ class EngineOptions:
         return "float8_e5m2" if self.kv_cache_dtype == "fp8_e5m2" else "float8_e4m3fn"
 
     @property
+    def compilation_cache(self) -> Path:
+        """The folder of compiled programs."""
+        return Path(self.compilation_cache_dir or cache_folder() / "xla")
+
+    @property
     def data_size(self) -> int:
         """Engine replicas."""
         return parse_mesh(self.mesh)[0]
@@ -156,6 +163,13 @@ class HostOptions:
     def leads(self) -> bool:
         """Whether this host schedules and serves HTTP."""
         return not self.host_index
+
+
+def cache_folder() -> Path:
+    """Where jaxserve keeps what it can make or fetch again: JAXSERVE_CACHE, else jaxserve/ in XDG_CACHE_HOME, else in ~/.cache."""
+    if own := os.environ.get("JAXSERVE_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxserve"
 
 
 def parse_mesh(text: str) -> tuple[int, int]:

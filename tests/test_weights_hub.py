@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_models import write_checkpoint
 
-from jaxserve.config import ModelOptions
+from jaxserve.config import ModelOptions, cache_folder
 from jaxserve.errors import ModelNotFound
 from jaxserve.weights import demo, resolve_model
 
@@ -181,7 +181,7 @@ def test_demo_model_in_a_place_that_cannot_be_written(tmp_path: Path, monkeypatc
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JAXSERVE_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert demo.cache_folder() == Path("/x/jaxserve")
+    assert cache_folder() == Path("/x/jaxserve")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
-    assert demo.cache_folder() == Path("/home/someone/.cache/jaxserve")
+    assert cache_folder() == Path("/home/someone/.cache/jaxserve")

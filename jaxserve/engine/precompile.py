@@ -8,7 +8,6 @@ from jax import monitoring
 
 from jaxserve.config import EngineOptions, ModelOptions
 from jaxserve.engine.build import build_engine
-from jaxserve.engine.start import compilation_cache
 
 _COMPILED_EVENT = "/jax/compilation_cache/cache_misses"
 _FOUND_EVENT = "/jax/compilation_cache/cache_hits"
@@ -52,4 +51,4 @@ def precompile(model_options: ModelOptions, engine_options: EngineOptions) -> Pr
     finally:
         monitoring.unregister_event_listener(listen)
     seconds = time.monotonic() - begin
-    return Precompiled(compilation_cache(engine_options), counts[_COMPILED_EVENT], counts[_FOUND_EVENT], seconds)
+    return Precompiled(engine_options.compilation_cache, counts[_COMPILED_EVENT], counts[_FOUND_EVENT], seconds)

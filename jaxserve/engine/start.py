@@ -22,7 +22,6 @@ from jaxserve.hosts.agreement import agree
 from jaxserve.models import Model, check_attention
 from jaxserve.runner import Executor, Hosts, Preparation, RunnerConfig, code_versions, make_mesh, peak_memory, start_jax
 from jaxserve.weights import ModelSource, resolve_model
-from jaxserve.weights.demo import cache_folder
 from jaxserve.weights.fingerprint import fingerprint
 from jaxserve.weights.loader import OpenModel, open_model, read_config, resolve_dtype
 
@@ -97,7 +96,7 @@ def begin_start(
         dtype, of_cache = resolve_dtype(model_options.dtype, shape, platform), None if kv_dtype is None else jnp.dtype(kv_dtype)
         check_attention(shape, attention, dtype, of_cache, engine_options.page_size, engine_options.tensor_size)
     opened = open_model(source, model_options, mesh, attention=attention, kv_dtype=kv_dtype)
-    config = RunnerConfig.from_options(engine_options, platform, str(compilation_cache(engine_options)))
+    config = RunnerConfig.from_options(engine_options, platform, str(engine_options.compilation_cache))
     nbytes = opened.nbytes(engine_options.tensor_size)
     return Start(
         source, mesh, opened, config, Preparation(opened.architecture, opened.dtype, mesh, config, weights_to_come=nbytes, hosts=hosts)
@@ -115,11 +114,6 @@ def build_worker(model_options: ModelOptions, engine_options: EngineOptions, hos
         executor = Executor(start.load(), start.mesh, start.config, preparation, hosts)
         executor.warmup()
     return executor
-
-
-def compilation_cache(options: EngineOptions) -> Path:
-    """The folder of compiled programs."""
-    return Path(options.compilation_cache_dir or cache_folder() / "xla")
 
 
 def _flags(model_options: ModelOptions, engine_options: EngineOptions) -> dict[str, object]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from jaxserve.config import EngineOptions, ModelOptions, ServerOptions
 from jaxserve.errors import StartupError
+from jaxserve.launcher.bytecode import bytecode_environment
 from jaxserve.launcher.child import ChildOptions
 from jaxserve.launcher.devices import device_environment
 from jaxserve.launcher.launcher import END_TIME, ENGINE_COMMAND
@@ -41,6 +42,7 @@ class EngineGroup:
         command: Sequence[str] = ENGINE_COMMAND,
         environment: Mapping[str, str] | None = None,
     ):
+        bytecode = bytecode_environment(engine.compilation_cache, os.environ)
         environments = [device_environment(engine, replica, os.environ) for replica in range(engine.data_size)]
         self._folder, self._lock = make_run_folder()
         self._processes = [
@@ -48,7 +50,7 @@ class EngineGroup:
                 f"engine {replica}",
                 command,
                 ChildOptions(str(self._folder), replica, model, engine, server),
-                {**shown, **(environment or {})},
+                {**shown, **bytecode, **(environment or {})},
             )
             for replica, shown in enumerate(environments)
         ]

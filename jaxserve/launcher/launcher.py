@@ -15,6 +15,7 @@ from typing import Any
 
 from jaxserve.config import EngineOptions, HostOptions, ModelOptions, ServerOptions
 from jaxserve.errors import StartupError
+from jaxserve.launcher.bytecode import bytecode_environment
 from jaxserve.launcher.child import ONE_HOST, ChildOptions
 from jaxserve.launcher.devices import device_environment
 from jaxserve.launcher.listening import listen
@@ -93,12 +94,13 @@ class _Launcher:
         self._server = server
         self._hosts = hosts
         self._mesh = engine.mesh
+        bytecode = bytecode_environment(engine.compilation_cache, os.environ)
         self._http = [
             ChildProcess(
                 f"http process {index}",
                 HTTP_COMMAND,
                 ChildOptions(str(folder), index, model, engine, server, hosts),
-                {"PROMETHEUS_MULTIPROC_DIR": str(metrics_folder(folder))},
+                {"PROMETHEUS_MULTIPROC_DIR": str(metrics_folder(folder)), **bytecode},
                 [each.fileno()] if index or metrics is None else [each.fileno(), metrics.fileno()],
             )
             for index, each in enumerate(listening)
@@ -108,7 +110,7 @@ class _Launcher:
                 f"engine {replica}" if hosts.leads else "worker",
                 engine_command,
                 ChildOptions(str(folder), replica, model, engine, server, hosts),
-                environment,
+                {**environment, **bytecode},
             )
             for replica, environment in enumerate(engine_environments)
         ]

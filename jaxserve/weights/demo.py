@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from jaxserve.config import cache_folder
 from jaxserve.errors import ModelNotFound
 
 DEMO_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -39,13 +40,6 @@ def ensure_demo_model() -> Path:
     except OSError as error:
         raise ModelNotFound(f"the demo model cannot be kept in {folder}: {error.strerror}") from None
     return path
-
-
-def cache_folder() -> Path:
-    """Where jaxserve keeps what it can make or fetch again."""
-    if own := os.environ.get("JAXSERVE_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxserve"
 
 
 def _fetch(path: Path) -> None:

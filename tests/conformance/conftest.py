@@ -16,7 +16,8 @@ import httpx
 import huggingface_hub.constants
 import pytest
 
-from jaxserve.weights.demo import _installer, cache_folder
+from jaxserve.config import cache_folder
+from jaxserve.weights.demo import _installer
 
 # Few programs to compile, which test_demo_model.py has too.
 SIZES = ("--max-batch-size", "4", "--max-batch-prefill-tokens", "128", "--cpu-kv-cache-gib", "0.5")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve.weights.demo import _installer, cache_folder
+from jaxserve.config import cache_folder
+from jaxserve.weights.demo import _installer
 
 pytestmark = pytest.mark.demo
 
