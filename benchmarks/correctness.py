@@ -21,7 +21,7 @@ from benchmarks.plain_llama import GOLDEN_LAYERS
 from benchmarks.under_load import check_under_load
 from jaxserve.config import EngineOptions, ModelOptions
 from jaxserve.engine.build import join
-from jaxserve.engine.start import limit_gpu_memory
+from jaxserve.config import limit_gpu_memory
 from jaxserve.request import EngineInfo
 from jaxserve.runner import ModelRunner, RunnerConfig, make_mesh
 from jaxserve.weights import ModelSource

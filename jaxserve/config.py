@@ -172,6 +172,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxserve"
 
 
+def limit_gpu_memory(options: EngineOptions) -> None:
+    """Tell JAX its share of a GPU; heeded only before the process has used one. A user's own variable goes before the flag."""
+    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = str(options.cuda_memory_fraction)
+
+
 def parse_mesh(text: str) -> tuple[int, int]:
     """Read "DxT".
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from benchmarks.engine import Measurement, name_parts
 from benchmarks.quantized_model import quantized_model
 from benchmarks.rows import Rows
 from benchmarks.sampled_steps import CASES, Card, Steps, Turn, table
+from benchmarks.start_http import timeline
 from benchmarks.throughput import Run, row_name
 from jaxserve.config import ModelOptions
 from jaxserve.runner import make_mesh
@@ -103,3 +105,9 @@ def test_steps_of_each_option(tiny_checkpoint: Callable[[str], Path]):
 )
 def test_bytes_an_element(name: str, expected: float):
     assert bytes_an_element(schemes()[name], 256, 512) == pytest.approx(expected)
+
+
+def test_a_servers_log_becomes_a_timeline():
+    begin = datetime(2026, 11, 23, 1, 2, 3).timestamp()
+    log = "2026-11-23 01:02:04,250 INFO jaxserve.engine.start[7]: devices\nWARNING of a library\n"
+    assert timeline(log, begin) == ["  1.25 engine.start[7]: devices", "WARNING of a library"]

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxserve.config import EngineOptions, ModelOptions
+from jaxserve.config import EngineOptions, ModelOptions, limit_gpu_memory
 from jaxserve.errors import StartupError
 from jaxserve.hosts.agreement import agree
 from jaxserve.models import Model, check_attention
@@ -154,9 +154,3 @@ def _check_kv_dtype(kv_dtype: str | None, mesh: Mesh) -> None:
         raise StartupError(
             f"--kv-cache-dtype fp8_e4m3fn needs a GPU of compute capability 8.9 or later, this one is of {capability}; fp8_e5m2 serves it"
         )
-
-
-def limit_gpu_memory(options: EngineOptions) -> None:
-    """Tell JAX its share of a GPU; heeded only before the process has used one. A user's own variable goes before the flag."""
-    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
-        os.environ["XLA_CLIENT_MEM_FRACTION"] = str(options.cuda_memory_fraction)

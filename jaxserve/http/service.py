@@ -1,6 +1,7 @@
 """Service: what every route needs to turn a request into answers."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,9 @@ from jaxserve.request import EngineInfo, Request, SamplingParams
 from jaxserve.rpc.router import Router
 from jaxserve.tokenizer import Tokenizer, import_transformers, load_tokenizer
 
+logger = logging.getLogger(__name__)
+
+READY_POLL_INTERVAL = 0.02  # seconds
 # Texts that may wait for a tokenizer thread; beyond, requests are refused.
 MAX_PENDING_TEXTS = 512
 # A text with more characters leaves the other threads to shorter ones.
@@ -71,18 +75,20 @@ class Service:
         Raises:
             StartupError: it cannot be loaded.
         """
-        loop = asyncio.get_running_loop()
+        loop, begin = asyncio.get_running_loop(), time.monotonic()
         await loop.run_in_executor(self._threads, import_transformers)
+        logger.info("transformers is imported after %.1f s", time.monotonic() - begin)
         while (path := self._model_path()) is None:
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(READY_POLL_INTERVAL)
         tokenizer = await loop.run_in_executor(self._threads, load_tokenizer, path, self._tokenizer_config_path)
         self._chat_format = ChatFormat(tokenizer, self.options.tool_call_parser, self.options.reasoning_parser)
         self._tokenizer = tokenizer
+        logger.info("the tokenizer is loaded after %.1f s", time.monotonic() - begin)
 
     async def open(self) -> None:
         """Wait until an engine is there; from then on requests are answered. The tokenizer must be loaded."""
         while not self.router.available:
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(READY_POLL_INTERVAL)
         self._open = True
 
     def _model_path(self) -> Path | None:

@@ -11,16 +11,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 FOLDER = "bytecode"  # in the compilation cache's
-LARGEST = ("jax", "flax", "transformers", "fastapi")
+# What takes longest to parse of what a process imports.
+OF_ENGINE = ("jax", "flax")
+OF_HTTP = ("transformers", "fastapi")
 
 
-def bytecode_environment(cache: Path, environment: Mapping[str, str], packages: Sequence[str] = LARGEST) -> dict[str, str]:
+def bytecode_environment(cache: Path, environment: Mapping[str, str], packages: Sequence[str]) -> dict[str, str]:
     """Variables that let child processes keep bytecode in the cache; none where it lies beside the packages, or Python will write it there.
 
     Args:
         cache: of compiled programs; who may write there decides already what is run.
         environment: of the launcher. A PYTHONPYCACHEPREFIX of its own is heeded.
-        packages: those that are looked at.
+        packages: those that are looked at. The others' bytecode, where it is there, is written once more.
     """
     if environment.get("PYTHONPYCACHEPREFIX") or not any(map(_stays_without, packages)):
         return {}

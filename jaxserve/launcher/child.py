@@ -127,6 +127,7 @@ def run_child(arguments: Sequence[str], run: Callable[[Control], None]) -> int:
     control = Control(int(arguments[0]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_up_logging(control.options.server.json_output, control.options.server.log_level)
+    logging.getLogger(__name__).info("the process has begun")
     code = 0
     try:
         run(control)

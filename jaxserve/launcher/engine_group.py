@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from jaxserve.config import EngineOptions, ModelOptions, ServerOptions
 from jaxserve.errors import StartupError
-from jaxserve.launcher.bytecode import bytecode_environment
+from jaxserve.launcher.bytecode import OF_ENGINE, bytecode_environment
 from jaxserve.launcher.child import ChildOptions
 from jaxserve.launcher.devices import device_environment
 from jaxserve.launcher.launcher import END_TIME, ENGINE_COMMAND
@@ -42,7 +42,7 @@ class EngineGroup:
         command: Sequence[str] = ENGINE_COMMAND,
         environment: Mapping[str, str] | None = None,
     ):
-        bytecode = bytecode_environment(engine.compilation_cache, os.environ)
+        bytecode = bytecode_environment(engine.compilation_cache, os.environ, OF_ENGINE)
         environments = [device_environment(engine, replica, os.environ) for replica in range(engine.data_size)]
         self._folder, self._lock = make_run_folder()
         self._processes = [

@@ -1,20 +1,26 @@
 """An engine process: one replica of the engine behind a unix socket. `python -m jaxserve.launcher.engine_process DESCRIPTOR`."""
 
 import asyncio
+import contextlib
 import functools
 import gc
+import logging
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from jaxserve.config import EngineOptions, ModelOptions
+from jaxserve.config import EngineOptions, ModelOptions, limit_gpu_memory
 from jaxserve.errors import GenerationFailed
 from jaxserve.launcher.child import Control, die_with_parent, run_child
 from jaxserve.launcher.run_folder import engine_socket, model_file
 from jaxserve.rpc.server import EngineServer, ServedEngine
+
+logger = logging.getLogger("jaxserve.launcher.engine_process")  # which is __main__
 
 FAILURE_POLL_INTERVAL = 0.1  # seconds
 FLUSH_TIME = 0.5  # seconds that http processes have to hear the last outputs
@@ -49,7 +55,11 @@ def main(arguments: Sequence[str], build: BuildEngine | None = None) -> int:
 
 
 def _build_engine(run_folder: Path, model: ModelOptions, engine: EngineOptions, replica: int) -> RunningEngine:
+    begin = time.monotonic()
+    _begin_with_devices(engine)
     from jaxserve.engine import build_async_engine  # late: it imports jax
+
+    logger.info("the engine is imported after %.1f s", time.monotonic() - begin)
 
     def tell(path: Path) -> None:
         told = model_file(run_folder)
@@ -58,6 +68,21 @@ def _build_engine(run_folder: Path, model: ModelOptions, engine: EngineOptions, 
         whole.replace(told)
 
     return build_async_engine(model, engine, replica, found=tell)
+
+
+def _begin_with_devices(engine: EngineOptions) -> None:
+    """Have JAX look for its devices in a thread, which takes seconds where they are GPUs, while all else is imported.
+
+    What goes wrong there goes wrong again where the devices are first needed, and is told then.
+    """
+    limit_gpu_memory(engine)
+    import jax  # whole before the thread begins: two threads that import a package at once may find half of it
+
+    def find() -> None:
+        with contextlib.suppress(Exception):
+            jax.local_devices()
+
+    threading.Thread(target=find, name="devices", daemon=True).start()
 
 
 def _run(control: Control, build: BuildEngine) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxserve.config import EngineOptions, HostOptions, ModelOptions, ServerOptions
 from jaxserve.errors import StartupError
-from jaxserve.launcher.bytecode import bytecode_environment
+from jaxserve.launcher.bytecode import OF_ENGINE, OF_HTTP, bytecode_environment
 from jaxserve.launcher.child import ONE_HOST, ChildOptions
 from jaxserve.launcher.devices import device_environment
 from jaxserve.launcher.listening import listen
@@ -94,13 +94,13 @@ class _Launcher:
         self._server = server
         self._hosts = hosts
         self._mesh = engine.mesh
-        bytecode = bytecode_environment(engine.compilation_cache, os.environ)
+        of_http, of_engine = (bytecode_environment(engine.compilation_cache, os.environ, packages) for packages in (OF_HTTP, OF_ENGINE))
         self._http = [
             ChildProcess(
                 f"http process {index}",
                 HTTP_COMMAND,
                 ChildOptions(str(folder), index, model, engine, server, hosts),
-                {"PROMETHEUS_MULTIPROC_DIR": str(metrics_folder(folder)), **bytecode},
+                {"PROMETHEUS_MULTIPROC_DIR": str(metrics_folder(folder)), **of_http},
                 [each.fileno()] if index or metrics is None else [each.fileno(), metrics.fileno()],
             )
             for index, each in enumerate(listening)
@@ -110,7 +110,7 @@ class _Launcher:
                 f"engine {replica}" if hosts.leads else "worker",
                 engine_command,
                 ChildOptions(str(folder), replica, model, engine, server, hosts),
-                {**environment, **bytecode},
+                {**environment, **of_engine},
             )
             for replica, environment in enumerate(engine_environments)
         ]
@@ -125,7 +125,8 @@ class _Launcher:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._take_signal, number)
-        children = [*self._http, *self._engines]
+        children = [*self._engines, *self._http]  # the engine takes longest to start
+        logger.info("starting %d http and %d engine processes", len(self._http), len(self._engines))
         tasks = [asyncio.create_task(self._supervise(child)) for child in children]
         tasks.append(asyncio.create_task(self._tell_ready()))
         try:

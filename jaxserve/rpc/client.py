@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 METHOD = "/jaxserve.rpc.Engine/Connect"
 RECONNECT_INTERVAL = 0.2  # seconds
+SOCKET_POLL_INTERVAL = 0.02  # seconds
 HANG_UP_TIME = 0.5  # seconds
 LOOKAHEAD_BYTES = 4096  # a step of 256 samples
 # Outputs of one request that may wait for whoever reads it; beyond, the request is aborted.
@@ -272,6 +273,8 @@ class EngineClient:
             connect = channel.stream_stream(
                 METHOD, request_serializer=pb.ClientMessage.SerializeToString, response_deserializer=pb.EngineMessage.FromString
             )
+            while not self._socket_path.exists():  # gRPC would look for it half a second later
+                await asyncio.sleep(SOCKET_POLL_INTERVAL)
             while not self._closing:
                 try:
                     await self._converse(connect(wait_for_ready=True))
