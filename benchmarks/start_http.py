@@ -1,4 +1,4 @@
-"""Where the time from the start of `jaxserve` to its first 200 of /health goes: the server's log, with seconds since its process was asked for.
+"""Where the time from the start of `jaxserve` to its first 200 of /health goes: the server's log, in seconds since its start.
 
     python -m benchmarks.start_http FOLDER [--starts cold warm warm] [--server-flags TEXT]
 

@@ -1,7 +1,7 @@
 """Where processes find the bytecode of what they import, where the installation has none.
 
-JAX, Flax and transformers are thousands of modules: a process that must parse them takes seconds longer to start. `pip install` compiles them,
-`uv pip install` and `pip install --no-compile` do not, and where Python may not write beside them it parses them anew in every start.
+JAX, Flax and transformers are thousands of modules: a process that must parse them takes seconds longer to start. `pip install`
+compiles them, `uv pip install` does not, and where Python may not write beside them it parses them anew in every start.
 """
 
 import importlib.util
