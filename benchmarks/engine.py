@@ -1,12 +1,12 @@
-"""The whole engine on one model's shape: decode step by batch size, prefill throughput, what sampling adds, host time a step.
+"""The whole engine on one model's shape: decode step by batch size, prefill throughput, host time a step.
 
-    python -m benchmarks.engine FOLDER [--label 1b] [--quantize fp8] [--mesh 1x2] [--only decode prefill top_p] [--results FILE]
+    python -m benchmarks.engine FOLDER [--label 1b] [--quantize fp8] [--mesh 1x2] [--only decode prefill] [--results FILE]
 
 FOLDER holds a config.json and a tokenizer; the weights are random. The engine runs with its default flags but for three: dummy
 weights, no prefix cache, requests of at most 32768 tokens. Prompts are token ids uniform in 3..48999, new ones for every run; greedy,
-`ignore_eos`, all requests sent at once. A decode step is (time of [1024 in, 257 out] - time of [1024 in, 1 out]) / 256. The extra
-time of sampling is the same figure with temperature 0.8 and top_p 0.95 less the greedy one. Each figure is the median of
-the repetitions. A decode figure comes with the host's milliseconds a step, by verb.
+`ignore_eos`, all requests sent at once. A decode step is (time of [1024 in, 257 out] - time of [1024 in, 1 out]) / 256. Each
+figure is the median of the repetitions. A decode figure comes with the host's milliseconds a step, by verb. What sampling adds to a step
+is benchmarks.sampled_steps' to say: the difference of two such figures, each with seconds of prefill in it, is off by up to a millisecond.
 
 With --quantize rows are called after the format: fp8_decode_step_b1_ms. fp8 is the engine's flag; w4 serves the shape as a GPTQ
 checkpoint of 4 bits in groups of 128. On a mesh of T devices they begin with tpT and the label: tp2_8b_decode_step_b1_ms.
@@ -14,7 +14,6 @@ What jaxserve logs of its start is shown, among it how much the host and each de
 """
 
 import argparse
-import json
 import logging
 import random
 import statistics
@@ -39,10 +38,10 @@ class Workload:
         self._random = random.Random(0)
         self._largest_id = min(49000, llm.info.vocab_size)
 
-    def seconds(self, count: int, tokens_in: int, tokens_out: int, **sampling: float) -> float:
-        """Wall time of `count` requests sent at once; greedy where `sampling` does not say otherwise."""
+    def seconds(self, count: int, tokens_in: int, tokens_out: int) -> float:
+        """Wall time of `count` greedy requests sent at once."""
         prompts = [[self._random.randrange(3, self._largest_id) for _ in range(tokens_in)] for _ in range(count)]
-        params = SamplingParams(**{"temperature": 0.0, **sampling}, max_tokens=tokens_out, ignore_eos=True)  # pyright: ignore
+        params = SamplingParams(temperature=0.0, max_tokens=tokens_out, ignore_eos=True)
         begin = time.perf_counter()
         outputs = self._llm.generate(prompts, params)
         seconds = time.perf_counter() - begin
@@ -71,16 +70,10 @@ class Measurement:
         self._command = command_line("benchmarks.engine")
         self._workload = Workload(llm)
 
-    def decode(self, count: int) -> float:
+    def decode(self, count: int) -> None:
         """Milliseconds of a decode step of `count` requests."""
         milliseconds = self._step_milliseconds(count)
         self._rows.add(f"{self._prefix}decode_step_{self._label}b{count}_ms", milliseconds, "ms", self._command)
-        return milliseconds
-
-    def sampled(self, count: int, greedy_milliseconds: float) -> None:
-        """What temperature and top_p add to a step."""
-        extra = self._step_milliseconds(count, temperature=0.8, top_p=0.95) - greedy_milliseconds
-        self._rows.add(f"{self._prefix}top_p_extra_{self._label}ms_b{count}", extra, "ms", self._command)
 
     def prefill(self, count: int, length: int) -> None:
         """Prompt tokens a second."""
@@ -88,17 +81,17 @@ class Measurement:
         rate = count * length / self._median(lambda: self._workload.seconds(count, length, 1))
         self._rows.add(f"{self._prefix}prefill_{self._label}{count}x{length}_tok_s", rate, "tok/s", self._command)
 
-    def _step_milliseconds(self, count: int, **sampling: float) -> float:
-        self._workload.seconds(count, min(64, self._in), 4, **sampling)
-        first = self._median(lambda: self._workload.seconds(count, self._in, 1, **sampling))
+    def _step_milliseconds(self, count: int) -> float:
+        self._workload.seconds(count, min(64, self._in), 4)
+        first = self._median(lambda: self._workload.seconds(count, self._in, 1))
         before = self._llm.engines[0].stats()
-        whole = self._median(lambda: self._workload.seconds(count, self._in, self._out, **sampling))
+        whole = self._median(lambda: self._workload.seconds(count, self._in, self._out))
         after = self._llm.engines[0].stats()
         steps = after.num_steps - before.num_steps
         host = {verb: _difference(before, after, f"{verb}_seconds") / steps * 1000 for verb in VERBS}
         told = ", ".join(f"{verb} {milliseconds:.3f}" for verb, milliseconds in host.items())
         milliseconds = (whole - first) / (self._out - 1) * 1000
-        print(f"B={count} {json.dumps(sampling)}: step {milliseconds:.3f} ms; host ms a step: {told}", flush=True)
+        print(f"B={count}: step {milliseconds:.3f} ms; host ms a step: {told}", flush=True)
         return milliseconds
 
     def _median(self, run: Callable[[], float]) -> float:
@@ -118,7 +111,7 @@ def main() -> None:
     parser.add_argument("--label", default="", help="part of the rows' names, for a shape that is not the 8B one: 1b")
     parser.add_argument("--quantize", choices=CHOICES, help="random weights in this format")
     parser.add_argument("--kv-cache-dtype", help="the engine's flag; then the rows are not of default flags: give a --label")
-    parser.add_argument("--only", nargs="+", choices=("decode", "prefill", "top_p"), default=("decode", "prefill", "top_p"))
+    parser.add_argument("--only", nargs="+", choices=("decode", "prefill"), default=("decode", "prefill"))
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--prefills", nargs="*", default=["64x2048", "8x8192"], metavar="COUNTxLENGTH")
     parser.add_argument("--tokens-in", type=int, default=1024)
@@ -153,11 +146,9 @@ def main() -> None:
     if "prefill" in arguments.only:
         for prefill in arguments.prefills:
             measurement.prefill(*map(int, prefill.split("x")))
-    if "decode" in arguments.only or "top_p" in arguments.only:
-        sizes = arguments.batch_sizes if "decode" in arguments.only else arguments.batch_sizes[-1:]
-        greedy = [measurement.decode(size) for size in sizes]
-        if "top_p" in arguments.only:
-            measurement.sampled(sizes[-1], greedy[-1])
+    if "decode" in arguments.only:
+        for size in arguments.batch_sizes:
+            measurement.decode(size)
     stats = llm.engines[0].stats()
     print(f"{stats.num_steps} steps, {stats.compile_events} compile events, {_share(stats):.1%} of the tokens were padding")
     rows.show()

@@ -4,11 +4,10 @@ FOLDER holds a config.json and a tokenizer; the weights are random. The same pro
 then backwards through the cases, so that a drift of the card's heat cancels. Prompts come from the prefix cache after the first time. A
 figure is the median time between two steps; the first steps of a turn are not counted.
 
-Products and attention read what the tokens are: rows that hold different tokens take more power than rows that hold the same one, and a
-card at its power limit lowers its clock. Greedy rows of random weights soon agree, sampled ones do not. So each line tells how many
-different tokens a step chose, the clock and the power (nvidia-smi's, where there is one), and there are pairs of cases with the same work
-in the sampler and different tokens: `one token` and `own token` force them by logit bias; `one seed` draws with one noise for all rows;
-`min_p 1` does all that sampling does and keeps the likeliest token.
+A difference between options need not be the sampler's: equal rows might draw less power, and a card at its power limit lowers its clock.
+So a line tells how many different tokens a step chose, the clock and the power (nvidia-smi's, where there is one), and there are pairs of
+cases with the same work in the sampler and different tokens: `one token` and `own token` force them by logit bias; `one seed` draws with
+one noise for all rows; `min_p 1` does all that sampling does and keeps the likeliest token.
 """
 
 import argparse
@@ -171,7 +170,7 @@ def table(turns: dict[str, Turn]) -> str:
     def step(name: str) -> float | None:
         return statistics.median(turns[name].steps) if name in turns else None
 
-    lines = [f"{'case':20s} {'step ms':>8s} {'extra':>7s} {'on div.':>7s} {'tokens':>6s} {'MHz':>6s} {'W':>5s}  " + "  ".join(_PARTS)]
+    lines = [f"{'case':20s} {'step ms':>8s} {'extra':>7s} {'to own':>7s} {'tokens':>6s} {'MHz':>6s} {'W':>5s}  " + "  ".join(_PARTS)]
     for name, turn in turns.items():
         own = statistics.median(turn.steps)
         extras = [f"{own - other:7.3f}" if (other := step(base)) is not None else "      -" for base in (BASELINE, DIVERSE)]
@@ -217,7 +216,7 @@ def main() -> None:
         for name in names[1:]:
             extra = statistics.median(turns[name].steps) - statistics.median(turns[BASELINE].steps)
             slug = name.replace(", ", "_").replace(" ", "_").replace(".", "")
-            rows.add(f"step_extra_{label}{slug}_ms_b{arguments.batch_size}", extra, "ms", command_line("benchmarks.sampled_steps"))
+            rows.add(f"{slug}_extra_{label}ms_b{arguments.batch_size}", extra, "ms", command_line("benchmarks.sampled_steps"))
     print(table(turns), flush=True)
 
 
