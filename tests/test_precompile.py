@@ -22,7 +22,7 @@ events = {}
 monitoring.register_event_listener(lambda event, **_: events.update({event: events.get(event, 0) + 1}))
 options = EngineOptions(compilation_cache_dir=sys.argv[2], max_batch_size=1, max_batch_prefill_tokens=32)
 build_engine(ModelOptions(sys.argv[1]), options)
-print("start:", events.get("/jax/compilation_cache/cache_misses", 0), events.get("/jax/compilation_cache/cache_hits", 0))
+print("start:", events.get("/jax/compilation_cache/cache_misses", 0), events.get("/jaxserve/executables/found", 0))
 """
 
 

@@ -21,7 +21,7 @@ from jaxserve.runner.batch import BatchLayout
 from jaxserve.runner.blueprint import Blueprint, digest_sources
 from jaxserve.runner.buckets import Bucket
 from jaxserve.runner.kv_cache import plan_kv_cache
-from jaxserve.runner.lowering import lower
+from jaxserve.runner.lowering import compile_lowered, lower
 from jaxserve.runner.program_store import ProgramStore
 from jaxserve.runner.programs import ProgramKey, Programs
 from jaxserve.weights import ModelSource
@@ -98,27 +98,48 @@ def test_a_second_start_traces_nothing_of_the_model(prepare, config: RunnerConfi
     second, lowered = prepare(config)
     assert first_logits(model, config, second) == logits
     assert lowered == []
+    assert len(list((Path(config.compilation_cache_dir or "") / preparation.EXECUTABLES_FOLDER).iterdir())) == 8
     assert first.plan() == second.plan()
 
 
-def test_another_config_or_a_damaged_file_is_lowered_again(prepare, config: RunnerConfig):
+def damage_two(folder: Path) -> Callable[[], bool]:
+    """Damage the two largest files of a store; gives what tells whether all are sound again."""
+    names = [path.name for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_size, reverse=True)]
+    for name, end in zip(names, (b"", b"\1"), strict=False):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-1] + end)
+    return lambda: all(map(ProgramStore(folder).read, names)) and {path.name for path in folder.iterdir()} == set(names)
+
+
+def test_another_config_or_a_damaged_file_is_made_again(prepare, config: RunnerConfig, monkeypatch: pytest.MonkeyPatch):
+    compiled: list[str] = []
+
+    def count(lowered, program, mesh):
+        compiled.append(program.function.__name__)
+        return compile_lowered(lowered, program, mesh)
+
+    monkeypatch.setattr(preparation, "compile_lowered", count)
     dict(prepare(config)[0].programs())
-    folder = Path(config.compilation_cache_dir or "") / preparation.LOWERED_FOLDER
-    sound = {path: path.read_bytes() for path in folder.iterdir()}
-    largest, second, *_ = sorted(sound, key=lambda path: len(sound[path]), reverse=True)
-    largest.write_bytes(sound[largest][:-1])
-    second.write_bytes(sound[second][:-1] + b"\1")
+    compiled.clear()
+    folder = Path(config.compilation_cache_dir or "")
+    executables, lowered_folder = folder / preparation.EXECUTABLES_FOLDER, folder / preparation.LOWERED_FOLDER
+    sound = damage_two(executables)
     again, lowered = prepare(config)
     dict(again.programs())
-    assert len(lowered) == 2
-    assert all(ProgramStore(folder).read(path.name) for path in sound) and set(folder.iterdir()) == set(sound)
+    assert sound() and len(compiled) == 2 and not lowered
+    shutil.rmtree(executables)
+    sound = damage_two(lowered_folder)
+    again, lowered = prepare(config)
+    dict(again.programs())
+    assert sound() and len(compiled) == 2 + 8 and len(lowered) == 2
     other, lowered = prepare(replace(config, masked=True))
     assert len(dict(other.programs())) == 9 and lowered
 
 
 @pytest.mark.parametrize("tensor_size", [1, 2])
-def test_the_state_is_donated_and_stays_where_it_is(prepare, config: RunnerConfig, tensor_size: int):
-    prepared, _ = prepare(replace(config, kv_bytes=1 << 20, compilation_cache_dir=None), tensor_size)
+def test_the_state_is_donated_and_stays_where_it_is(prepare, config: RunnerConfig, tensor_size: int, tmp_path: Path):
+    config = replace(config, kv_bytes=1 << 20, compilation_cache_dir=str(tmp_path))
+    dict(prepare(config, tensor_size)[0].programs())
+    prepared, _ = prepare(config, tensor_size)  # what is read from files is as what was compiled
     plan, compiled = prepared.plan(), dict(prepared.programs())
     for key in (FORWARD, ProgramKey("copy_pages"), ProgramKey("load_slot"), ProgramKey("add_page_entries")):
         analysis = compiled[key].memory_analysis()

@@ -8,9 +8,10 @@ from jax import monitoring
 
 from jaxserve.config import EngineOptions, ModelOptions
 from jaxserve.engine.build import build_engine
+from jaxserve.runner.preparation import FOUND_EVENT
 
 _COMPILED_EVENT = "/jax/compilation_cache/cache_misses"
-_FOUND_EVENT = "/jax/compilation_cache/cache_hits"
+_FOUND_EVENTS = "/jax/compilation_cache/cache_hits", FOUND_EVENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ def precompile(model_options: ModelOptions, engine_options: EngineOptions) -> Pr
         StartupError: one line says why.
     """
     begin = time.monotonic()
-    counts = dict.fromkeys((_COMPILED_EVENT, _FOUND_EVENT), 0)
+    counts = dict.fromkeys((_COMPILED_EVENT, *_FOUND_EVENTS), 0)
 
     def listen(event: str, **_: str | int) -> None:
         if event in counts:
@@ -51,4 +52,4 @@ def precompile(model_options: ModelOptions, engine_options: EngineOptions) -> Pr
     finally:
         monitoring.unregister_event_listener(listen)
     seconds = time.monotonic() - begin
-    return Precompiled(engine_options.compilation_cache, counts[_COMPILED_EVENT], counts[_FOUND_EVENT], seconds)
+    return Precompiled(engine_options.compilation_cache, counts[_COMPILED_EVENT], sum(counts[event] for event in _FOUND_EVENTS), seconds)

@@ -71,16 +71,18 @@ def _build_engine(run_folder: Path, model: ModelOptions, engine: EngineOptions, 
 
 
 def _begin_with_devices(engine: EngineOptions) -> None:
-    """Have JAX look for its devices in a thread, which takes seconds where they are GPUs, while all else is imported.
+    """Have JAX find its devices, and take their memory, in a thread while all else is imported: of GPUs it takes seconds.
 
     What goes wrong there goes wrong again where the devices are first needed, and is told then.
     """
     limit_gpu_memory(engine)
     import jax  # whole before the thread begins: two threads that import a package at once may find half of it
+    import numpy as np
 
     def find() -> None:
         with contextlib.suppress(Exception):
-            jax.local_devices()
+            for device in jax.local_devices()[: engine.tensor_size]:
+                jax.device_put(np.zeros(1, np.uint8), device)
 
     threading.Thread(target=find, name="devices", daemon=True).start()
 

@@ -98,6 +98,10 @@ class Blueprint:
 
     def to_json(self) -> str:
         """One line."""
+        return self._json
+
+    @functools.cached_property
+    def _json(self) -> str:
         return json.dumps(dataclasses.asdict(self), default=str)  # a dtype becomes its name
 
     @staticmethod

@@ -36,9 +36,8 @@ def compile_lowered(lowered: bytes, program: Program, mesh: Mesh) -> Compiled:
         mesh: its devices.
     """
     exported = export.deserialize(bytearray(lowered))
-    if "cuda" in exported.platforms:
-        # Where no kernel was lowered, nothing else tells XLA where Mosaic's runtime library is: this import does, by variables.
-        from jax.experimental.mosaic import gpu  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    for platform in exported.platforms:
+        import_kernel_libraries(platform)
 
     def call(*arguments: Any) -> Any:
         return exported.call(*arguments)
@@ -50,3 +49,13 @@ def compile_lowered(lowered: bytes, program: Program, mesh: Mesh) -> Compiled:
     out_shardings = jax.tree.unflatten(exported.out_tree, exported.out_shardings_jax(mesh))
     function = jax.jit(call, donate_argnums=program.donated, out_shardings=out_shardings, compiler_options=program.options)
     return function.lower(*jax.tree.map(place, program.arguments)).compile()
+
+
+def import_kernel_libraries(platform: str) -> None:
+    """Tell XLA where Mosaic's runtime library is, by variables: where no kernel was lowered in this process nothing else does.
+
+    Args:
+        platform: of the programs: "cpu", "cuda".
+    """
+    if platform == "cuda":
+        from jax.experimental.mosaic import gpu  # noqa: F401  # pyright: ignore[reportUnusedImport]

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import monitoring
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
@@ -21,6 +22,7 @@ from jaxserve.runner.blueprint import Blueprint
 from jaxserve.runner.compile import CacheMisses, use_compilation_cache
 from jaxserve.runner.config import RunnerConfig
 from jaxserve.runner.exchange import exchange_bytes
+from jaxserve.runner.executables import Executables, describe_compiler
 from jaxserve.runner.hosts import Hosts, smallest
 from jaxserve.runner.kv_cache import KVCachePlan, plan_kv_cache
 from jaxserve.runner.lowering import compile_lowered, lower
@@ -32,6 +34,8 @@ from jaxserve.runner.programs import Program, ProgramKey, Programs
 logger = logging.getLogger(__name__)
 
 LOWERED_FOLDER = "lowered"  # in the compilation cache's
+EXECUTABLES_FOLDER = "executables"  # likewise
+FOUND_EVENT = "/jaxserve/executables/found"
 _COMPILE_THREADS = "compile"
 _SLOWEST_TOLD = 5  # programs
 _SECONDS_UNTOLD = 10.0
@@ -42,8 +46,9 @@ PROGRAMS_PER_PROCESS = 3  # a process takes as long to start as to lower these
 class Preparation:
     """Begins at once, in threads and processes; plan() and finish() wait for it.
 
-    Where an earlier start left lowered programs in the compilation cache, nothing is traced: they are compiled, or taken from XLA's
-    cache, while the weights are loaded. Otherwise they are lowered by other processes where there is a GPU to wait for, else in a thread.
+    Where an earlier start left compiled programs in the compilation cache, they are taken while the weights are loaded. Where it left
+    lowered ones, nothing is traced: they are compiled, or taken from XLA's own cache, as hosts do that compile together. Otherwise programs
+    are lowered by other processes where there is a GPU to wait for, else in a thread.
 
     The plan of the KV cache needs the temporaries of the largest program, and the programs need the plan. So the temporaries are expected,
     rather too large, and the largest program is compiled first; where it takes more, all begin anew. The weights may be loaded meanwhile:
@@ -78,16 +83,18 @@ class Preparation:
         self._architecture, self._dtype, self._mesh, self._config = architecture, dtype, mesh, config
         self._hosts, self._num_hosts = hosts, 1 if hosts is None else hosts.count
         self._shares = hosts is not None and mesh.devices.flat[0].platform == "gpu"
-        folder = None
+        folder = executables = None
         if config.compilation_cache_dir is not None:
             self._cache = Path(config.compilation_cache_dir)
             folder = self._cache / LOWERED_FOLDER
+            executables = self._cache / EXECUTABLES_FOLDER if hosts is None else None
             if self._shares:
                 # A folder of its own: what is in it is what the other hosts need.
                 what = repr((architecture.config, architecture.attention, str(dtype), mesh.shape, config, self._num_hosts))
                 self._cache = self._cache / HOSTS_FOLDER / hashlib.sha256(what.encode()).hexdigest()[:16]
             use_compilation_cache(str(self._cache))
         self._store = ProgramStore(folder)
+        self._executables = Executables(executables, mesh)
         self._num_processes = num_processes
         self._processes: LoweringProcesses | None = None
         self._lowering: ThreadPoolExecutor | None = None
@@ -109,9 +116,7 @@ class Preparation:
             # Beside the KV cache: the rest of the state, and a step's logits with masks applied.
             beside = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.sampling, state.hidden)))
             self._bytes_left -= beside + config.masked * 4 * config.max_batch_size * architecture.config.vocab_size
-            # XLA's choices are in its temporaries: its flags and the driver's version are in the name.
-            compiler = mesh.devices.flat[0].client.platform_version, os.environ.get("XLA_FLAGS", "")
-            name = blueprint.digest(f"temporaries {compiler}")
+            name = blueprint.digest(f"temporaries {describe_compiler(mesh)}")  # XLA's choices are in them
             measured = self._leaders("temporaries", self._store.read(name) or b"")
             self._temporaries = max(int(measured or 0), expected_temporaries(blueprint))
             self._file_of_temporaries = None if measured else name
@@ -190,17 +195,38 @@ class Preparation:
     def _begin(self) -> Programs:
         """Plan, and start to make all programs ready."""
         programs = Programs(self._blueprint())
-        stored = {key: self._store.read(programs.blueprint.digest(key.name)) for key in programs}
-        missing = sum(data is None for data in stored.values())
-        logger.info("%d programs were lowered by an earlier start, %d are to be lowered", len(stored) - missing, missing)
+        blueprint = programs.blueprint
+        keys = list(programs)
+        compiled = {key for key in keys if self._executables.has(blueprint, key)}
+        lowered = {key for key in keys if key not in compiled and self._store.has(blueprint.digest(key.name))}
+        missing = len(keys) - len(compiled) - len(lowered)
+        told = "an earlier start compiled %d programs and lowered %d more, %d are to be lowered"
+        logger.info(told, len(compiled), len(lowered), missing)
         lowering = self._started_lowering(missing)
         self._programs = programs
-        self._futures = {key: lowering.submit(self._make_ready, programs, key, data) for key, data in stored.items()}
+        self._futures = {
+            key: _finished(self._compiling.submit(self._load, programs, key))
+            if key in compiled
+            else lowering.submit(self._make_ready, programs, key)
+            for key in keys
+        }
         return programs
 
-    def _make_ready(self, programs: Programs, key: ProgramKey, lowered: bytes | None) -> Future[Compiled]:
-        lowered = lowered or self._lower(programs, key)
-        return self._compiling.submit(self._compile_when_shared, lowered, programs, key)
+    def _load(self, programs: Programs, key: ProgramKey) -> Compiled:
+        """What an earlier start compiled, or where that cannot be used the same anew."""
+        begin = time.monotonic()
+        compiled = self._executables.load(programs.blueprint, key, programs[key])
+        if compiled is None:
+            return self._compile_when_shared(self._lowered(programs, key), programs, key)
+        monitoring.record_event(FOUND_EVENT)
+        self._compile_seconds[key.name] = time.monotonic() - begin
+        return compiled
+
+    def _make_ready(self, programs: Programs, key: ProgramKey) -> Future[Compiled]:
+        return self._compiling.submit(self._compile_when_shared, self._lowered(programs, key), programs, key)
+
+    def _lowered(self, programs: Programs, key: ProgramKey) -> bytes:
+        return self._store.read(programs.blueprint.digest(key.name)) or self._lower(programs, key)
 
     def _compile_when_shared(self, lowered: bytes, programs: Programs, key: ProgramKey) -> Compiled:
         """On the leader at once, on other hosts as soon as they have what the leader compiled."""
@@ -211,6 +237,7 @@ class Preparation:
         begin = time.monotonic()
         compiled = self._compile(lowered, programs[key])
         self._compile_seconds[key.name] = time.monotonic() - begin
+        self._executables.keep(programs.blueprint, key, programs[key], compiled)
         return compiled
 
     def _compile(self, lowered: bytes, program: Program) -> Compiled:
@@ -283,6 +310,12 @@ class Preparation:
         dtype = self._dtype if wanted is None else page_dtype(jnp.dtype(wanted), platform)
         plan = plan_kv_cache(self._architecture.config, self._config, self._mesh.shape["tensor"], dtype, kv_bytes)
         return Blueprint.of(self._architecture, self._dtype, self._mesh, plan, self._config)
+
+
+def _finished[T](result: T) -> Future[T]:
+    future: Future[T] = Future()
+    future.set_result(result)
+    return future
 
 
 def _cores() -> int:

@@ -1,4 +1,4 @@
-"""ProgramStore: lowered programs, and what was learnt of them, in files that outlive the process."""
+"""ProgramStore: lowered and compiled programs, and what was learnt of them, in files that outlive the process."""
 
 import contextlib
 import hashlib
@@ -23,6 +23,10 @@ class ProgramStore:
     def __init__(self, folder: Path | None):
         self.folder = folder
 
+    def has(self, name: str) -> bool:
+        """Whether anything was written under a name, sound or not."""
+        return self.folder is not None and (self.folder / name).exists()
+
     def read(self, name: str) -> bytes | None:
         """What was written under a name; None where nothing sound was."""
         if self.folder is None:
@@ -46,4 +50,4 @@ class ProgramStore:
         except OSError as error:
             with contextlib.suppress(OSError):
                 unfinished.unlink()
-            logger.warning("lowered programs are not kept: %s", error)
+            logger.warning("programs are not kept: %s", error)

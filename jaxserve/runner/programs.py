@@ -38,6 +38,7 @@ PRODUCTS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 TRITON_PRODUCTS = {"xla_gpu_enable_triton_gemm": True, "xla_gpu_triton_gemm_any": True, "xla_gpu_cublas_fallback": False}
 
 _EVERYWHERE = PartitionSpec()
+_ARRAY = 0  # in a tree of results
 
 
 class ProgramKey(NamedTuple):
@@ -68,12 +69,14 @@ class Program(NamedTuple):
     Attributes:
         function: jitted.
         arguments: their shapes, and their shardings over a mesh without devices.
+        results: a tree of their form; what its leaves are means nothing.
         donated: the argument whose memory the results take; () for none.
         options: XLA's, by name.
     """
 
     function: Any
     arguments: tuple[Any, ...]
+    results: Any
     donated: int | tuple[()]
     options: dict[str, Any]
 
@@ -162,23 +165,25 @@ class Programs:
         """Of (leaves, state, packed[, peers]) -> (state, *outputs)."""
         specs = self.architecture.specs, STATE_SPEC, _EVERYWHERE, *(PEERS_SPEC for _ in self._peers())
         arguments = self.leaves, self.state, self._ints(layout.size), *self._peers()
-        return self._program(function, arguments, specs, (STATE_SPEC, *outputs), donated=1, options=PRODUCTS)
+        results = self.state, *(_ARRAY for _ in outputs)
+        return self._program(function, arguments, specs, (STATE_SPEC, *outputs), results, donated=1, options=PRODUCTS)
 
     def mask(self, num_rows: int) -> Program:
         """(logits, masks) -> logits."""
         masks = self._array((num_rows, mask_words(self.blueprint.model.vocab_size)), jnp.uint32)
-        return self._program(apply_masks, (self._logits(num_rows), masks), (_EVERYWHERE,) * 2, _EVERYWHERE, donated=())
+        return self._program(apply_masks, (self._logits(num_rows), masks), (_EVERYWHERE,) * 2, _EVERYWHERE, _ARRAY, donated=())
 
     def sample(self, num_rows: int) -> Program:
         """(logits, sampling state, columns) -> (what unpack_sampled() reads, sampling state)."""
         arguments = self._logits(num_rows), self.state.sampling, self._ints(num_rows, NUM_SAMPLING_COLUMNS)
-        return self._program(sample, arguments, (_EVERYWHERE,) * 3, (_EVERYWHERE,) * 2, donated=1)
+        results = _ARRAY, self.state.sampling
+        return self._program(sample, arguments, (_EVERYWHERE,) * 3, (_EVERYWHERE,) * 2, results, donated=1)
 
     def logprobs(self, num_rows: int) -> Program:
         """(logits, masked logits, sampling state, columns, sampled) -> what unpack_sampled() reads."""
         ints = self._ints(num_rows, NUM_SAMPLING_COLUMNS), self._ints(num_rows, SAMPLED_COLUMNS)
         arguments = self._logits(num_rows), self._logits(num_rows), self.state.sampling, *ints
-        return self._program(find_logprobs, arguments, (_EVERYWHERE,) * 5, _EVERYWHERE, donated=())
+        return self._program(find_logprobs, arguments, (_EVERYWHERE,) * 5, _EVERYWHERE, _ARRAY, donated=())
 
     def score(self) -> Program:
         """(leaves, hidden, int32 [2, num_scored_a_call]: tokens of the last step, and which follows each) -> what unpack_scored() reads."""
@@ -190,7 +195,7 @@ class Programs:
         num_tokens = num_scored_a_call(self.blueprint.device_platform)
         specs = self.architecture.specs, _EVERYWHERE, _EVERYWHERE
         arguments = self.leaves, self.state.hidden, self._ints(2, num_tokens)
-        return self._program(score, arguments, specs, _EVERYWHERE, donated=(), options=PRODUCTS)
+        return self._program(score, arguments, specs, _EVERYWHERE, _ARRAY, donated=(), options=PRODUCTS)
 
     def copy_pages(self) -> Program:
         """(state, int32 [groups, 2, PAGE_COPIES]) -> state with pages [g, 0] copied to [g, 1]; a target out of range is dropped."""
@@ -222,7 +227,7 @@ class Programs:
         return self._state_program(load, self._ints(SLOT_LOAD_SIZE))
 
     def _state_program(self, function: Callable[..., DeviceState], upload: jax.ShapeDtypeStruct) -> Program:
-        return self._program(function, (self.state, upload), (STATE_SPEC, _EVERYWHERE), STATE_SPEC, donated=0)
+        return self._program(function, (self.state, upload), (STATE_SPEC, _EVERYWHERE), STATE_SPEC, self.state, donated=0)
 
     def _program(
         self,
@@ -230,12 +235,13 @@ class Programs:
         arguments: tuple[Any, ...],
         in_specs: Any,
         out_specs: Any,
+        results: Any,
         donated: int | tuple[()],
         options: dict[str, Any] | None = None,
     ) -> Program:
         # check_vma would ask every loop of every kernel to declare what varies over the mesh.
         sharded = jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        return Program(jax.jit(sharded, donate_argnums=donated), arguments, donated, options or {})
+        return Program(jax.jit(sharded, donate_argnums=donated), arguments, results, donated, options or {})
 
     def _leaves(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         dtype, shards = jnp.dtype(self.blueprint.dtype), self.blueprint.tensor_size
