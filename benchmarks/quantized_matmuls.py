@@ -25,7 +25,9 @@ import numpy as np
 
 from benchmarks.rows import add_row_flags, command_line, make_rows
 from jaxserve.pallas_kernels.matmul import add_parts, gated_matmul, matmul, multiply_gated
-from jaxserve.pallas_kernels.quantized_matmul.api import quantized_gated_matmul, quantized_matmul
+from jaxserve.pallas_kernels.quantized_matmul.activations import round_rows
+from jaxserve.pallas_kernels.quantized_matmul.api import quantized_matmul
+from jaxserve.pallas_kernels.quantized_matmul.many_tokens import eight_bit_matmul
 from jaxserve.pallas_kernels.quantized_matmul.mosaic import MosaicQuantizedConfig, quantized_matmul_mosaic
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_eight_bit import MosaicEightBitConfig, eight_bit_matmul_mosaic
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import WideQuantizedConfig, quantized_matmul_wide
@@ -185,7 +187,7 @@ def _triton_cuts() -> Iterator[Contender]:
 
 
 def eight_bit(case: Case, *cut: int) -> Contender:
-    """The Mosaic kernel for 8 bits and a scale a row: warpgroups, splits, stages, blocks of threads."""
+    """The Mosaic kernel for 8 bits and a scale a row: warpgroups, splits, columns, stages, blocks of threads."""
     config = MosaicEightBitConfig(*cut)
 
     def multiply(x: jax.Array, weight: EightBitWeight) -> jax.Array:
@@ -198,32 +200,35 @@ def eight_bit(case: Case, *cut: int) -> Contender:
 def _few_cuts() -> Iterator[Contender]:
     """Few tokens times weights of 8 bits by Mosaic's kernel for them, by the one for groups, and by what is served."""
     few = {
-        "swiglu": ((2, 1, 6, 132), (2, 1, 4, 132), (1, 1, 5, 264), (1, 1, 8, 132)),
-        "gate_up": ((4, 1, 5, 132), (2, 1, 5, 264)),
-        "down": ((2, 4, 8, 132), (4, 8, 5, 132), (1, 2, 8, 132)),
-        "qkv": ((3, 4, 6, 132), (2, 2, 8, 132)),
-        "o": ((2, 4, 8, 132), (1, 2, 8, 132)),
-        "head": ((4, 1, 5, 132), (2, 1, 5, 264)),
+        "swiglu": ((2, 1, 128, 6, 132), (2, 1, 256, 3, 132), (1, 1, 128, 8, 132), (1, 1, 256, 5, 132), (1, 1, 128, 5, 264)),
+        "down": ((2, 4, 128, 8, 132), (2, 4, 256, 5, 132), (1, 2, 256, 8, 132), (1, 4, 256, 4, 264)),
+        "qkv": ((3, 4, 128, 8, 132), (2, 2, 256, 5, 132), (1, 1, 256, 8, 132)),
+        "o": ((2, 4, 128, 8, 132), (1, 2, 256, 8, 132)),
+        "head": ((4, 1, 128, 5, 132), (2, 1, 256, 5, 132), (2, 1, 128, 5, 264)),
     }
-    many = {
-        "swiglu": ((2, 1, 4, 132), (1, 1, 6, 132)),
-        "down": ((2, 4, 6, 132), (4, 8, 4, 132)),
-        "qkv": ((3, 4, 5, 132), (2, 2, 6, 132)),
-        "o": ((2, 4, 6, 132),),
-        "head": ((4, 1, 4, 132),),
+    some = {
+        "swiglu": ((2, 1, 128, 4, 132), (1, 1, 128, 6, 132), (1, 1, 256, 3, 132)),
+        "down": ((2, 4, 128, 6, 132), (1, 2, 256, 4, 132)),
+        "qkv": ((3, 4, 128, 4, 132), (2, 2, 128, 6, 132), (1, 1, 256, 4, 132)),
+        "o": ((2, 4, 128, 6, 132), (1, 2, 128, 6, 132)),
     }
-    for tokens, cuts in ((8, few), (64, many)):
+    many = {"swiglu": ((1, 1, 128, 4, 132), (2, 1, 128, 3, 132)), "down": ((2, 4, 128, 3, 132), (1, 2, 128, 4, 132))}
+    before = {"gate_up": (64, 16, 1, 1, 2, 4), "down": (64, 16, 1, 8, 2, 4), "qkv": (64, 16, 1, 4, 2, 4), "o": (64, 16, 1, 8, 2, 4)}
+    for tokens, cuts in ((8, few), (64, some), (128, many)):
         for shape, of_shape in cuts.items():
             case = Case("fp8", shape, tokens)
-            yield Contender(case, "served", quantized_gated_matmul if shape == "swiglu" else multiply_quantized)
             for cut in of_shape:
                 yield eight_bit(case, *cut)
-    for shape, cut in (("gate_up", (4, 1, 5, 132)), ("down", (2, 4, 8, 132))):
-        yield mosaic(Case("fp8", shape, 8), *cut)
-    for cut in ((4, 1, 8, 132), (2, 1, 8, 264), (2, 1, 8, 132)):
-        yield mosaic(Case("w4", "gate_up", 1), *cut)
-    for cut in ((64, 16, 2, 1, 2, 3), (64, 16, 1, 1, 2, 4), (64, 16, 1, 1, 2, 6)):
-        yield triton(Case("w4", "gate_up", 1), *cut)
+            if tokens > 8:
+                yield Contender(case, "8-bit products", multiply_rounded)
+    for shape, cut in before.items():
+        yield triton(Case("fp8", shape, 8), *cut)
+
+
+def multiply_rounded(x: jax.Array, weight: EightBitWeight) -> jax.Array:
+    """x [T, K], weight [N, K] -> [T, N] by cuBLASLt's 8-bit products, with SwiGLU for gate and up rows."""
+    product = eight_bit_matmul(*round_rows(x, weight.codes.dtype), weight, BF16)
+    return multiply_gated(product) if weight.shape == SHAPES["swiglu"] else product
 
 
 CONTENDERS = {"few": _few_cuts, "served": _served, "mosaic": _mosaic_cuts, "wide": _wide_cuts, "triton": _triton_cuts}
@@ -397,7 +402,8 @@ def measure_all(wanted: list[Contender], futures: list[Any], deadline: float, fi
         print(f"{running}", end="\r", file=sys.stderr, flush=True)  # the last of these is what hung
         seconds, error = measure(compiled, xs, weights[:count], expected, columns)
         # Activations may be rounded to 8 bits.
-        bound = {"fp8": 0.04, "int8": 0.02}.get(case.kind, 4e-3) if wanted[i].name == "served" else 4e-3
+        rounds = wanted[i].name in ("served", "8-bit products")
+        bound = {"fp8": 0.04, "int8": 0.02}.get(case.kind, 4e-3) if rounds else 4e-3
         bound = max(bound, 6e-3) if is_gated else bound  # gate and up are rounded first
         floor = case.floor(weight_bytes(case.kind, case.shape))
         row = dict(kind=case.kind, shape=case.shape, tokens=case.tokens, name=wanted[i].name, us=seconds * 1e6, floor_us=floor * 1e6)

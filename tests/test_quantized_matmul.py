@@ -14,9 +14,10 @@ from jaxserve.pallas_kernels.gpu import Gpu
 from jaxserve.pallas_kernels.matmul import multiply_gated
 from jaxserve.pallas_kernels.quantized_matmul import TABLES, EightBitWeight, FourBitWeight, api, pack_four_bit
 from jaxserve.pallas_kernels.quantized_matmul.activations import round_activations, round_rows
-from jaxserve.pallas_kernels.quantized_matmul.dispatch import triton_config, wide_four_bit_config
+from jaxserve.pallas_kernels.quantized_matmul.dispatch import eight_bit_config, mosaic_config, triton_config, wide_four_bit_config
 from jaxserve.pallas_kernels.quantized_matmul.many_tokens import dequantize_triton, eight_bit_matmul, widened_matmul
-from jaxserve.pallas_kernels.quantized_matmul.mosaic import MosaicQuantizedConfig, quantized_matmul_mosaic
+from jaxserve.pallas_kernels.quantized_matmul.mosaic import MosaicQuantizedConfig, quantized_matmul_mosaic, token_tiles
+from jaxserve.pallas_kernels.quantized_matmul.mosaic_eight_bit import MosaicEightBitConfig, eight_bit_matmul_mosaic
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import WideQuantizedConfig, quantized_matmul_wide, wide_token_tiles
 from jaxserve.pallas_kernels.quantized_matmul.reference import quantized_matmul_reference
 from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfig, quantized_matmul_triton
@@ -94,17 +95,33 @@ def test_the_triton_kernel_multiplies(weight, num_tokens, dtype, config):
 
 MOSAIC_CUTS = [
     (four_bit(256, 512, 32, zeros=True), 3, MosaicQuantizedConfig(2, 2, 2, 4)),
-    (eight_bit(128, 512, 1, FLOAT8), 3, MosaicQuantizedConfig(2, 1, 2, 2)),
     (eight_bit(128, 512, 2, jnp.int8), 130, MosaicQuantizedConfig(1, 2, 2, 3)),  # two tiles of tokens
 ]
 
 
-@pytest.mark.parametrize(("weight", "num_tokens", "config"), MOSAIC_CUTS, ids=["4-bits", "float8", "int8-groups"])
+@pytest.mark.parametrize(("weight", "num_tokens", "config"), MOSAIC_CUTS, ids=["4-bits", "int8-groups"])
 def test_the_mosaic_kernel_multiplies(weight, num_tokens, config):
     x = activations(num_tokens, 512)
     parts = quantized_matmul_mosaic(x, weight, config=config, interpret=True)
     assert parts.shape == (1 if config.splits == 1 else 4, num_tokens, weight.shape[0])
     assert error(parts.astype(F32).sum(axis=0), x, weight) < HALF_OF_THE_LAST_BIT[BF16]
+
+
+EIGHT_BIT_CUTS = [
+    (FLOAT8, 5, MosaicEightBitConfig(2, 2, 128, 2, 3), False),
+    (FLOAT8, 12, MosaicEightBitConfig(1, 1, 256, 2, 1), True),
+    (jnp.int8, 130, MosaicEightBitConfig(1, 1, 256, 2, 4), False),  # two tiles of tokens
+]
+
+
+@pytest.mark.parametrize(("dtype", "num_tokens", "config", "gated"), EIGHT_BIT_CUTS, ids=["parts", "gated", "int8"])
+def test_the_kernel_for_eight_bits_multiplies(dtype, num_tokens, config, gated):
+    x, weight = activations(num_tokens, 512), eight_bit(256, 512, 1, dtype)
+    parts = eight_bit_matmul_mosaic(x, weight, config=config, gated=gated, interpret=True)
+    assert parts.shape == (1 if config.splits == 1 else 4, num_tokens, 128 if gated else 256) and parts.dtype == BF16
+    out, expected = parts.astype(F32).sum(axis=0), quantized_matmul_reference(x, weight, F32)
+    expected = multiply_gated(expected) if gated else expected
+    assert float(jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected)) < HALF_OF_THE_LAST_BIT[BF16]
 
 
 WIDE_CUTS = [
@@ -181,7 +198,12 @@ def test_what_is_lowered_for_gpus(monkeypatch):
     plain = lowered(monkeypatch, HOPPER, 8, abstract(four_bit(64, 256, 128), 28672, 4096))
     assert plain.count(TRITON) == 1 and "dense<8>" not in plain and "stablehlo.broadcast" not in plain
     floats = abstract(eight_bit(64, 256, 1, FLOAT8, quantized_activations=True), 6144, 4096)
-    assert TRITON in lowered(monkeypatch, HOPPER, 16, floats)
+    # Few tokens of float8: one kernel, parts of its own, and SwiGLU within; nothing else is launched.
+    for product, shape in ((quantized_matmul_parts, (6144, 4096)), (quantized_gated_matmul, (28672, 4096))):
+        for num_tokens in (8, 64):
+            text = lowered(monkeypatch, HOPPER, num_tokens, abstract(floats, *shape), product=product)
+            assert text.count("custom_call @mosaic_gpu_v2") == 1 and TRITON not in text and "stablehlo.reduce" not in text
+    assert TRITON in lowered(monkeypatch, AMPERE, 16, floats)
     # Weights stay as they lie, [N, K]: cuBLASLt reads them so.
     text = lowered(monkeypatch, HOPPER, 2048, floats)
     assert "stablehlo.transpose" not in text and "contracting_dims = [1] x [1]" in text
@@ -210,6 +232,16 @@ def test_the_cut_fits(size, depth):
             config = triton_config(x, weight, HOPPER)  # pyright: ignore[reportArgumentType]
             assert config is not None and config.splits * 4 <= max(4, depth // 128) and config.num_warps * 16 <= max(16, config.tile)
             assert config.tile * config.tokens <= 256 * 64  # float32 sums in registers
+            mosaic_config(x, weight, BF16, HOPPER)  # pyright: ignore[reportArgumentType]
+            for gated in (False, True):
+                cut = eight_bit_config(x, weight, BF16, HOPPER, gated)  # pyright: ignore[reportArgumentType]
+                takes = isinstance(weight, EightBitWeight) and size % (64 * (1 + gated)) == 0 and (num_tokens <= 64 or not gated)
+                assert (cut is not None) == takes
+                if cut is not None:
+                    lanes, heights = token_tiles(num_tokens)[0], cut.warpgroups * (1 + gated)
+                    in_flight = cut.columns * (64 * heights + 2 * lanes) * cut.num_stages
+                    assert in_flight + cut.warpgroups * min(2, cut.splits) * lanes * 128 < 227 * 1024 and cut.num_stages > 2
+                    assert size % (64 * heights) == 0 and depth % (cut.splits * cut.columns) == 0
         many = jax.ShapeDtypeStruct((257, depth), BF16)
         for num_tokens, gated in ((129, False), (160, True), (256, False), (512, False), (2048, True)):
             x = jax.ShapeDtypeStruct((num_tokens, depth), BF16)

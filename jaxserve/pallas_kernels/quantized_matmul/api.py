@@ -33,14 +33,17 @@ def _gated_kernel(x: jax.Array, weight: FourBitWeight | EightBitWeight | PlainWe
     """The gated product by a kernel of our own; None: there is none for it."""
     # Pallas takes over a second to import: not where there is no GPU.
     from jaxserve.pallas_kernels.matmul.mosaic_wide import matmul_wide
-    from jaxserve.pallas_kernels.quantized_matmul.dispatch import wide_config, wide_four_bit_config
+    from jaxserve.pallas_kernels.quantized_matmul.dispatch import eight_bit_config, wide_config, wide_four_bit_config
+    from jaxserve.pallas_kernels.quantized_matmul.mosaic_eight_bit import eight_bit_matmul_mosaic
     from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import quantized_matmul_wide
 
     if isinstance(weight, EightBitWeight):
-        config = wide_config(x, weight, gpu)
+        config, few = wide_config(x, weight, gpu), eight_bit_config(x, weight, x.dtype, gpu, gated=True)
         if config is not None:
             codes, scales = _round(x, weight, after_kernel=False)
             return matmul_wide(codes, weight.codes, (scales[:, 0], weight.scales[0].astype(jnp.float32)), config=config, gated=True)[0]
+        if few is not None and weight.zeros is None:
+            return eight_bit_matmul_mosaic(x, weight, config=few, gated=True)[0]
     elif isinstance(weight, FourBitWeight) and weight.minima is None:
         config = wide_four_bit_config(x, weight, x.dtype, gpu, gated=True)
         if config is not None:
@@ -65,6 +68,7 @@ def _parts(x: jax.Array, weight: FourBitWeight | EightBitWeight | PlainWeight, o
 def _multiply_on_gpu(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu, after_kernel: bool) -> jax.Array:
     # Pallas takes over a second to import: not where there is no GPU.
     from jaxserve.pallas_kernels.quantized_matmul.dispatch import (
+        eight_bit_config,
         mosaic_config,
         takes_eight_bit_products,
         triton_config,
@@ -72,17 +76,21 @@ def _multiply_on_gpu(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_d
     )
     from jaxserve.pallas_kernels.quantized_matmul.many_tokens import eight_bit_matmul, widened_matmul
     from jaxserve.pallas_kernels.quantized_matmul.mosaic import quantized_matmul_mosaic
+    from jaxserve.pallas_kernels.quantized_matmul.mosaic_eight_bit import eight_bit_matmul_mosaic
     from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import quantized_matmul_wide
     from jaxserve.pallas_kernels.quantized_matmul.triton import quantized_matmul_triton
 
-    if isinstance(weight, EightBitWeight) and takes_eight_bit_products(x, weight, gpu):
-        return eight_bit_matmul(*_round(x, weight, after_kernel), weight, out_dtype)
     minima = weight.minima if isinstance(weight, FourBitWeight) else _minima(weight)
     sums_dtype = out_dtype if minima is None else jnp.dtype("float32")
+    eight = eight_bit_config(x, weight, sums_dtype, gpu)
+    if eight is None and isinstance(weight, EightBitWeight) and takes_eight_bit_products(x, weight, gpu):
+        return eight_bit_matmul(*_round(x, weight, after_kernel), weight, out_dtype)
     wide = wide_four_bit_config(x, weight, sums_dtype, gpu)
     mosaic, triton = mosaic_config(x, weight, sums_dtype, gpu), triton_config(x, weight, gpu)
     if wide is not None:
         parts = quantized_matmul_wide(x, weight, config=wide)  # pyright: ignore[reportArgumentType]
+    elif eight is not None:
+        parts = eight_bit_matmul_mosaic(x, weight, config=eight)  # pyright: ignore[reportArgumentType]
     elif mosaic is not None:
         parts = quantized_matmul_mosaic(x, weight, config=mosaic)
     elif triton is not None:

@@ -7,6 +7,7 @@ from jax.experimental import pallas as pl
 from jaxserve.pallas_kernels.gpu import Gpu
 from jaxserve.pallas_kernels.matmul.mosaic_wide import WideMatmulConfig
 from jaxserve.pallas_kernels.quantized_matmul.mosaic import HEIGHT, MosaicQuantizedConfig, token_tiles
+from jaxserve.pallas_kernels.quantized_matmul.mosaic_eight_bit import MosaicEightBitConfig
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import WideQuantizedConfig, wide_token_tiles
 from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfig
 from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, EightBitWeight, FourBitWeight
@@ -18,8 +19,10 @@ _LEAST_WIDE_TOKENS = 129
 _LEAST_MOSAIC_TOKENS = 17, 9  # of a weight that Triton would split, and of one large enough without
 _BUSY_SHARE = 0.85  # of the multiprocessors draw all that the memory gives
 _SMEM_BYTES = 225 * 1024  # of a block of Mosaic's, but for its barriers
-# From so many on, 8-bit products win where activations may be rounded.
+# From so many on, 8-bit products win where activations may be rounded and Mosaic does not take the weight; where it does, beyond so many.
 _LEAST_EIGHT_BIT_TOKENS = 33
+_MOST_UNROUNDED_TOKENS = 64
+_MOST_GATED_LANES = 64  # whose sums of gate and up fit into registers
 _LEAST_GATED_TOKENS = 1024  # for which SwiGLU within an 8-bit product wins
 _LEAST_SPLIT_BLOCKS = 4  # blocks of 128 columns in a share
 # Of the wide 4-bit kernel, fitted to the cuts that were measured.
@@ -48,6 +51,48 @@ def wide_config(x: jax.Array, weight: EightBitWeight, gpu: Gpu) -> WideMatmulCon
     return WideMatmulConfig(2, 128, 128, 1, 4, gpu.num_multiprocessors, row_cluster=2, panel=8)
 
 
+def eight_bit_config(
+    x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu, gated: bool = False
+) -> MosaicEightBitConfig | None:
+    """The cut of Hopper's kernel for few tokens, x [T, K], 8 bits with a scale a row; None where it does not go or 8-bit products win."""
+    (num_tokens, depth), halves = x.shape, 2 if gated else 1
+    size = weight.shape[0] // halves
+    if not isinstance(weight, EightBitWeight) or weight.scales.shape[0] > 1 or num_tokens > _MOST_MOSAIC_TOKENS:
+        return None
+    if num_tokens > _MOST_UNROUNDED_TOKENS and takes_eight_bit_products(x, weight, gpu):
+        return None
+    lanes, tiles = token_tiles(num_tokens)
+    if not _mosaic_takes(x, weight, out_dtype, gpu) or (gated and (size % HEIGHT or lanes > _MOST_GATED_LANES)):
+        return None
+
+    def cost(cut: tuple[int, int]) -> float:
+        """Bytes of codes, of tokens for each tile and of parts, written and read; more where multiprocessors share them unequally."""
+        teams, splits = cut
+        chunks = size // (teams * HEIGHT) * splits * tiles
+        largest = pl.cdiv(chunks, gpu.num_multiprocessors) * gpu.num_multiprocessors / chunks  # of a multiprocessor, beside the mean
+        parts = 0 if splits == 1 else 8 * splits * lanes * tiles * size
+        moved = halves * size * depth * tiles * (1 + 2 * lanes / (halves * teams * HEIGHT)) + parts
+        return moved * max(1.0, _BUSY_SHARE * largest)
+
+    teams, splits = min(
+        _row_cuts(size, depth, (3, 2, 1) if lanes <= 32 and not gated else (2, 1), (1,) if gated else (1, 2, 4, 8)), key=cost
+    )
+    columns = 2 * BLOCK if halves * teams == 1 and depth % (2 * BLOCK * splits) == 0 else BLOCK
+    stage = columns * (halves * teams * HEIGHT + 2 * lanes)
+    out = teams * (1 if splits == 1 else 2) * lanes * HEIGHT * 2
+    return MosaicEightBitConfig(teams, splits, columns, min(8, (_SMEM_BYTES - out) // stage), gpu.num_multiprocessors)
+
+
+def _row_cuts(size: int, depth: int, teams: tuple[int, ...], splits: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Which of the numbers of warpgroups, 64 rows each, and of shares of the columns cut [size, depth] evenly."""
+    return [
+        (t, s)
+        for t in teams
+        for s in splits
+        if size % (t * HEIGHT) == 0 and depth % (s * BLOCK) == 0 and (s == 1 or depth >= s * BLOCK * _LEAST_SPLIT_BLOCKS)
+    ]
+
+
 def mosaic_config(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu) -> MosaicQuantizedConfig | None:
     """The cut of Hopper's kernel for x [T, K]; None where it is not the fastest or does not take the arrays."""
     (num_tokens, depth), size = x.shape, weight.shape[0]
@@ -55,12 +100,8 @@ def mosaic_config(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtyp
     if not within or not _mosaic_takes(x, weight, out_dtype, gpu):
         return None
     lanes, tiles = token_tiles(num_tokens)
-    cuts = [
-        (teams, splits)
-        for teams in ((4, 3, 2, 1) if lanes <= 32 else (2, 1))  # with more tokens deep stages are worth more than shared tokens
-        for splits in (1, 2, 4, 8)
-        if size % (teams * HEIGHT) == 0 and depth % (splits * BLOCK) == 0 and depth >= splits * BLOCK * _LEAST_SPLIT_BLOCKS
-    ]
+    # With more tokens deep stages are worth more than shared tokens.
+    cuts = _row_cuts(size, depth, (4, 3, 2, 1) if lanes <= 32 else (2, 1), (1, 2, 4, 8))
 
     code_bytes = HEIGHT * BLOCK // (2 if isinstance(weight, FourBitWeight) else 1)
 

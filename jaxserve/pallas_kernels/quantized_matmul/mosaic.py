@@ -74,16 +74,13 @@ def quantized_matmul_mosaic(
         if not interpret:
             x = x.reshape(-1, depth // 16, 4, 2, 2).swapaxes(2, 3).reshape(-1, depth)
         codes_smem = plgpu.SMEM((config.num_stages, teams, HEIGHT, BLOCK), codes.dtype, transforms=swizzled(BLOCK, codes.dtype))
-    # A scale a row is read once at the end.
-    per_row = weight.scales.shape[0] == 1
-    parts = 1 if per_row else max(1, BLOCK // weight.group)
+    parts = max(1, BLOCK // weight.group)
     scales = weight.scales.reshape(-1, heights, HEIGHT)
     scales_smem = plgpu.SMEM((config.num_stages, parts, teams, HEIGHT), scales.dtype)
     sums = plgpu.kernel(
         functools.partial(
             _quantized_matmul_kernel,
             config=config,
-            per_row=per_row,
             group=weight.group,
             chunks=chunks,
             workers=workers,
@@ -96,7 +93,7 @@ def quantized_matmul_mosaic(
             scales_smem,
             None if zeros is None else plgpu.SMEM((config.num_stages, parts, teams, HEIGHT), zeros.dtype),
             plgpu.SMEM((teams, planes, lanes, HEIGHT), x.dtype, transforms=swizzled(HEIGHT // 2, x.dtype)),
-            plgpu.Barrier(num_arrivals=2 + (not per_row) + (zeros is not None), num_barriers=config.num_stages),
+            plgpu.Barrier(num_arrivals=3 + (zeros is not None), num_barriers=config.num_stages),
             plgpu.Barrier(num_arrivals=teams, num_barriers=config.num_stages),
         ),
         grid=(workers,),
@@ -118,7 +115,7 @@ def token_tiles(num_tokens: int) -> tuple[int, int]:
 
 def _quantized_matmul_kernel(
     x_ref, codes_ref, scales_ref, zeros_ref, one_zero_ref, sums_ref, codes_smem, x_smem, scales_smem, zeros_smem, out_smem, filled, emptied,
-    *, config: MosaicQuantizedConfig, per_row: bool, group: int, chunks: int, workers: int, interpret: bool,
+    *, config: MosaicQuantizedConfig, group: int, chunks: int, workers: int, interpret: bool,
 ):  # fmt: skip
     teams, stages, splits, planes = config.warpgroups, config.num_stages, jnp.int32(config.splits), out_smem.shape[1]
     depth, lanes = x_ref.shape[1], x_smem.shape[1]
@@ -156,8 +153,7 @@ def _quantized_matmul_kernel(
                 plgpu.copy_gmem_to_smem(codes, codes_smem.at[slot], filled.at[slot])
                 plgpu.copy_gmem_to_smem(x_ref.at[tokens, columns], x_smem.at[slot], filled.at[slot])
                 groups = pl.ds(block * parts if group <= BLOCK else lax.div(block * BLOCK, jnp.int32(group)), parts)
-                if not per_row:
-                    plgpu.copy_gmem_to_smem(scales_ref.at[groups, heights], scales_smem.at[slot], filled.at[slot])
+                plgpu.copy_gmem_to_smem(scales_ref.at[groups, heights], scales_smem.at[slot], filled.at[slot])
                 if zeros_ref is not None:
                     plgpu.copy_gmem_to_smem(zeros_ref.at[groups, heights], zeros_smem.at[slot], filled.at[slot])
                 return count + 1
@@ -203,29 +199,7 @@ def _quantized_matmul_kernel(
         def across(scales):
             return lax.broadcast_in_dim(scales.astype(jnp.float32), (HEIGHT, lanes), (0,))
 
-        def sum_by_rows(chunk, count):
-            def step(i, carry, sums=None):
-                del i
-                count, total = carry
-                slot, codes = read(count)
-                product = multiply(sums, slot, 0, codes)
-                plgpu.barrier_arrive(emptied.at[slot])
-                return count + 1, total if product is None else total + product
-
-            def sum_all(sums):
-                count_after, _ = lax.fori_loop(0, steps, functools.partial(step, sums=sums), (count, jnp.float32(0)))
-                return count_after, sums[...]
-
-            if interpret:
-                count, total = lax.fori_loop(0, steps, step, (count, jnp.zeros((HEIGHT, lanes), jnp.float32)))
-            else:
-                count, total = in_accumulator(sum_all)
-            scales = plgpu.load(scales_ref.at[0, place(chunk)[0] + warpgroup], layout=_ROW, optimized=False)
-            return count, total * across(scales)
-
-        def sum_by_groups(chunk, count):
-            del chunk
-
+        def sum_by_groups(count):
             def step(i, carry):
                 del i
                 count, total = carry
@@ -246,7 +220,7 @@ def _quantized_matmul_kernel(
             return lax.fori_loop(0, steps, step, (count, total))
 
         def compute_chunk(chunk, count):
-            count, rest = sum_by_rows(chunk, count) if per_row else sum_by_groups(chunk, count)
+            count, rest = sum_by_groups(count)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for plane in range(planes):
                 part = rest.astype(sums_ref.dtype)

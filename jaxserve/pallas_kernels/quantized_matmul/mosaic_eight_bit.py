@@ -28,6 +28,8 @@ from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, EightBitWeig
 
 HALF_FACTOR = 16.0  # bfloat16 tokens are divided by it: float16 then holds up to a million, and is 5e-7 from what is small
 _PIECE = 32  # columns that are widened and multiplied at once
+_FEW_LANES = 32
+_FETCH_REGISTERS, _CONVERT_REGISTERS = 40, 56
 _RUN = 32  # bytes of 16 columns, in which the order of columns changes
 
 
@@ -38,12 +40,14 @@ class MosaicEightBitConfig:
     Attributes:
         warpgroups: that compute; each has 64 rows of a tile, twice if gated.
         splits: shares of the columns, each with partial sums of its own; 1 if gated.
-        num_stages: blocks of 128 columns in flight.
+        columns: that are fetched at once, 128 or 256.
+        num_stages: fetches in flight.
         num_blocks: at most so many blocks of threads; each walks several tiles if there are more.
     """
 
     warpgroups: int
     splits: int
+    columns: int
     num_stages: int
     num_blocks: int
 
@@ -55,7 +59,7 @@ def eight_bit_matmul_mosaic(
     """x [T, K], bfloat16 or float16, times the transposed weight [N, K] with a scale a row, without its zeros: the same bits in every run.
 
     bfloat16 tokens are rounded to float16, after a division by 16: what is over 1,048,064 becomes that, the least of 7.6e-6 and more is
-    exact, and below that at most 4.8e-7 is lost. N is a multiple of 64 * warpgroups (128 if gated), K of 128 * splits.
+    exact, and below that at most 4.8e-7 is lost. N is a multiple of 64 * warpgroups (128 if gated), K of columns * splits.
 
     Returns:
         [P, T, N] in x's dtype, parts whose sum is the product: one, or two for each split, as matmul_mosaic's. Gated: silu(gate) * up,
@@ -67,7 +71,7 @@ def eight_bit_matmul_mosaic(
     lanes, tiles = token_tiles(num_tokens)
     chunks = size // (teams * HEIGHT) * config.splits * tiles
     workers = pl.cdiv(chunks, pl.cdiv(chunks, config.num_blocks))
-    planes = 1 if config.splits == 1 else 2
+    planes, width = 1 if config.splits == 1 else 2, config.columns
     x = jnp.pad(x, ((0, lanes * tiles - num_tokens), (0, 0)))
     factor = 1.0 if dtype == jnp.float16 else HALF_FACTOR
     if interpret:
@@ -78,8 +82,8 @@ def eight_bit_matmul_mosaic(
         ),
         out_type=jax.ShapeDtypeStruct((config.splits * planes, lanes * tiles, size), dtype),
         scratch_types=(
-            plgpu.SMEM((config.num_stages, halves * teams, HEIGHT, BLOCK), weight.codes.dtype, transforms=swizzled(BLOCK, jnp.int8)),
-            plgpu.SMEM((config.num_stages, lanes, BLOCK), jnp.float16, transforms=swizzled(_PIECE, jnp.float16)),
+            plgpu.SMEM((config.num_stages, halves * teams, HEIGHT, width), weight.codes.dtype, transforms=swizzled(BLOCK, jnp.int8)),
+            plgpu.SMEM((config.num_stages, lanes, width), jnp.float16, transforms=swizzled(_PIECE, jnp.float16)),
             plgpu.SMEM((teams, planes, lanes, HEIGHT), dtype, transforms=swizzled(HEIGHT // 2, dtype)),
             plgpu.Barrier(num_arrivals=1 + halves, num_barriers=config.num_stages),
             plgpu.Barrier(num_barriers=config.num_stages),
@@ -107,9 +111,9 @@ def _eight_bit_kernel(
 ):  # fmt: skip
     halves = 2 if gated else 1
     teams, stages, splits, planes = config.warpgroups, config.num_stages, jnp.int32(config.splits), out_smem.shape[1]
-    lanes = x_smem.shape[1]
+    lanes, width = x_smem.shape[1:]
     tiles = jnp.int32(x_ref.shape[0] // lanes)
-    steps = x_ref.shape[1] // BLOCK // config.splits
+    steps = x_ref.shape[1] // width // config.splits
     units = codes_ref.shape[0] // halves
     worker = lax.axis_index("worker")
     warpgroup = lax.axis_index("warpgroup")
@@ -120,8 +124,15 @@ def _eight_bit_kernel(
         rest = lax.div(chunk, tiles)
         return lax.div(rest, splits) * teams, lax.rem(rest, splits), pl.ds(lax.rem(chunk, tiles) * lanes, lanes)
 
+    def share_registers(registers: int, action):
+        """Many sums and many codes need more registers than a thread's even share."""
+        if lanes > _FEW_LANES or halves * width > 2 * BLOCK:
+            plgpu.set_max_registers(registers, action=action)
+
     @pl.when(warpgroup == teams)
     def _fetch():
+        share_registers(_FETCH_REGISTERS, "decrease")
+
         def fetch_chunk(chunk, count):
             first, share, tokens = place(chunk)
 
@@ -134,7 +145,7 @@ def _eight_bit_kernel(
 
                 # Blocks of threads start at different columns: together at the same ones they would crowd some of the memory's channels.
                 block = share * steps + lax.rem(i + worker, jnp.int32(steps))
-                columns = pl.ds(pl.multiple_of(block * BLOCK, BLOCK), BLOCK)
+                columns = pl.ds(pl.multiple_of(block * width, width), width)
                 for half in range(halves):
                     codes = codes_ref.at[pl.ds(first + half * units, teams), :, columns]
                     plgpu.copy_gmem_to_smem(codes, codes_smem.at[slot, pl.ds(half * teams, teams)], filled.at[slot])
@@ -152,6 +163,8 @@ def _eight_bit_kernel(
 
     @pl.when(warpgroup == teams + 1)
     def _convert():
+        share_registers(_CONVERT_REGISTERS, "decrease")
+
         def step(count, carry):
             slot = lax.rem(count, jnp.int32(stages))
             plgpu.barrier_wait(filled.at[slot])
@@ -165,11 +178,12 @@ def _eight_bit_kernel(
 
     @pl.when(warpgroup < teams)
     def _compute():
+        share_registers(min(240, (512 - _FETCH_REGISTERS - _CONVERT_REGISTERS) // teams // 8 * 8), "increase")
+
         def read(count):
             slot = lax.rem(count, jnp.int32(stages))
             plgpu.barrier_wait(filled.at[slot])
-            rows = [codes_smem.at[slot, half * teams + warpgroup] for half in range(halves)]
-            return slot, [plgpu.load(ref, layout=plgpu.Layout.WGMMA_8BIT) for ref in rows]
+            return slot, [codes_smem.at[slot, half * teams + warpgroup] for half in range(halves)]
 
         def scales_of(chunk):
             heights = [place(chunk)[0] + warpgroup + half * units for half in range(halves)]
@@ -185,7 +199,7 @@ def _eight_bit_kernel(
                     plgpu.barrier_wait(converted.at[slot])
                     tokens = x_smem[slot].astype(jnp.float32)
                     for half, codes in enumerate(rows):
-                        sums[half] += lax.dot_general(codes.astype(jnp.float32), tokens, (((1,), (1,)), ((), ())))
+                        sums[half] += lax.dot_general(codes[...].astype(jnp.float32), tokens, (((1,), (1,)), ((), ())))
                     plgpu.barrier_arrive(emptied.at[slot])
                     return count + 1, *sums
 
@@ -194,13 +208,15 @@ def _eight_bit_kernel(
             def accumulate(*sums):
                 def step(_, count):
                     slot, rows = read(count)
-                    for piece in range(BLOCK // _PIECE):
-                        numbers = [_numbers(codes, piece) for codes in rows]
-                        if piece == 0:
-                            plgpu.barrier_wait(converted.at[slot])
-                        tokens = x_smem.at[slot, :, pl.ds(piece * _PIECE, _PIECE)].transpose((1, 0))
-                        for total, of_rows in zip(sums, numbers, strict=True):
-                            plgpu.wgmma(total, of_rows, tokens)
+                    for block in range(0, width, BLOCK):
+                        codes = [plgpu.load(ref.at[:, pl.ds(block, BLOCK)], layout=plgpu.Layout.WGMMA_8BIT) for ref in rows]
+                        for piece in range(0, BLOCK, _PIECE):
+                            numbers = [_numbers(of_rows, piece // _PIECE) for of_rows in codes]
+                            if block == piece == 0:
+                                plgpu.barrier_wait(converted.at[slot])
+                            tokens = x_smem.at[slot, :, pl.ds(block + piece, _PIECE)].transpose((1, 0))
+                            for total, of_rows in zip(sums, numbers, strict=True):
+                                plgpu.wgmma(total, of_rows, tokens)
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(emptied.at[slot])
                     return count + 1
@@ -264,11 +280,11 @@ _TO_HALF = (  # two bfloat16, $1, divided by 16
 
 
 def _convert_tokens(ref, dtype) -> None:
-    """Tokens [T, 128] of a dtype to float16, in place, and four columns that lie together to pairs 8 columns apart.
+    """Tokens [T, C] of a dtype to float16, in place, and four columns that lie together to pairs 8 columns apart.
 
     A run of 16 columns is two pieces of 16 bytes, which the swizzle leaves neighbours but swaps in every other 128 bytes.
     """
-    lanes = ref.shape[0]
+    runs = ref.shape[0] * ref.shape[1] * 2 // _RUN
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(swizzled(_PIECE, jnp.float16)),))
     def convert(ctx, ref):
@@ -277,7 +293,6 @@ def _convert_tokens(ref, dtype) -> None:
         words = ir.VectorType.get((4,), word)
         constant = functools.partial(mgpu_utils.c, ty=word)
         thread = arith.andi(mgpu_utils.thread_idx(), constant(127))
-        runs = lanes * BLOCK * 2 // _RUN
 
         def convert_run(run):
             byte = arith.muli(run, constant(_RUN))
