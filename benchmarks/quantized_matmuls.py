@@ -221,8 +221,13 @@ def _few_cuts() -> Iterator[Contender]:
                 yield eight_bit(case, *cut)
             if tokens > 8:
                 yield Contender(case, "8-bit products", multiply_rounded)
-    for shape, cut in before.items():
-        yield triton(Case("fp8", shape, 8), *cut)
+    for kind in ("fp8", "w4"):
+        for shape, cut in before.items():
+            yield triton(Case(kind, shape, 8), *cut)
+    for cut in ((4, 1, 8, 132), (2, 1, 8, 132), (2, 1, 8, 264)):
+        yield mosaic(Case("w4", "gate_up", 8), *cut)
+    for shape, cut in (("down", (2, 4, 8, 132)), ("down", (1, 2, 8, 132)), ("qkv", (3, 4, 8, 132)), ("o", (2, 4, 8, 132))):
+        yield mosaic(Case("w4", shape, 8), *cut)
 
 
 def multiply_rounded(x: jax.Array, weight: EightBitWeight) -> jax.Array:
