@@ -81,7 +81,7 @@ def mosaic(case: Case, *cut: int) -> Contender:
     config = MosaicQuantizedConfig(*cut)
 
     def multiply(x: jax.Array, weight: FourBitWeight) -> jax.Array:
-        parts = quantized_matmul_mosaic(x, weight, config=config)
+        parts = quantized_matmul_mosaic(x, weight, config=config, gated=case.shape == "swiglu")
         return parts[0] if config.splits == 1 else add_parts(parts, BF16)
 
     return Contender(case, f"mosaic {cut}", multiply)
@@ -226,6 +226,8 @@ def _few_cuts() -> Iterator[Contender]:
             yield triton(Case(kind, shape, 8), *cut)
     for cut in ((4, 1, 8, 132), (2, 1, 8, 132), (2, 1, 8, 264)):
         yield mosaic(Case("w4", "gate_up", 8), *cut)
+    for tokens, cut in ((8, (4, 1, 8, 132)), (8, (2, 1, 8, 132)), (8, (2, 1, 8, 264)), (64, (2, 1, 8, 132))):
+        yield mosaic(Case("w4", "swiglu", tokens), *cut)
     for shape, cut in (("down", (2, 4, 8, 132)), ("down", (1, 2, 8, 132)), ("qkv", (3, 4, 8, 132)), ("o", (2, 4, 8, 132))):
         yield mosaic(Case("w4", shape, 8), *cut)
 

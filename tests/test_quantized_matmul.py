@@ -94,17 +94,20 @@ def test_the_triton_kernel_multiplies(weight, num_tokens, dtype, config):
 
 
 MOSAIC_CUTS = [
-    (four_bit(256, 512, 32, zeros=True), 3, MosaicQuantizedConfig(2, 2, 2, 4)),
-    (eight_bit(128, 512, 2, jnp.int8), 130, MosaicQuantizedConfig(1, 2, 2, 3)),  # two tiles of tokens
+    (four_bit(256, 512, 32, zeros=True), 3, MosaicQuantizedConfig(2, 2, 2, 4), False),
+    (four_bit(512, 256, 64, zeros=True), 3, MosaicQuantizedConfig(4, 1, 2, 1), True),  # one block of threads walks both tiles
+    (eight_bit(128, 512, 2, jnp.int8), 130, MosaicQuantizedConfig(1, 2, 2, 3), False),  # two tiles of tokens
 ]
 
 
-@pytest.mark.parametrize(("weight", "num_tokens", "config"), MOSAIC_CUTS, ids=["4-bits", "int8-groups"])
-def test_the_mosaic_kernel_multiplies(weight, num_tokens, config):
-    x = activations(num_tokens, 512)
-    parts = quantized_matmul_mosaic(x, weight, config=config, interpret=True)
-    assert parts.shape == (1 if config.splits == 1 else 4, num_tokens, weight.shape[0])
-    assert error(parts.astype(F32).sum(axis=0), x, weight) < HALF_OF_THE_LAST_BIT[BF16]
+@pytest.mark.parametrize(("weight", "num_tokens", "config", "gated"), MOSAIC_CUTS, ids=["4-bits", "gated", "int8-groups"])
+def test_the_mosaic_kernel_multiplies(weight, num_tokens, config, gated):
+    x = activations(num_tokens, weight.shape[1])
+    parts = quantized_matmul_mosaic(x, weight, config=config, gated=gated, interpret=True)
+    assert parts.shape == (1 if config.splits == 1 else 4, num_tokens, weight.shape[0] // (2 if gated else 1))
+    out, expected = parts.astype(F32).sum(axis=0), quantized_matmul_reference(x, weight, F32)
+    expected = multiply_gated(expected) if gated else expected
+    assert float(jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected)) < (2 if gated else 1) * HALF_OF_THE_LAST_BIT[BF16]
 
 
 EIGHT_BIT_CUTS = [
@@ -212,10 +215,10 @@ def test_what_is_lowered_for_gpus(monkeypatch):
     assert TRITON in lowered(monkeypatch, HOPPER, 2048, floats, product=quantized_matmul_parts)
     gated = lowered(monkeypatch, HOPPER, 2048, abstract(floats, 28672, 4096), product=quantized_gated_matmul)
     assert gated.count("custom_call @mosaic_gpu_v2") == 1 and "dot_general" not in gated
-    # Many tokens and 4 bits: one kernel, no weight of 16 bits.
+    # Some and many tokens and 4 bits: one kernel, no weight of 16 bits.
     four = abstract(four_bit(64, 256, 128), 28672, 4096)
-    for product in (quantized_gated_matmul, quantized_matmul_parts):
-        text = lowered(monkeypatch, HOPPER, 2048, four, product=product)
+    for product, num_tokens in ((quantized_gated_matmul, 64), (quantized_gated_matmul, 2048), (quantized_matmul_parts, 2048)):
+        text = lowered(monkeypatch, HOPPER, num_tokens, four, product=product)
         assert text.count("custom_call @mosaic_gpu_v2") == 1 and TRITON not in text and "28672x4096x" not in text
     # No float8 products before sm_89: the weight is widened.
     assert "tensor<2048x4096xf8E4M3FN>" not in lowered(monkeypatch, AMPERE, 2048, floats)
@@ -235,7 +238,7 @@ def test_the_cut_fits(size, depth):
             mosaic_config(x, weight, BF16, HOPPER)  # pyright: ignore[reportArgumentType]
             for gated in (False, True):
                 cut = eight_bit_config(x, weight, BF16, HOPPER, gated)  # pyright: ignore[reportArgumentType]
-                takes = isinstance(weight, EightBitWeight) and size % (64 * (1 + gated)) == 0 and (num_tokens <= 64 or not gated)
+                takes = isinstance(weight, EightBitWeight) and size % 64 == 0 and (not gated or (num_tokens <= 64 and size >= 28672))
                 assert (cut is not None) == takes
                 if cut is not None:
                     lanes, heights = token_tiles(num_tokens)[0], cut.warpgroups * (1 + gated)

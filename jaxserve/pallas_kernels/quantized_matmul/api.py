@@ -33,7 +33,8 @@ def _gated_kernel(x: jax.Array, weight: FourBitWeight | EightBitWeight | PlainWe
     """The gated product by a kernel of our own; None: there is none for it."""
     # Pallas takes over a second to import: not where there is no GPU.
     from jaxserve.pallas_kernels.matmul.mosaic_wide import matmul_wide
-    from jaxserve.pallas_kernels.quantized_matmul.dispatch import eight_bit_config, wide_config, wide_four_bit_config
+    from jaxserve.pallas_kernels.quantized_matmul.dispatch import eight_bit_config, mosaic_config, wide_config, wide_four_bit_config
+    from jaxserve.pallas_kernels.quantized_matmul.mosaic import quantized_matmul_mosaic
     from jaxserve.pallas_kernels.quantized_matmul.mosaic_eight_bit import eight_bit_matmul_mosaic
     from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import quantized_matmul_wide
 
@@ -45,9 +46,11 @@ def _gated_kernel(x: jax.Array, weight: FourBitWeight | EightBitWeight | PlainWe
         if few is not None and weight.zeros is None:
             return eight_bit_matmul_mosaic(x, weight, config=few, gated=True)[0]
     elif isinstance(weight, FourBitWeight) and weight.minima is None:
-        config = wide_four_bit_config(x, weight, x.dtype, gpu, gated=True)
+        config, few = wide_four_bit_config(x, weight, x.dtype, gpu, gated=True), mosaic_config(x, weight, x.dtype, gpu, gated=True)
         if config is not None:
             return quantized_matmul_wide(x, weight, config=config, gated=True)[0]
+        if few is not None:
+            return quantized_matmul_mosaic(x, weight, config=few, gated=True)[0]
     return None
 
 

@@ -17,6 +17,7 @@ _MOST_KERNEL_TOKENS = 256
 _MOST_MOSAIC_TOKENS = 256
 _LEAST_WIDE_TOKENS = 129
 _LEAST_MOSAIC_TOKENS = 17, 9  # of a weight that Triton would split, and of one large enough without
+_ENOUGH_BLOCKS = 0.8  # for each multiprocessor, of a gated product, whose columns are not split
 _BUSY_SHARE = 0.85  # of the multiprocessors draw all that the memory gives
 _SMEM_BYTES = 225 * 1024  # of a block of Mosaic's, but for its barriers
 # From so many on, 8-bit products win where activations may be rounded and Mosaic does not take the weight; where it does, beyond so many.
@@ -62,7 +63,8 @@ def eight_bit_config(
     if num_tokens > _MOST_UNROUNDED_TOKENS and takes_eight_bit_products(x, weight, gpu):
         return None
     lanes, tiles = token_tiles(num_tokens)
-    if not _mosaic_takes(x, weight, out_dtype, gpu) or (gated and (size % HEIGHT or lanes > _MOST_GATED_LANES)):
+    few = size < _ENOUGH_BLOCKS * gpu.num_multiprocessors * HEIGHT
+    if not _mosaic_takes(x, weight, out_dtype, gpu) or (gated and (size % HEIGHT or few or lanes > _MOST_GATED_LANES)):
         return None
 
     def cost(cut: tuple[int, int]) -> float:
@@ -93,7 +95,9 @@ def _row_cuts(size: int, depth: int, teams: tuple[int, ...], splits: tuple[int, 
     ]
 
 
-def mosaic_config(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu) -> MosaicQuantizedConfig | None:
+def mosaic_config(
+    x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu, gated: bool = False
+) -> MosaicQuantizedConfig | None:
     """The cut of Hopper's kernel for x [T, K]; None where it is not the fastest or does not take the arrays."""
     (num_tokens, depth), size = x.shape, weight.shape[0]
     within = _LEAST_MOSAIC_TOKENS[_is_large(weight, gpu)] <= num_tokens <= _MOST_MOSAIC_TOKENS
@@ -101,7 +105,8 @@ def mosaic_config(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtyp
         return None
     lanes, tiles = token_tiles(num_tokens)
     # With more tokens deep stages are worth more than shared tokens.
-    cuts = _row_cuts(size, depth, (4, 3, 2, 1) if lanes <= 32 else (2, 1), (1, 2, 4, 8))
+    teams = (4, 3, 2, 1) if lanes <= 32 else (2, 1)
+    cuts = _row_cuts(size, depth, tuple(t for t in teams if not gated or t % 2 == 0), (1,) if gated else (1, 2, 4, 8))
 
     code_bytes = HEIGHT * BLOCK // (2 if isinstance(weight, FourBitWeight) else 1)
 
@@ -114,6 +119,8 @@ def mosaic_config(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtyp
         moved = size * depth / (HEIGHT * BLOCK) * tiles * (code_bytes + 2 * lanes * BLOCK / teams) + parts
         return moved * max(1.0, _BUSY_SHARE * largest)
 
+    if not cuts or (gated and size // (cuts[-1][0] * HEIGHT) < _ENOUGH_BLOCKS * gpu.num_multiprocessors):
+        return None
     teams, splits = min(cuts, key=cost)
     groups = max(1, BLOCK // weight.group)
     stage = teams * (code_bytes + groups * HEIGHT * (weight.scales.dtype.itemsize + 1)) + 2 * lanes * BLOCK

@@ -34,8 +34,8 @@ class MosaicQuantizedConfig:
     """How the kernel is cut.
 
     Attributes:
-        warpgroups: that compute; each has 64 rows of a tile.
-        splits: shares of the columns, each with partial sums of its own.
+        warpgroups: that compute; each has 64 rows of a tile. If gated an even number: half of them have gate rows, half up rows.
+        splits: shares of the columns, each with partial sums of its own; 1 if gated.
         num_stages: blocks of 128 columns in flight.
         num_blocks: at most so many blocks of threads; each walks several tiles if there are more.
     """
@@ -46,16 +46,17 @@ class MosaicQuantizedConfig:
     num_blocks: int
 
 
-@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+@functools.partial(jax.jit, static_argnames=("config", "gated", "interpret"))
 def quantized_matmul_mosaic(
-    x: jax.Array, weight: FourBitWeight | EightBitWeight, *, config: MosaicQuantizedConfig, interpret: bool = False
+    x: jax.Array, weight: FourBitWeight | EightBitWeight, *, config: MosaicQuantizedConfig, gated: bool = False, interpret: bool = False
 ) -> jax.Array:
     """x [T, K], bfloat16 or float16, times the transposed weight [N, K] without minima, an EightBitWeight's zeros; no table but 0 to 15.
 
     N is a multiple of 64 * warpgroups, K of 128 * splits; x has as many columns. The same bits in every run.
 
     Returns:
-        [P, T, N] in x's dtype, parts whose sum is the product: one, or two for each split, as matmul_mosaic's.
+        [P, T, N] in x's dtype, parts whose sum is the product: one, or two for each split, as matmul_mosaic's. Gated: silu(gate) * up,
+        [1, T, N / 2], of the weight's gate rows and the up rows after them.
     """
     num_tokens, (size, depth) = x.shape[0], weight.shape
     lanes, tiles = token_tiles(num_tokens)
@@ -64,6 +65,7 @@ def quantized_matmul_mosaic(
     chunks = heights // teams * config.splits * tiles
     workers = pl.cdiv(chunks, pl.cdiv(chunks, config.num_blocks))
     planes = 1 if config.splits == 1 else 2
+    halves = 2 if gated else 1
     zero = 0 if isinstance(weight, FourBitWeight) and weight.values else 8
     x = jnp.pad(x, ((0, lanes * tiles - num_tokens), (0, 0)))
     if isinstance(weight, FourBitWeight):
@@ -86,15 +88,16 @@ def quantized_matmul_mosaic(
             workers=workers,
             interpret=interpret,
         ),
-        out_type=jax.ShapeDtypeStruct((config.splits * planes, lanes * tiles, size), x.dtype),
+        out_type=jax.ShapeDtypeStruct((config.splits * planes, lanes * tiles, size // halves), x.dtype),
         scratch_types=(
             codes_smem,
             plgpu.SMEM((config.num_stages, lanes, BLOCK), x.dtype, transforms=swizzled(_PIECE, x.dtype)),
             scales_smem,
             None if zeros is None else plgpu.SMEM((config.num_stages, parts, teams, HEIGHT), zeros.dtype),
-            plgpu.SMEM((teams, planes, lanes, HEIGHT), x.dtype, transforms=swizzled(HEIGHT // 2, x.dtype)),
-            plgpu.Barrier(num_arrivals=3 + (zeros is not None), num_barriers=config.num_stages),
+            plgpu.SMEM((teams // halves, planes, lanes, HEIGHT), x.dtype, transforms=swizzled(HEIGHT // 2, x.dtype)),
+            plgpu.Barrier(num_arrivals=1 + halves * (2 + (zeros is not None)), num_barriers=config.num_stages),
             plgpu.Barrier(num_arrivals=teams, num_barriers=config.num_stages),
+            plgpu.Barrier(num_barriers=teams) if gated else None,
         ),
         grid=(workers,),
         grid_names=("worker",),
@@ -115,13 +118,16 @@ def token_tiles(num_tokens: int) -> tuple[int, int]:
 
 def _quantized_matmul_kernel(
     x_ref, codes_ref, scales_ref, zeros_ref, one_zero_ref, sums_ref, codes_smem, x_smem, scales_smem, zeros_smem, out_smem, filled, emptied,
-    *, config: MosaicQuantizedConfig, group: int, chunks: int, workers: int, interpret: bool,
+    handed_over, *, config: MosaicQuantizedConfig, group: int, chunks: int, workers: int, interpret: bool,
 ):  # fmt: skip
     teams, stages, splits, planes = config.warpgroups, config.num_stages, jnp.int32(config.splits), out_smem.shape[1]
     depth, lanes = x_ref.shape[1], x_smem.shape[1]
     tiles = jnp.int32(x_ref.shape[0] // lanes)
     four_bit = codes_ref.dtype == jnp.uint16
     parts = scales_smem.shape[1]
+    gated = handed_over is not None
+    pairs = teams // 2 if gated else teams  # whose rows are next to each other
+    units = sums_ref.shape[2] // HEIGHT
     steps = depth // BLOCK // config.splits
     worker = lax.axis_index("worker")
     warpgroup = lax.axis_index("warpgroup")
@@ -129,7 +135,7 @@ def _quantized_matmul_kernel(
     def place(chunk):
         """A chunk's first row in units of a tile's, its share of the columns, its tile of tokens; what shares codes is neighbours."""
         rest = lax.div(chunk, tiles)
-        return lax.div(rest, splits) * teams, lax.rem(rest, splits), pl.ds(lax.rem(chunk, tiles) * lanes, lanes)
+        return lax.div(rest, splits) * pairs, lax.rem(rest, splits), pl.ds(lax.rem(chunk, tiles) * lanes, lanes)
 
     begin, end = lax.div(worker * chunks, jnp.int32(workers)), lax.div((worker + 1) * chunks, jnp.int32(workers))
 
@@ -137,7 +143,6 @@ def _quantized_matmul_kernel(
     def _fetch():
         def fetch_chunk(chunk, count):
             first, share, tokens = place(chunk)
-            heights = pl.ds(first, teams)
 
             def step(i, count):
                 slot = lax.rem(count, jnp.int32(stages))
@@ -149,13 +154,15 @@ def _quantized_matmul_kernel(
                 # Blocks of threads start at different columns: together at the same ones they would crowd some of the memory's channels.
                 block = share * steps + lax.rem(i + worker, jnp.int32(steps))
                 columns = pl.ds(pl.multiple_of(block * BLOCK, BLOCK), BLOCK)
-                codes = codes_ref.at[block, heights] if four_bit else codes_ref.at[heights, :, columns]
-                plgpu.copy_gmem_to_smem(codes, codes_smem.at[slot], filled.at[slot])
                 plgpu.copy_gmem_to_smem(x_ref.at[tokens, columns], x_smem.at[slot], filled.at[slot])
                 groups = pl.ds(block * parts if group <= BLOCK else lax.div(block * BLOCK, jnp.int32(group)), parts)
-                plgpu.copy_gmem_to_smem(scales_ref.at[groups, heights], scales_smem.at[slot], filled.at[slot])
-                if zeros_ref is not None:
-                    plgpu.copy_gmem_to_smem(zeros_ref.at[groups, heights], zeros_smem.at[slot], filled.at[slot])
+                for half in range(teams // pairs):
+                    heights, into = pl.ds(first + half * units, pairs), pl.ds(half * pairs, pairs)
+                    codes = codes_ref.at[block, heights] if four_bit else codes_ref.at[heights, :, columns]
+                    plgpu.copy_gmem_to_smem(codes, codes_smem.at[slot, into], filled.at[slot])
+                    plgpu.copy_gmem_to_smem(scales_ref.at[groups, heights], scales_smem.at[slot, :, into], filled.at[slot])
+                    if zeros_ref is not None:
+                        plgpu.copy_gmem_to_smem(zeros_ref.at[groups, heights], zeros_smem.at[slot, :, into], filled.at[slot])
                 return count + 1
 
             return lax.fori_loop(0, steps, step, count)
@@ -220,7 +227,11 @@ def _quantized_matmul_kernel(
             return lax.fori_loop(0, steps, step, (count, total))
 
         def compute_chunk(chunk, count):
-            count, rest = sum_by_groups(count)
+            count, total = sum_by_groups(count)
+            (store_gated if gated else store)(chunk, total)
+            return count
+
+        def store(chunk, rest):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for plane in range(planes):
                 part = rest.astype(sums_ref.dtype)
@@ -233,7 +244,37 @@ def _quantized_matmul_kernel(
             for plane in range(planes):
                 rows = pl.ds(pl.multiple_of(row, HEIGHT), HEIGHT)
                 plgpu.copy_smem_to_gmem(out_smem.at[warpgroup, plane], sums_ref.at[share * planes + plane, tokens, rows])
-            return count
+
+        def store_gated(chunk, total):
+            """A warpgroup with up rows hands them over in SMEM, rounded, and goes on; that with their gate rows multiplies."""
+            pair = lax.rem(warpgroup, jnp.int32(pairs))
+            given, taken = handed_over.at[2 * pair], handed_over.at[2 * pair + 1]
+            buffer = out_smem.at[pair, 0]
+
+            @pl.when(warpgroup >= pairs)
+            def _give():
+                @pl.when(chunk > begin)
+                def _():
+                    plgpu.barrier_wait(taken)
+
+                buffer.transpose((1, 0))[...] = total.astype(sums_ref.dtype)
+                plgpu.barrier_arrive(given)
+
+            @pl.when(warpgroup < pairs)
+            def _take():
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+                @pl.when(chunk > begin)
+                def _():
+                    plgpu.barrier_arrive(taken)
+
+                first, _, tokens = place(chunk)
+                plgpu.barrier_wait(given)
+                up = plgpu.load(buffer.transpose((1, 0)), layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
+                buffer.transpose((1, 0))[...] = (total / (1 + jnp.exp(-total)) * up).astype(sums_ref.dtype)
+                plgpu.commit_smem()
+                rows = pl.ds(pl.multiple_of((first + pair) * HEIGHT, HEIGHT), HEIGHT)
+                plgpu.copy_smem_to_gmem(buffer, sums_ref.at[0, tokens, rows])
 
         lax.fori_loop(begin, end, compute_chunk, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
