@@ -17,6 +17,7 @@ from tiny_models import CONFIGS, write_checkpoint
 from jaxserve.config import ModelOptions
 from jaxserve.errors import ModelNotFound, StartupError, UnsupportedModel, WeightsError
 from jaxserve.models import Model, ModelConfig
+from jaxserve.models.parameters import Parameter
 from jaxserve.weights import ModelSource, resolve_model
 from jaxserve.weights.loader import load_model, read_config, resolve_dtype
 
@@ -154,6 +155,28 @@ def test_random_weights_are_the_same_in_every_run(tmp_path: Path) -> None:
     assert abs(embedding.mean()) < 1e-3
     assert not np.array_equal(embedding, np.asarray(one["lm_head.weight"]))
     assert (norm == 1).all()
+
+
+@pytest.mark.parametrize("num_shards", [2, 4])
+def test_random_weights_are_the_same_on_every_mesh(tmp_path: Path, num_shards: int) -> None:
+    """Four shards hold each of two KV heads twice."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["qwen2"] | {"vocab_size": 319}))
+    one, cut = load(tmp_path, 1, "dummy"), load(tmp_path, num_shards, "dummy")
+    whole: dict[str, np.ndarray] = {}
+    for parameter, leaf in zip(one.architecture.parameters, one.leaves, strict=True):
+        first = 0
+        for source in parameter.sources:
+            whole[source.name] = np.asarray(leaf)[first : first + source.shape[0]]
+            first += source.shape[0]
+    for parameter, leaf in zip(cut.architecture.parameters, cut.leaves, strict=True):
+        assert isinstance(parameter, Parameter)
+        for shard, found in enumerate(shards(leaf)):
+            expected = parameter.read(lambda name, index: whole[name][index], shard, num_shards, np.dtype(np.float32))
+            axis = parameter.sources[0].axes[0]
+            if axis.pad:
+                held = axis.bounds(shard, num_shards)
+                expected, found = expected[: held.stop - held.start], found[: held.stop - held.start]
+            np.testing.assert_array_equal(found, expected, err_msg=parameter.sources[0].name)
 
 
 @pytest.mark.parametrize("size", [0, 4, 8, 100, 20_000, -1])

@@ -1,7 +1,6 @@
 """Putting a quantized matrix on a mesh: read as it is and packed there, quantized there, or made up there."""
 
 import functools
-import zlib
 from collections.abc import Callable
 
 import jax
@@ -13,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxserve.models.formats import QuantizedMatrix, quantize
 from jaxserve.pallas_kernels import Layout, pack
 from jaxserve.weights.checkpoint import Checkpoint
-from jaxserve.weights.dummy import random_bits
+from jaxserve.weights.dummy import Axes, axes_of, places, random_bits, seed_of
 
 _DUMMY_DEVIATION = 0.02
 
@@ -49,9 +48,8 @@ def load_and_quantize(matrix: QuantizedMatrix, weight: jax.Array, mesh: Mesh) ->
 
 def random_matrix(matrix: QuantizedMatrix, mesh: Mesh) -> dict[str, jax.Array]:
     """Arrays with random codes, whose elements have a standard deviation of 0.02; the same in every run."""
-    seed = np.uint32(zlib.crc32(matrix.sources[0].name.encode()))
     shapes = tuple((name, shape.shape, shape.dtype) for name, shape in matrix.unpacked_shapes(mesh.shape["tensor"]).items())
-    return _maker(matrix.scheme.layout, mesh, _spec(matrix), shapes)(seed)
+    return _maker(matrix.scheme.layout, mesh, _spec(matrix), shapes, axes_of(matrix.sources))(seed_of(matrix.sources))
 
 
 def _spec(matrix: QuantizedMatrix) -> P:
@@ -78,16 +76,15 @@ def _quantizer(layout: Layout, mesh: Mesh, dense: P, cut_columns: bool, spec: P)
 
 @functools.cache
 def _maker(
-    layout: Layout, mesh: Mesh, spec: P, shapes: tuple[tuple[str, tuple[int, ...], jnp.dtype], ...]
+    layout: Layout, mesh: Mesh, spec: P, shapes: tuple[tuple[str, tuple[int, ...], jnp.dtype], ...], axes: Axes
 ) -> Callable[[np.uint32], dict[str, jax.Array]]:
     def make(seed: jax.Array) -> dict[str, jax.Array]:
-        shard = jax.lax.axis_index("tensor").astype(jnp.uint32) if spec else jnp.uint32(0)
         made: dict[str, jax.Array] = {}
         for name, shape, dtype in shapes:
             if name == "codes":
-                made[name] = _random_codes(random_bits(seed + shard * jnp.uint32(0x9E3779B9), shape), layout)
+                made[name] = _random_codes(random_bits(seed, axes), layout)
             elif name == "permutation":
-                made[name] = jnp.arange(shape[0], dtype=dtype) + (shard * jnp.uint32(shape[0])).astype(dtype)
+                made[name] = places(axes[0][1]).astype(dtype)
             elif name in ("scales", "input_scale"):
                 made[name] = jnp.full(shape, _DUMMY_DEVIATION / _DEVIATIONS[layout.code] if name == "scales" else 0.05, dtype)
             else:
