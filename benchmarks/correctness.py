@@ -2,9 +2,10 @@
 
     python -m benchmarks.correctness FOLDER [--parts logits load edges] [--layers 4] [--longest 16384] [--attention triton]
 
-FOLDER holds a config.json of a Llama; the weights are random. With the 8B's widths and 4 layers the reference is first held against
-goldens/llama_8b_4_layers.npz. `--layers 0 --parts edges --fill` is the test of memory: the whole model, the cache that a server would have.
-Prints lines as it goes; the last says whether all is within the bounds, as does the exit code.
+FOLDER holds a config.json of a Llama; the weights are random, and the same on every --mesh: the reference always has one device.
+With the 8B's widths and 4 layers it is first held against goldens/llama_8b_4_layers.npz. `--layers 0 --parts edges --fill` is the test
+of memory: the whole model, the cache that a server would have. Prints lines as it goes; the last says whether all is within the
+bounds, as does the exit code.
 """
 
 import argparse
@@ -15,14 +16,18 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from jax.sharding import Mesh
+
 from benchmarks.edges import check_edges
 from benchmarks.logits import MAX_REFERENCE_ERROR, Reference, check_logits
 from benchmarks.plain_llama import GOLDEN_LAYERS
 from benchmarks.under_load import check_under_load
 from jaxserve.config import EngineOptions, ModelOptions, limit_gpu_memory
 from jaxserve.engine.build import join
+from jaxserve.models import Model
 from jaxserve.request import EngineInfo
 from jaxserve.runner import ModelRunner, RunnerConfig, make_mesh
+from jaxserve.runner.exchange import reach_each_other
 from jaxserve.weights import ModelSource
 from jaxserve.weights.loader import open_model
 
@@ -47,6 +52,8 @@ def main() -> None:
     parser.add_argument("--output-tokens", type=int, default=64, help="of each")
     parser.add_argument("--noise", type=int, default=160, help="requests beside them")
     parser.add_argument("--fill", action="store_true", help="edges: fill the whole KV cache too")
+    parser.add_argument("--mesh", default="1x1", help="the engine's flag, 1xT")
+    parser.add_argument("--disable-custom-all-reduce", action="store_true", help="likewise")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--deterministic", action="store_true", help="the engine's flag; load: no bit may differ")
@@ -58,6 +65,8 @@ def main() -> None:
     options = EngineOptions(
         attention=arguments.attention,
         deterministic=arguments.deterministic,
+        mesh=arguments.mesh,
+        disable_custom_all_reduce=arguments.disable_custom_all_reduce,
         prefix_caching=False,
         max_batch_size=arguments.max_batch_size,
         max_batch_prefill_tokens=arguments.max_batch_prefill_tokens,
@@ -68,24 +77,31 @@ def main() -> None:
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(shape))
-        mesh = make_mesh(1)
+        mesh, one = make_mesh(options.tensor_size), make_mesh(1)
         source = ModelSource("random", "", Path(folder))
         options_of_model = ModelOptions(load_format="dummy", dtype=arguments.dtype)
-        model = open_model(source, options_of_model, mesh, attention=options.attention).load(mesh)
+
+        def load(mesh: Mesh) -> Model:
+            return open_model(source, options_of_model, mesh, attention=options.attention).load(mesh)
+
+        model = load(mesh)
+        whole = load(one) if "logits" in arguments.parts and mesh.size > 1 else model
     device = mesh.devices.flat[0]
     config = RunnerConfig.from_options(options, device.platform, str(options.compilation_cache))
     if "logits" in arguments.parts and config.kv_bytes is None:
         config = replace(config, kv_bytes=KV_GIB * 2**30)
+    sums = "the kernel over peer memory" if config.peer_memory and reach_each_other(mesh) else "XLA"
     runner = ModelRunner(model, mesh, config)
     runner.warmup()
-    print(f"ready after {time.perf_counter() - begin:.1f} s on {device.device_kind}, {model.dtype}", flush=True)
+    ready = time.perf_counter() - begin
+    print(f"ready after {ready:.1f} s on {mesh.size} x {device.device_kind}, {model.dtype}, sums by {sums}", flush=True)
     good = True
     if "logits" in arguments.parts:
         if is_golden_shape(shape):
-            error = Reference(model, shape).error_to_golden()
+            error = Reference(whole, shape).error_to_golden()
             print(f"the reference is {error:.1e} from float64", flush=True)
             good &= error <= MAX_REFERENCE_ERROR
-        good &= check_logits(runner, config, model, shape, min(arguments.longest, runner.max_total_tokens), _say)
+        good &= check_logits(runner, config, whole, shape, min(arguments.longest, runner.max_total_tokens), _say)
     info = EngineInfo(
         model_id="random",
         revision="",

@@ -84,7 +84,7 @@ class Prompts:
             rows.append(ScheduledRow(occupant, start, count, ids, True, self._is_new[occupant.slot], 0))  # pyright: ignore
             self._is_new[occupant.slot] = False
         step = self._runner.forward(ScheduledBatch(rows, num_tokens=sum(count for _, _, count in pieces)))  # pyright: ignore
-        logits = self._runner.logits
+        logits = self._runner.logits.addressable_data(0)  # of a mesh each device has all of them
         self._runner.sample(step)
         self._runner.collect(step)
         return logits
@@ -227,6 +227,7 @@ def check_logits(
 
     Args:
         runner: warmed up, with nothing in flight.
+        model: the same weights on one device, the first of the runner's.
         shape: config.json of the model.
 
     Returns:

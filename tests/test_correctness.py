@@ -52,6 +52,13 @@ def test_logits_at_every_position(tiny_checkpoint: Callable[[str], Path]):
     assert not checked.check_logits(tiny.runner, tiny.config, model, other, 20, lines.append)
 
 
+def test_logits_of_a_mesh_are_held_against_one_device(tiny_checkpoint: Callable[[str], Path]):
+    folder, lines = tiny_checkpoint("llama"), []
+    two = tiny_runner(folder, tensor_size=2, masked=False, max_batch_tokens=32)
+    assert checked.check_logits(two.runner, two.config, tiny_runner(folder)._model, CONFIGS["llama"], 40, lines.append)
+    assert len(lines) == 5
+
+
 def test_the_golden_is_whole():
     golden = np.load(GOLDEN)
     assert golden["logits"].shape == (512, 32) and 1.2 < golden["logits"].std() < 1.4
