@@ -215,6 +215,8 @@ CASES = (
     Case(64, 8192, 1, "bfloat16", "bfloat16", "two shots", blocks=5),
     Case(30, 2048, 1, "float32", "float32", "two shots", blocks=2),
     Case(3, 4096, 1, "bfloat16", "bfloat16", "norm"),
+    Case(8, 64128, 1, "float32", "float32", "gather"),
+    Case(5, 1001, 1, "float32", "float32", "gather", blocks=2),
 )
 
 
@@ -234,6 +236,9 @@ def check_case(case: Case, table: jax.Array, seed: int) -> bool:
     if case.kind == "two shots":
         call = functools.partial(triton.all_reduce_two_shot_triton, dtype=dtype, blocks=case.blocks)
         got = (jax.jit(call)(parts.reshape(count, case.num_parts, -1), table).reshape(count, *shape),)
+    elif case.kind == "gather":
+        got = (jax.jit(functools.partial(triton.all_gather_triton, blocks=case.blocks))(parts[:, 0], table),)
+        expected = (jnp.concatenate(list(parts[:, 0]), axis=1),)
     elif case.kind == "norm":
         config = triton.AllReduceConfig.for_rows(case.columns, dtype, layout)
         assert config is not None

@@ -12,7 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionS
 from ptx_machine import EMPTY, Memory, Trap, run_all, run_thread
 
 from jaxserve.config import EngineOptions
-from jaxserve.pallas_kernels import ExchangeLayout, Shards, all_reduce, all_reduce_add_rms_norm, peers_table
+from jaxserve.pallas_kernels import ExchangeLayout, Shards, all_gather, all_reduce, all_reduce_add_rms_norm, peers_table
 from jaxserve.pallas_kernels.add_rms_norm.reference import add_rms_norm_reference
 from jaxserve.pallas_kernels.all_reduce.exchange import BLOCKS, CONTROL_BYTES, THREADS, round_asm
 from jaxserve.pallas_kernels.all_reduce.triton import AllReduceConfig
@@ -134,7 +134,7 @@ def test_a_cut_fits_the_places():
 
 
 def lower_for_cuda(function, num_shards, shapes, peers=True):
-    """StableHLO of `function(parts, residual, weight, shards)` on each shard of H200s."""
+    """Of `function(parts, residual, weight, shards)` on each shard of H200s: how many kernels, how many collectives of XLA's."""
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     mesh = AbstractMesh((num_shards,), ("tensor",), abstract_device=device)
     specs = PartitionSpec(), PartitionSpec(), PartitionSpec(), PartitionSpec("tensor")
@@ -145,7 +145,7 @@ def lower_for_cuda(function, num_shards, shapes, peers=True):
     with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Pallas-Triton is deprecated; nothing else serves GPUs before sm_90
         text = jax.jit(sharded).trace(*shapes, table).lower(lowering_platforms=("cuda",)).as_text()
-    return text.count("custom_call @__gpu$xla.gpu.triton"), text.count("stablehlo.all_reduce")
+    return text.count("custom_call @__gpu$xla.gpu.triton"), text.count("stablehlo.all_reduce") + text.count("stablehlo.all_gather")
 
 
 def shapes_of(num_tokens, size, num_parts=None, dtype=BF16, parts_dtype=None):
@@ -160,6 +160,10 @@ def norm_of(parts, residual, weight, shards):
 
 def sum_of(parts, residual, weight, shards):
     return all_reduce(parts, residual.dtype, shards)
+
+
+def gather_of(part, residual, weight, shards):
+    return all_gather(part, shards)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +182,9 @@ def sum_of(parts, residual, weight, shards):
         (sum_of, 3, shapes_of(7, 1000, 2, parts_dtype=F32), (1, 0)),
         (sum_of, 8, shapes_of(64, 8192, 2, parts_dtype=F32), (1, 0)),
         (sum_of, 8, shapes_of(8192, 4096), (0, 1)),
+        (gather_of, 2, shapes_of(8, 64128, dtype=F32), (1, 0)),  # the logits of the 8B's vocabulary
+        (gather_of, 2, shapes_of(64, 64128, dtype=F32), (1, 0)),
+        (gather_of, 8, shapes_of(64, 16032, dtype=F32), (0, 1)),  # each is sent 4 MB by seven
     ],
 )
 def test_small_sums_of_gpus_are_the_kernels(function, num_shards, shapes, calls):
@@ -198,6 +205,14 @@ def test_shards_that_do_not_reach_each_other_get_the_same_sum(deterministic: boo
     expected = add_rms_norm_reference(jnp.asarray(parts.sum((0, 1))), jnp.asarray(residual), jnp.asarray(weight), 1e-5)
     for x, y in zip(got, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_what_shards_have_side_by_side():
+    part, everywhere = np.arange(4 * 3 * 5, dtype=np.float32).reshape(3, 20), PartitionSpec()
+    gather = jax.shard_map(
+        lambda x: all_gather(x, Shards()), mesh=make_mesh(4), in_specs=PartitionSpec(None, "tensor"), out_specs=everywhere, check_vma=False
+    )
+    np.testing.assert_array_equal(jax.jit(gather)(part), part)
 
 
 def test_a_buffer_a_device():

@@ -162,13 +162,13 @@ class Decoder(nnx.Module):
             x, residual, cache = _call_layer(graphdef, state, x, residual, rotation, cache, metadata[group], shards)
             caches.append(cache)
         hidden = x.whole(residual.dtype, shards) + residual
-        return self.logits(hidden.at[last].get(mode="promise_in_bounds")), tuple(caches), hidden
+        return self.logits(hidden.at[last].get(mode="promise_in_bounds"), shards), tuple(caches), hidden
 
-    def logits(self, x: jax.Array) -> jax.Array:
+    def logits(self, x: jax.Array, shards: Shards) -> jax.Array:
         """Logits, float32 [T, vocab_size], of what the last layer gives, [T, hidden]."""
         with jax.named_scope("logits"):
             normed, _ = self.norm(Branch(x), jnp.zeros_like(x), Shards())
-            return (self.head or self.embedding).logits(normed)
+            return (self.head or self.embedding).logits(normed, shards)
 
 
 def layer_prefix(path: Sequence[object]) -> str:

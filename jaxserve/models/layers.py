@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxserve.models.formats import Quantization, make_format
 from jaxserve.models.parameters import Axis, Parameter, Source
-from jaxserve.pallas_kernels import Shards, add_parts, add_rms_norm, all_reduce, all_reduce_add_rms_norm, multiply_gated
+from jaxserve.pallas_kernels import Shards, add_parts, add_rms_norm, all_gather, all_reduce, all_reduce_add_rms_norm, multiply_gated
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,6 @@ class Embedding(nnx.Module):
         rows = self.matrix.rows(jnp.where(held, indices, 0), dtype)
         return Branch(jnp.where(held[:, None], rows, jnp.zeros((), rows.dtype)), shards > 1)
 
-    def logits(self, x: jax.Array) -> jax.Array:
+    def logits(self, x: jax.Array, shards: Shards) -> jax.Array:
         """Logits, float32 [T, vocab_size], of hidden states [T, K]; every shard gets all of them."""
-        return jax.lax.all_gather(self.matrix.matmul(x, jnp.float32), "tensor", axis=1, tiled=True)[:, : self.vocab_size]
+        return all_gather(self.matrix.matmul(x, jnp.float32), shards)[:, : self.vocab_size]

@@ -63,7 +63,7 @@ class Architecture:
 
     def logits(self, leaves: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:
         """`Decoder.logits`, likewise."""
-        return self._decoder(leaves).logits(x)
+        return self._decoder(leaves).logits(x, Shards())
 
     def _decoder(self, leaves: tuple[jax.Array, ...]) -> Decoder:
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))

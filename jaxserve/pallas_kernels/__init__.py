@@ -7,6 +7,7 @@ from jaxserve.pallas_kernels.add_rms_norm import add_rms_norm as add_rms_norm
 from jaxserve.pallas_kernels.all_reduce import MAX_SHARDS as MAX_SHARDS
 from jaxserve.pallas_kernels.all_reduce import ExchangeLayout as ExchangeLayout
 from jaxserve.pallas_kernels.all_reduce import Shards as Shards
+from jaxserve.pallas_kernels.all_reduce import all_gather as all_gather
 from jaxserve.pallas_kernels.all_reduce import all_reduce as all_reduce
 from jaxserve.pallas_kernels.all_reduce import all_reduce_add_rms_norm as all_reduce_add_rms_norm
 from jaxserve.pallas_kernels.all_reduce import peers_table as peers_table

@@ -1,4 +1,4 @@
-"""Sums over the shards of a mesh axis, whoever computes them; to be traced inside `jax.shard_map`."""
+"""Sums over the shards of a mesh axis, and what they have side by side, whoever computes them; to be traced inside `jax.shard_map`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from jaxserve.pallas_kernels.matmul import add_parts
 # all others, and in all; larger ones are made in two shots, and by XLA. Of two shards by benchmarks.all_reduce, where the kernel wins up to
 # 16 MB; guesses for more of them.
 MOST_BYTES_IN_ONE_SHOT = {2: 2**30, 4: 2**20, 8: 2**18}
-MOST_BYTES = {2: 8 * 2**20, 4: 8 * 2**20, 8: 8 * 2**20}
+MOST_BYTES = {2: 16 * 2**20, 4: 8 * 2**20, 8: 8 * 2**20}
 # Most rows that are normalised in the kernel that adds them up, a block each.
 MOST_ROWS = 2 * BLOCKS
 
@@ -76,6 +76,20 @@ def all_reduce(parts: jax.Array, dtype: Any, shards: Shards) -> jax.Array:
         return all_reduce_triton(flat, shards.peers, dtype, config=config).reshape(num_tokens, size)
     whole = add_parts(parts, dtype)
     return sum_in_order(whole, shards.axis) if shards.deterministic else jax.lax.psum(whole, shards.axis)
+
+
+def all_gather(part: jax.Array, shards: Shards) -> jax.Array:
+    """What all shards have, side by side: [T, shards * N] of their [T, N], float32, the same on every shard.
+
+    The kernel's where it sends no more than a sum of the most bytes: XLA's own would split the step's CUDA graph.
+    """
+    if shards.count == 1:
+        return part
+    if shards.peers is not None and shards.route(part.nbytes * (shards.count - 1)) != "xla":
+        from jaxserve.pallas_kernels.all_reduce.triton import all_gather_triton
+
+        return all_gather_triton(part[None], shards.peers)[0]
+    return jax.lax.all_gather(part, shards.axis, axis=1, tiled=True)
 
 
 def all_reduce_add_rms_norm(

@@ -3,7 +3,7 @@
 To XLA it is a plain custom call, which stays inside the captured CUDA graph; XLA's own collectives split it. One-shot: each device sends
 its whole part to all others and adds up what all sent. Two-shot: each shard adds up one of as many pieces, and sends the sum to all. Either
 way the parts are added up in the order of the shards, in float32, so that all devices have the same bits. The residual addition and root
-mean square norm that follow can be in the same kernel, one-shot.
+mean square norm that follow can be in the same kernel, one-shot. What is only put together (logits) goes the same way.
 """
 
 import functools
@@ -94,6 +94,24 @@ def all_reduce_two_shot_triton(parts: jax.Array, table: jax.Array, dtype: Any, *
     )(parts, table)
 
 
+def all_gather_triton(part: jax.Array, table: jax.Array, *, blocks: int = BLOCKS) -> jax.Array:
+    """What all shards have, side by side: [S, T, shards * N] of their [S, T, N] of a 32-bit dtype; S and `table` as in `all_reduce_triton`."""
+    layout = ExchangeLayout.of(table.shape[1] - 1)
+    shards, num_tokens, size = part.shape
+    config = AllReduceConfig.for_elements(num_tokens * size, part.dtype, layout)
+    num_pieces = num_tokens * pl.cdiv(size, config.elements(part.dtype))
+    num_blocks = min(num_pieces, blocks)
+    return pl.pallas_call(
+        functools.partial(_all_gather_kernel, config=config, num_rounds=pl.cdiv(num_pieces, num_blocks), num_blocks=num_blocks),
+        grid=(num_blocks, shards),
+        in_specs=[pl.no_block_spec] * 2,
+        out_specs=pl.no_block_spec,
+        out_shape=jax.ShapeDtypeStruct((shards, num_tokens, layout.shards * size), part.dtype),
+        compiler_params=plt.CompilerParams(num_warps=config.threads // 32, num_stages=1),
+        name="all_gather",
+    )(part, table)
+
+
 def all_reduce_add_rms_norm_triton(
     parts: jax.Array, residual: jax.Array, weight: jax.Array, eps: float, table: jax.Array, *, config: AllReduceConfig, blocks: int = BLOCKS
 ) -> tuple[jax.Array, jax.Array]:
@@ -177,6 +195,26 @@ def _two_shot_kernel(parts_ref, table_ref, sum_ref, *, config: AllReduceConfig, 
         return carry
 
     _repeat(two_rounds, num_rounds)
+
+
+def _all_gather_kernel(part_ref, table_ref, gathered_ref, *, config: AllReduceConfig, num_rounds: int, num_blocks: int):
+    dtype, (_, num_tokens, size) = part_ref.dtype, part_ref.shape
+    block, shard = pl.program_id(0), pl.program_id(1)
+    layout, numbers = _read_table(table_ref, shard)
+    elements = config.elements(dtype)
+    pieces = pl.cdiv(size, elements)  # of a row
+
+    def one_round(index: Any, carry: Any) -> Any:
+        piece = block + jnp.int32(index) * jnp.int32(num_blocks)
+        row = lax.div(piece, jnp.int32(pieces))
+        column = (piece - row * jnp.int32(pieces)) * jnp.int32(elements) + jnp.arange(elements, dtype=jnp.int32)
+        present = (column < size) & (row < num_tokens)
+        mine = plt.load(part_ref.at[shard, row, column], mask=present, other=0.0)
+        for i, theirs in enumerate(exchange([mine], block, numbers, layout, config.vectors, repeated=num_rounds > 1)):
+            plt.store(gathered_ref.at[shard, row, jnp.int32(i * size) + column], theirs, mask=present)
+        return carry
+
+    _repeat(one_round, num_rounds)
 
 
 def _read_table(table_ref: Any, shard: jax.Array) -> tuple[ExchangeLayout, list[jax.Array]]:
