@@ -27,8 +27,7 @@ from jax.profiler import ProfileData
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.rows import Rows, add_row_flags, command_line, make_rows
-from jaxserve.config import EngineOptions, ModelOptions, parse_mesh
-from jaxserve.engine.start import compilation_cache, limit_gpu_memory
+from jaxserve.config import EngineOptions, ModelOptions, limit_gpu_memory, parse_mesh
 from jaxserve.models import Model
 from jaxserve.runner import Executor, Preparation, RunnerConfig, make_mesh
 from jaxserve.runner.batch import BatchLayout, BatchPacker
@@ -193,8 +192,7 @@ def measure(folder: Path, mesh_name: str, trace: bool) -> dict[str, float]:
     mesh = make_mesh(options.tensor_size)
     model = open_model(ModelSource("random", "", folder), ModelOptions(load_format="dummy"), mesh).load(mesh)
     platform = mesh.devices.flat[0].platform
-    cache = str(compilation_cache(options))
-    config = replace(RunnerConfig.from_options(options, platform, cache), kv_bytes=KV_BYTES)
+    config = replace(RunnerConfig.from_options(options, platform, str(options.compilation_cache)), kv_bytes=KV_BYTES)
     steps = Steps(model, mesh, config)
     steps.in_turn()  # the first are slower
     found = dict(zip(("a step's calls, idle", "until its tokens are on the host, idle"), steps.idle(), strict=True))

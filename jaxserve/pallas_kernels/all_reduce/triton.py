@@ -95,7 +95,7 @@ def all_reduce_two_shot_triton(parts: jax.Array, table: jax.Array, dtype: Any, *
 
 
 def all_gather_triton(part: jax.Array, table: jax.Array, *, blocks: int = BLOCKS) -> jax.Array:
-    """What all shards have, side by side: [S, T, shards * N] of their [S, T, N] of a 32-bit dtype; S and `table` as in `all_reduce_triton`."""
+    """What all shards have, side by side: [S, T, shards * N] of [S, T, N] of a 32-bit dtype; S and `table` as in `all_reduce_triton`."""
     layout = ExchangeLayout.of(table.shape[1] - 1)
     shards, num_tokens, size = part.shape
     config = AllReduceConfig.for_elements(num_tokens * size, part.dtype, layout)
