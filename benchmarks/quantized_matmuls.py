@@ -25,6 +25,7 @@ import numpy as np
 
 from benchmarks.rows import add_row_flags, command_line, make_rows
 from jaxserve.pallas_kernels.matmul import add_parts, gated_matmul, matmul, multiply_gated
+from jaxserve.pallas_kernels.matmul.mosaic_wide import WideMatmulConfig, matmul_wide
 from jaxserve.pallas_kernels.quantized_matmul.activations import round_rows
 from jaxserve.pallas_kernels.quantized_matmul.api import quantized_matmul
 from jaxserve.pallas_kernels.quantized_matmul.many_tokens import eight_bit_matmul
@@ -197,6 +198,32 @@ def eight_bit(case: Case, *cut: int) -> Contender:
     return Contender(case, f"mosaic8 {cut}", multiply)
 
 
+def wide8(case: Case, *cut: int) -> Contender:
+    """The Mosaic kernel for many tokens and gated products in 8 bits, after a rounding kernel: a WideMatmulConfig."""
+    config = WideMatmulConfig(*cut)
+
+    def multiply(x: jax.Array, weight: EightBitWeight) -> jax.Array:
+        codes, scales = round_rows(x, weight.codes.dtype)
+        return matmul_wide(codes, weight.codes, (scales[:, 0], weight.scales[0]), config=config, gated=True)[0]
+
+    return Contender(case, f"mosaic wide8 {cut}", multiply)
+
+
+def _rounded_cuts() -> Iterator[Contender]:
+    """float8 gated products of one step of decodes, by cuBLASLt and by our kernel for prompts."""
+    by_rows, by_tokens = (2, 128, 112, 1, 4, 132, 2), (2, 64, 256, 1, 4, 132, 1, 2)
+    cuts = {
+        256: (by_rows, by_rows[:6], (2, 128, 128, 1, 4, 132, 2), (2, 64, 224, 1, 4, 132, 1, 2), by_tokens),
+        512: (by_rows, (2, 128, 128, 1, 4, 132, 2), by_tokens),
+        128: ((2, 64, 112, 1, 5, 132, 2), (2, 64, 224, 1, 4, 132)),
+    }
+    for tokens, of_tokens in cuts.items():
+        case = Case("fp8", "swiglu", tokens)
+        yield Contender(case, "8-bit products", multiply_rounded)
+        for cut in of_tokens:
+            yield wide8(case, *cut)
+
+
 def _few_cuts() -> Iterator[Contender]:
     """Few tokens times weights of 8 bits by Mosaic's kernel for them, by the one for groups, and by what is served."""
     few = {
@@ -238,7 +265,14 @@ def multiply_rounded(x: jax.Array, weight: EightBitWeight) -> jax.Array:
     return multiply_gated(product) if weight.shape == SHAPES["swiglu"] else product
 
 
-CONTENDERS = {"few": _few_cuts, "served": _served, "mosaic": _mosaic_cuts, "wide": _wide_cuts, "triton": _triton_cuts}
+CONTENDERS = {
+    "rounded": _rounded_cuts,
+    "few": _few_cuts,
+    "served": _served,
+    "mosaic": _mosaic_cuts,
+    "wide": _wide_cuts,
+    "triton": _triton_cuts,
+}
 
 
 def multiply_quantized(x: jax.Array, weight: FourBitWeight | EightBitWeight) -> jax.Array:
@@ -409,7 +443,7 @@ def measure_all(wanted: list[Contender], futures: list[Any], deadline: float, fi
         print(f"{running}", end="\r", file=sys.stderr, flush=True)  # the last of these is what hung
         seconds, error = measure(compiled, xs, weights[:count], expected, columns)
         # Activations may be rounded to 8 bits.
-        rounds = wanted[i].name in ("served", "8-bit products")
+        rounds = wanted[i].name in ("served", "8-bit products") or "wide8" in wanted[i].name
         bound = {"fp8": 0.04, "int8": 0.02}.get(case.kind, 4e-3) if rounds else 4e-3
         bound = max(bound, 6e-3) if is_gated else bound  # gate and up are rounded first
         floor = case.floor(weight_bytes(case.kind, case.shape))
