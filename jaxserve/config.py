@@ -13,6 +13,9 @@ from typing import Any
 
 from jaxserve.errors import StartupError
 
+EXECUTABLES_FOLDER = "executables"
+"""Of compiled programs that are loaded as they are, in the compilation cache's."""
+
 
 def option(
     default: Any, help: str, choices: tuple[str, ...] = (), metavar: str = "", low: float | None = None, high: float | None = None

@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "page_key": {"request"},
     "gguf_header": {"errors"},
     "environment": set(),
+    "lowering_processes": set(),
     # host half
     "scheduler": PLAIN | {"step", "page_key"},
     "tokenizer": {"errors", "request", "gguf_header"},
@@ -34,14 +35,14 @@ ALLOWED: dict[str, set[str]] = {
     "rpc": {"errors", "request", "grammar", "page_key", "engine"},
     "chat_output": {"grammar", "json_schema", "errors"},
     "http": PLAIN | {"rpc", "tokenizer", "chat_output", "metrics"},
-    "launcher": PLAIN | {"rpc", "http", "metrics", "engine", "hosts"},
+    "launcher": PLAIN | {"rpc", "http", "metrics", "engine", "hosts", "lowering_processes"},
     # device half
     "pallas_kernels": set(),
     "models": {"errors", "pallas_kernels"},
     "weights": {"errors", "config", "gguf_header", "pallas_kernels", "models"},
-    "runner": PLAIN | {"step", "pallas_kernels", "models", "weights"},
+    "runner": PLAIN | {"step", "lowering_processes", "pallas_kernels", "models", "weights"},
     # where they meet
-    "engine": PLAIN | {"step", "hosts", "scheduler", "structured", "tokenizer", "models", "weights", "runner"},
+    "engine": PLAIN | {"step", "lowering_processes", "hosts", "scheduler", "structured", "tokenizer", "models", "weights", "runner"},
     "llm": PLAIN | {"engine", "launcher", "tokenizer", "weights"},
     # what people start
     "client": {"errors"},

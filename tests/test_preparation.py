@@ -13,10 +13,11 @@ import pytest
 from jax import export
 
 import jaxserve
-from jaxserve.config import ModelOptions
+from jaxserve.config import EXECUTABLES_FOLDER, ModelOptions
+from jaxserve.lowering_processes import LoweringProcesses
 from jaxserve.models import Architecture, Model, ModelConfig
 from jaxserve.models.kv_scaling import KVScaling
-from jaxserve.runner import ModelRunner, Preparation, RunnerConfig, lowering_process, make_mesh, preparation
+from jaxserve.runner import ModelRunner, Preparation, RunnerConfig, make_mesh, preparation
 from jaxserve.runner.batch import BatchLayout
 from jaxserve.runner.blueprint import Blueprint, digest_sources
 from jaxserve.runner.buckets import Bucket
@@ -98,7 +99,7 @@ def test_a_second_start_traces_nothing_of_the_model(prepare, config: RunnerConfi
     second, lowered = prepare(config)
     assert first_logits(model, config, second) == logits
     assert lowered == []
-    assert len(list((Path(config.compilation_cache_dir or "") / preparation.EXECUTABLES_FOLDER).iterdir())) == 8
+    assert len(list((Path(config.compilation_cache_dir or "") / EXECUTABLES_FOLDER).iterdir())) == 8
     assert first.plan() == second.plan()
 
 
@@ -121,7 +122,7 @@ def test_another_config_or_a_damaged_file_is_made_again(prepare, config: RunnerC
     dict(prepare(config)[0].programs())
     compiled.clear()
     folder = Path(config.compilation_cache_dir or "")
-    executables, lowered_folder = folder / preparation.EXECUTABLES_FOLDER, folder / preparation.LOWERED_FOLDER
+    executables, lowered_folder = folder / EXECUTABLES_FOLDER, folder / preparation.LOWERED_FOLDER
     sound = damage_two(executables)
     again, lowered = prepare(config)
     dict(again.programs())
@@ -176,9 +177,9 @@ def test_other_processes_lower(prepare, config: RunnerConfig, tmp_path: Path, ca
     assert len(dict(prepared.programs())) == 8
     assert not lowered and not caplog.records
     # One that cannot even start: what it should have done is done here.
-    monkeypatch.setattr(lowering_process.sys, "executable", "/bin/false")
     caplog.set_level(logging.WARNING)
-    prepared, lowered = prepare(replace(config, masked=True), num_processes=1)
+    processes = LoweringProcesses(1, ["/bin/false"])
+    prepared, lowered = prepare(replace(config, masked=True), num_processes=1, processes=processes)
     assert len(dict(prepared.programs())) == 9
     assert lowered and "lowered in this process: in another one: the process died" in caplog.text
 

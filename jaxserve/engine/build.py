@@ -13,6 +13,7 @@ from jaxserve.engine.decode_gap import DecodeGap
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.start import begin_start
 from jaxserve.errors import StartupError
+from jaxserve.lowering_processes import LoweringProcesses
 from jaxserve.models import Model, ModelConfig
 from jaxserve.request import EngineInfo
 from jaxserve.runner import Hosts, ModelRunner, RunnerConfig
@@ -31,6 +32,7 @@ def build_engine(
     tokenizer: Tokenizer | None = None,
     hosts: Hosts | None = None,
     found: Callable[[Path], None] | None = None,
+    processes: LoweringProcesses | None = None,
 ) -> Engine:
     """Load a model on its devices and compile every program that a legal request can hit.
 
@@ -40,11 +42,12 @@ def build_engine(
         tokenizer: the model's, where it was loaded already.
         hosts: those that the mesh spans, where they are several; this one leads them.
         found: is told the path of the model's files as soon as they are there.
+        processes: for programs that must be lowered, where they were started already; they are closed.
 
     Raises:
         StartupError: one line says why.
     """
-    start = begin_start(model_options, engine_options, replica, source, hosts, found)
+    start = begin_start(model_options, engine_options, replica, source, hosts, found, processes)
     source, mesh, opened = start.source, start.mesh, start.opened
     with closing(start.preparation) as preparation, ThreadPoolExecutor(1, "grammars") as thread:
         compiler = thread.submit(_grammar_compiler, source, opened.architecture.config, engine_options, tokenizer)
@@ -92,17 +95,18 @@ def build_async_engine(
     replica: int = 0,
     hosts: Hosts | None = None,
     found: Callable[[Path], None] | None = None,
+    processes: LoweringProcesses | None = None,
 ) -> AsyncEngine:
     """`build_engine` in a thread of its own.
 
     Args:
         replica: as for build_engine(); 0 where the process sees only its own devices.
-        hosts, found: as for build_engine().
+        hosts, found, processes: as for build_engine().
 
     Raises:
         StartupError: one line says why.
     """
-    engine = build_engine(model_options, engine_options, replica, hosts=hosts, found=found)
+    engine = build_engine(model_options, engine_options, replica, hosts=hosts, found=found, processes=processes)
     return AsyncEngine(engine, engine_options.max_concurrent_requests, None if hosts is None else hosts.why_failed)
 
 

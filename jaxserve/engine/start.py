@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxserve.config import EngineOptions, ModelOptions, limit_gpu_memory
 from jaxserve.errors import StartupError
 from jaxserve.hosts.agreement import agree
+from jaxserve.lowering_processes import LoweringProcesses
 from jaxserve.models import Model, check_attention
 from jaxserve.runner import Executor, Hosts, Preparation, RunnerConfig, code_versions, make_mesh, peak_memory, start_jax
 from jaxserve.weights import ModelSource, resolve_model
@@ -65,11 +66,12 @@ def begin_start(
     source: ModelSource | None,
     hosts: Hosts | None,
     found: Callable[[Path], None] | None = None,
+    processes: LoweringProcesses | None = None,
 ) -> Start:
     """Find the model and the devices, and begin to prepare the programs.
 
     Args:
-        replica, source, hosts, found: as for build_engine(); of these hosts this one may be any.
+        replica, source, hosts, found, processes: as for build_engine(); of these hosts this one may be any.
 
     Raises:
         StartupError: one line says why.
@@ -98,9 +100,8 @@ def begin_start(
     opened = open_model(source, model_options, mesh, attention=attention, kv_dtype=kv_dtype)
     config = RunnerConfig.from_options(engine_options, platform, str(engine_options.compilation_cache))
     nbytes = opened.nbytes(engine_options.tensor_size)
-    return Start(
-        source, mesh, opened, config, Preparation(opened.architecture, opened.dtype, mesh, config, weights_to_come=nbytes, hosts=hosts)
-    )
+    preparation = Preparation(opened.architecture, opened.dtype, mesh, config, weights_to_come=nbytes, hosts=hosts, processes=processes)
+    return Start(source, mesh, opened, config, preparation)
 
 
 def build_worker(model_options: ModelOptions, engine_options: EngineOptions, hosts: Hosts) -> Executor:

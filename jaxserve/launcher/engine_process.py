@@ -14,10 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from jaxserve.config import EngineOptions, ModelOptions, limit_gpu_memory
+from jaxserve.config import EXECUTABLES_FOLDER, EngineOptions, ModelOptions, limit_gpu_memory
 from jaxserve.errors import GenerationFailed
 from jaxserve.launcher.child import Control, die_with_parent, run_child
+from jaxserve.launcher.devices import visible_gpus
 from jaxserve.launcher.run_folder import engine_socket, model_file
+from jaxserve.lowering_processes import LoweringProcesses
 from jaxserve.rpc.server import EngineServer, ServedEngine
 
 logger = logging.getLogger("jaxserve.launcher.engine_process")  # which is __main__
@@ -56,6 +58,7 @@ def main(arguments: Sequence[str], build: BuildEngine | None = None) -> int:
 
 def _build_engine(run_folder: Path, model: ModelOptions, engine: EngineOptions, replica: int) -> RunningEngine:
     begin = time.monotonic()
+    processes = _begin_with_lowering(engine)
     _begin_with_devices(engine)
     from jaxserve.engine import build_async_engine  # late: it imports jax
 
@@ -67,7 +70,15 @@ def _build_engine(run_folder: Path, model: ModelOptions, engine: EngineOptions, 
         whole.write_text(str(path))
         whole.replace(told)
 
-    return build_async_engine(model, engine, replica, found=tell)
+    return build_async_engine(model, engine, replica, found=tell, processes=processes)
+
+
+def _begin_with_lowering(engine: EngineOptions) -> LoweringProcesses | None:
+    """Processes that import JAX while this one does, where this is the first start with its cache and there is a GPU to compile for."""
+    kept = engine.compilation_cache / EXECUTABLES_FOLDER
+    if (kept.is_dir() and any(kept.iterdir())) or os.environ.get("JAX_PLATFORMS") == "cpu" or not visible_gpus(os.environ):
+        return None
+    return LoweringProcesses(len(os.sched_getaffinity(0)) // 2)
 
 
 def _begin_with_devices(engine: EngineOptions) -> None:

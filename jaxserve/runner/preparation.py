@@ -16,6 +16,8 @@ from jax import monitoring
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
+from jaxserve.config import EXECUTABLES_FOLDER
+from jaxserve.lowering_processes import LoweringFailed, LoweringProcesses
 from jaxserve.models import Architecture
 from jaxserve.pallas_kernels import page_dtype
 from jaxserve.runner.blueprint import Blueprint
@@ -26,7 +28,6 @@ from jaxserve.runner.executables import Executables, describe_compiler
 from jaxserve.runner.hosts import Hosts, smallest
 from jaxserve.runner.kv_cache import KVCachePlan, plan_kv_cache
 from jaxserve.runner.lowering import compile_lowered, lower
-from jaxserve.runner.lowering_process import LoweringFailed, LoweringProcesses
 from jaxserve.runner.memory import expected_temporaries, kv_cache_bytes
 from jaxserve.runner.program_store import ProgramStore
 from jaxserve.runner.programs import Program, ProgramKey, Programs
@@ -34,7 +35,6 @@ from jaxserve.runner.programs import Program, ProgramKey, Programs
 logger = logging.getLogger(__name__)
 
 LOWERED_FOLDER = "lowered"  # in the compilation cache's
-EXECUTABLES_FOLDER = "executables"  # likewise
 FOUND_EVENT = "/jaxserve/executables/found"
 _COMPILE_THREADS = "compile"
 _SLOWEST_TOLD = 5  # programs
@@ -64,6 +64,7 @@ class Preparation:
         config: sizes.
         weights_to_come: bytes on each device.
         num_processes: that lower; None: what suits the machine, 0: none.
+        processes: that lower, where they were started already; closed as soon as none is needed.
         hosts: those that the mesh spans, where they are several; they prepare at the same time.
 
     Raises:
@@ -79,6 +80,7 @@ class Preparation:
         weights_to_come: int = 0,
         num_processes: int | None = None,
         hosts: Hosts | None = None,
+        processes: LoweringProcesses | None = None,
     ):
         self._architecture, self._dtype, self._mesh, self._config = architecture, dtype, mesh, config
         self._hosts, self._num_hosts = hosts, 1 if hosts is None else hosts.count
@@ -96,7 +98,7 @@ class Preparation:
         self._store = ProgramStore(folder)
         self._executables = Executables(executables, mesh)
         self._num_processes = num_processes
-        self._processes: LoweringProcesses | None = None
+        self._processes = processes
         self._lowering: ThreadPoolExecutor | None = None
         self._compiling = ThreadPoolExecutor(_cores(), thread_name_prefix=_COMPILE_THREADS)
         self._futures: dict[ProgramKey, Future[Future[Compiled]]] = {}
@@ -189,8 +191,12 @@ class Preparation:
         for threads in (self._lowering, self._compiling):
             if threads is not None:
                 threads.shutdown(wait=False, cancel_futures=True)
+        self._close_processes()
+
+    def _close_processes(self) -> None:
         if self._processes is not None:
             self._processes.close()
+            self._processes = None
 
     def _begin(self) -> Programs:
         """Plan, and start to make all programs ready."""
@@ -279,9 +285,9 @@ class Preparation:
     def _lower(self, programs: Programs, key: ProgramKey) -> bytes:
         blueprint = programs.blueprint
         file = blueprint.digest(key.name)
-        if self._processes is not None:
+        if (processes := self._processes) is not None and self._store.folder is not None:
             try:
-                self._lowering_seconds.append(self._processes.lower(blueprint, key.name, file))
+                self._lowering_seconds.append(processes.lower(blueprint.to_json(), key.name, self._store.folder, file))
             except LoweringFailed as failure:
                 logger.warning("%s is lowered in this process: in another one: %s", key.name, failure)
             if (lowered := self._store.read(file)) is not None:
@@ -298,10 +304,12 @@ class Preparation:
         if count is None:
             on_gpu = self._mesh.devices.flat[0].platform == "gpu"
             count = min(_cores() // 2, num_programs // PROGRAMS_PER_PROCESS) if on_gpu else 0
-        if count and num_programs and self._store.folder is not None:
-            self._processes = LoweringProcesses(count, self._store.folder)
+        if not (count and num_programs and self._store.folder is not None):
+            self._close_processes()
+        elif self._processes is None:
+            self._processes = LoweringProcesses(count)
         # Without processes one thread: it holds the GIL.
-        self._lowering = ThreadPoolExecutor(count if self._processes else 1, thread_name_prefix="lower")
+        self._lowering = ThreadPoolExecutor(1 if self._processes is None else self._processes.count, thread_name_prefix="lower")
         return self._lowering
 
     def _blueprint(self) -> Blueprint:
