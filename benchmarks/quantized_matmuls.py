@@ -214,8 +214,7 @@ def _rounded_cuts() -> Iterator[Contender]:
     by_rows, by_tokens = (2, 128, 112, 1, 4, 132, 2), (2, 64, 256, 1, 4, 132, 1, 2)
     cuts = {
         256: (by_rows, by_rows[:6], (2, 128, 128, 1, 4, 132, 2), (2, 64, 224, 1, 4, 132, 1, 2), by_tokens),
-        512: (by_rows, (2, 128, 128, 1, 4, 132, 2), by_tokens),
-        128: ((2, 64, 112, 1, 5, 132, 2), (2, 64, 224, 1, 4, 132)),
+        512: (by_rows, by_tokens),
     }
     for tokens, of_tokens in cuts.items():
         case = Case("fp8", "swiglu", tokens)
@@ -227,21 +226,18 @@ def _rounded_cuts() -> Iterator[Contender]:
 def _few_cuts() -> Iterator[Contender]:
     """Few tokens times weights of 8 bits by Mosaic's kernel for them, by the one for groups, and by what is served."""
     few = {
-        "swiglu": ((2, 1, 128, 6, 132), (2, 1, 256, 3, 132), (1, 1, 128, 8, 132), (1, 1, 256, 5, 132), (1, 1, 128, 5, 264)),
-        "down": ((2, 4, 128, 8, 132), (2, 4, 256, 5, 132), (1, 2, 256, 8, 132), (1, 4, 256, 4, 264)),
-        "qkv": ((3, 4, 128, 8, 132), (2, 2, 256, 5, 132), (1, 1, 256, 8, 132)),
-        "o": ((2, 4, 128, 8, 132), (1, 2, 256, 8, 132)),
-        "head": ((4, 1, 128, 5, 132), (2, 1, 256, 5, 132), (2, 1, 128, 5, 264)),
+        "swiglu": ((2, 1, 256, 3, 132), (1, 1, 256, 5, 132), (2, 1, 128, 6, 132)),
+        "down": ((2, 4, 256, 5, 132),),
+        "qkv": ((3, 4, 256, 4, 132), (2, 2, 256, 5, 132), (1, 1, 256, 8, 132)),
+        "o": ((2, 4, 256, 5, 132),),
     }
     some = {
         "swiglu": ((2, 1, 128, 4, 132), (1, 1, 128, 6, 132), (1, 1, 256, 3, 132)),
-        "down": ((2, 4, 128, 6, 132), (1, 2, 256, 4, 132)),
-        "qkv": ((3, 4, 128, 4, 132), (2, 2, 128, 6, 132), (1, 1, 256, 4, 132)),
+        "down": ((2, 4, 128, 6, 132), (2, 4, 256, 3, 132)),
+        "qkv": ((3, 4, 128, 4, 132), (2, 2, 128, 6, 132), (1, 1, 128, 8, 132)),
         "o": ((2, 4, 128, 6, 132), (1, 2, 128, 6, 132)),
     }
-    many = {"swiglu": ((1, 1, 128, 4, 132), (2, 1, 128, 3, 132)), "down": ((2, 4, 128, 3, 132), (1, 2, 128, 4, 132))}
-    before = {"gate_up": (64, 16, 1, 1, 2, 4), "down": (64, 16, 1, 8, 2, 4), "qkv": (64, 16, 1, 4, 2, 4), "o": (64, 16, 1, 8, 2, 4)}
-    for tokens, cuts in ((8, few), (64, some), (128, many)):
+    for tokens, cuts in ((8, few), (64, some)):
         for shape, of_shape in cuts.items():
             case = Case("fp8", shape, tokens)
             for cut in of_shape:
@@ -249,14 +245,11 @@ def _few_cuts() -> Iterator[Contender]:
             if tokens > 8:
                 yield Contender(case, "8-bit products", multiply_rounded)
     for kind in ("fp8", "w4"):
-        for shape, cut in before.items():
-            yield triton(Case(kind, shape, 8), *cut)
-    for cut in ((4, 1, 8, 132), (2, 1, 8, 132), (2, 1, 8, 264)):
-        yield mosaic(Case("w4", "gate_up", 8), *cut)
-    for tokens, cut in ((8, (4, 1, 8, 132)), (8, (2, 1, 8, 132)), (8, (2, 1, 8, 264)), (64, (2, 1, 8, 132))):
+        yield triton(Case(kind, "gate_up", 8), 64, 16, 1, 1, 2, 4)
+        yield triton(Case(kind, "qkv", 8), 64, 16, 1, 4, 2, 4)
+    yield mosaic(Case("w4", "gate_up", 8), 4, 1, 8, 132)
+    for tokens, cut in ((8, (4, 1, 8, 132)), (8, (2, 1, 8, 132)), (64, (2, 1, 8, 132))):
         yield mosaic(Case("w4", "swiglu", tokens), *cut)
-    for shape, cut in (("down", (2, 4, 8, 132)), ("down", (1, 2, 8, 132)), ("qkv", (3, 4, 8, 132)), ("o", (2, 4, 8, 132))):
-        yield mosaic(Case("w4", shape, 8), *cut)
 
 
 def multiply_rounded(x: jax.Array, weight: EightBitWeight) -> jax.Array:
