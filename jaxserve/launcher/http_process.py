@@ -3,11 +3,13 @@
 The second listening descriptor, where there is one, is for metrics alone.
 """
 
+import importlib.metadata
 import resource
 import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from jaxserve.http.protocol import MAX_CONNECTIONS
 from jaxserve.http.server import HttpServer
@@ -19,11 +21,26 @@ from jaxserve.rpc.client import EngineClient
 from jaxserve.rpc.router import Router
 
 OTHER_FILES = 128  # that are no connections
+# transformers imports them beside its tokenizers where they are installed. Nothing here uses them.
+UNUSED = ("torch", "torchvision", "PIL", "tensorflow")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run an HTTP process; returns the exit code."""
+    keep_transformers_small()
     return run_child(arguments, lambda control: _run(control, [socket.socket(fileno=int(each)) for each in arguments[1:]]))
+
+
+def keep_transformers_small() -> None:
+    """Let transformers import its tokenizers and no more: with PyTorch it takes seconds longer.
+
+    Before 5.23 it also asks, when it is imported, which of all installed files belong to which distribution. Without an answer it takes
+    the names of packages for those of distributions.
+    """
+    modules = cast(dict[str, Any], sys.modules)
+    for name in UNUSED:
+        modules.setdefault(name, None)  # to Python a module that is not there
+    importlib.metadata.packages_distributions = dict
 
 
 def _run(control: Control, listening: Sequence[socket.socket]) -> None:
