@@ -65,8 +65,8 @@ class Server:
         answer.raise_for_status()
         return answer.json()["choices"][0]
 
-    def decode_step(self, prompt: list[int]) -> float:
-        """Milliseconds, the best of three."""
+    def decode_step(self, prompt: list[int]) -> tuple[float, float]:
+        """Milliseconds of a step, the best of three, and of the host's dispatching a step."""
 
         def seconds(max_tokens: int) -> float:
             begin = time.perf_counter()
@@ -74,7 +74,19 @@ class Server:
             return time.perf_counter() - begin
 
         self.complete(prompt, 8)
-        return min((seconds(257) - seconds(1)) / 256 for _ in range(3)) * 1000
+        before = self._dispatched()
+        step = min((seconds(257) - seconds(1)) / 256 for _ in range(3)) * 1000
+        count, total = (after - before for after, before in zip(self._dispatched(), before, strict=True))
+        return step, total / count * 1000
+
+    def _dispatched(self) -> tuple[float, float]:
+        """Steps, and seconds of their dispatching."""
+        parts = dict.fromkeys(("count", "sum"), 0.0)
+        for line in self._client.get("/metrics").text.splitlines():
+            name, _, value = line.rpartition(" ")
+            if 'part="dispatch"' in name and (part := name.partition("{")[0].rpartition("_")[2]) in parts:
+                parts[part] += float(value)
+        return parts["count"], parts["sum"]
 
     def lose_last_host(self, prompt: list[int]) -> tuple[float, str]:
         """Kill the last host's process in the middle of an answer; seconds until all launchers have ended, and how the answer ended."""
@@ -116,7 +128,8 @@ def main() -> None:
             server = Server(arguments.folder, arguments.gpus, num_hosts, flags, log)
             print(f"{num_hosts} host(s): ready after {server.seconds_until_ready():.1f} s", flush=True)
             answers.append([server.complete(prompt, 64)["text"] for prompt in prompts])
-            print(f"{num_hosts} host(s): decode step B=1 {server.decode_step(long):.2f} ms", flush=True)
+            step, dispatch = server.decode_step(long)
+            print(f"{num_hosts} host(s): decode step B=1 {step:.2f} ms; the host's dispatch {dispatch:.3f} ms a step", flush=True)
             if num_hosts > 1:
                 seconds, told = server.lose_last_host(prompts[0])
                 print(f"{num_hosts} host(s): all ended {seconds:.1f} s after the last was killed; {told}", flush=True)
