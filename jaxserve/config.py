@@ -62,7 +62,7 @@ class EngineOptions:
     )
     kv_cache_dtype: str = option(
         "auto",
-        "Dtype of the KV cache; auto: that of the activations; fp8 and fp8_e4m3 are fp8_e4m3fn.",
+        "Dtype of the KV cache; auto: that of the activations, float16 for bfloat16; fp8 and fp8_e4m3 are fp8_e4m3fn.",
         ("auto", "fp8", "fp8_e4m3", "fp8_e4m3fn", "fp8_e5m2"),
     )
     cuda_memory_fraction: float = option(0.9, "Share of a GPU's memory that jaxserve may use.", low=0.01, high=1.0)

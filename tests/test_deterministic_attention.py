@@ -20,7 +20,7 @@ from jaxserve.pallas_kernels.paged_attention.xla import paged_attention_xla
 from jaxserve.pallas_kernels.paged_attention.xla_plan import plan_xla
 
 UNOPTIMISED = {"xla_backend_optimization_level": 0}  # compiling an interpreted kernel takes longer than running it
-BF16, FLOAT8 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float8_e4m3fn)
+BF16, F16, FLOAT8 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16), jnp.dtype(jnp.float8_e4m3fn)
 NUM_TOKENS, NUM_ROWS, PAGES, PAGE_SIZE = 48, 6, 14, 16
 # Rows of (first token, end) of four texts, in four steps of one shape: prompts whole, in other chunks, token by token, in another order.
 STEPS = [
@@ -80,7 +80,7 @@ def check(attention: Any, texts: Texts, tolerance: float, **options: Any) -> Non
 
 
 CASES = {
-    "two splits a group": (8, 2, 64, BF16, dict(window=None, soft_cap=None), 32, 64),
+    "two splits a group": (8, 2, 64, F16, dict(window=None, soft_cap=None), 32, 64),
     "a window and a cap, groups of 3": (3, 1, 96, BF16, dict(window=37, soft_cap=20.0), 32, 32),
     "float8": (2, 2, 64, FLOAT8, dict(window=100, soft_cap=None), 16, 1024),
 }
@@ -91,8 +91,8 @@ def test_the_kernel_is_the_reference_and_gives_a_token_the_same_bits_anywhere(na
     num_heads, num_kv_heads, head_dim, kv_dtype, options, block_kv, split_tokens = CASES[name]
     options = options | {"scale": head_dim**-0.5}
     config = DeterministicConfig(block_kv, split_tokens, 4, 3, num_workers=5)
-    call = functools.partial(deterministic_attention_triton, config=config, interpret=True, **options)
-    texts = Texts(num_heads, num_kv_heads, head_dim, BF16, kv_dtype)
+    call = functools.partial(deterministic_attention_triton, config=config, out_dtype=BF16, interpret=True, **options)
+    texts = Texts(num_heads, num_kv_heads, head_dim, BF16 if kv_dtype == BF16 else F16, kv_dtype)
     check(jax.jit(call, compiler_options=UNOPTIMISED), texts, 4e-3, **options)
 
 
@@ -106,7 +106,7 @@ def test_xla_gives_a_token_the_same_bits_anywhere(head_dim: int, window: int | N
     check(jax.jit(attend), Texts(6, 2, head_dim, jnp.dtype(jnp.float32), jnp.dtype(jnp.float32)), 1e-5, **options)
 
 
-@pytest.mark.parametrize("num_heads, head_dim, kv_dtype, window", [(32, 128, BF16, None), (32, 256, BF16, 1024), (24, 96, FLOAT8, None)])
+@pytest.mark.parametrize("num_heads, head_dim, kv_dtype, window", [(32, 128, F16, None), (32, 256, BF16, 1024), (24, 96, FLOAT8, None)])
 def test_the_kernel_lowers_for_cuda(num_heads: int, head_dim: int, kv_dtype: Any, window: int | None, monkeypatch: pytest.MonkeyPatch):
     """At serving sizes; Triton's verifier finds what its compiler would refuse."""
     lower, modules = triton_lowering.lower_jaxpr_to_triton_module, []
@@ -118,8 +118,9 @@ def test_the_kernel_lowers_for_cuda(num_heads: int, head_dim: int, kv_dtype: Any
     arrays = [jax.ShapeDtypeStruct(shape if isinstance(shape, tuple) else (shape,), jnp.int32) for shape in shapes]
     metadata = AttentionMetadata(*arrays, deterministic=True)  # pyright: ignore[reportArgumentType]
     pages = jax.ShapeDtypeStruct((4096, 8, 16, head_dim), kv_dtype)
-    q = jax.ShapeDtypeStruct((num_tokens, num_heads, head_dim), jnp.bfloat16)
-    call = functools.partial(paged_attention_gpu, scale=head_dim**-0.5, window=window, soft_cap=None, gpu=Gpu(132, is_hopper=True))
+    q = jax.ShapeDtypeStruct((num_tokens, num_heads, head_dim), BF16 if kv_dtype == BF16 else F16)
+    options: Any = dict(scale=head_dim**-0.5, window=window, soft_cap=None, out_dtype=BF16)
+    call = functools.partial(paged_attention_gpu, gpu=Gpu(132, is_hopper=True), **options)
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Pallas-Triton is deprecated; nothing else serves GPUs before sm_90

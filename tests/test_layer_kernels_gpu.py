@@ -68,6 +68,23 @@ def test_add_rms_norm_adds_parts_up_first():
     assert_equal_but_for_rounding(got, jax.jit(functools.partial(add_rms_norm_reference, eps=1e-5))(total.astype(BF16), residual, weight))
 
 
+INTERPRETED = functools.partial(add_rms_norm_triton, config=AddRMSNormConfig(2, 4), interpret=True)
+
+
+@pytest.mark.parametrize("add", [add_rms_norm_reference, INTERPRETED], ids=["reference", "kernel"])
+def test_add_rms_norm_rounds_once_to_another_dtype_and_never_to_infinity(add):
+    random = np.random.default_rng(1)
+    # Sums that bfloat16 holds: whether XLA rounds others before it normalises them is its own affair.
+    x, residual = (jnp.round(normal(random, (5, 96)) * 8) / 8 for _ in range(2))
+    weight = normal(random, (96,)).at[3].set(1e6)
+    normed, total = jax.jit(functools.partial(add, eps=1e-5, dtype=F16))(x, residual, weight)
+    wide = np.asarray((x + residual).astype(F32))
+    exact = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + 1e-5) * np.asarray(weight.astype(F32))
+    assert (normed.dtype, total.dtype) == (F16, BF16)
+    np.testing.assert_array_equal(total, x + residual)
+    np.testing.assert_allclose(normed.astype(F32), np.clip(exact, -65504, 65504), rtol=2**-10, atol=1e-6)
+
+
 @pytest.mark.parametrize(("num_tokens", "kernels"), [(64, 1), (65, 0)])
 def test_xla_norms_the_many_rows_of_a_gpu(num_tokens, kernels, monkeypatch):
     monkeypatch.setattr(sys.modules["jaxserve.pallas_kernels.add_rms_norm.api"], "local_gpu", lambda: Gpu(132, is_hopper=True))
@@ -96,6 +113,24 @@ def test_rotate_and_write_kv_is_the_reference(sizes, options, config):
     assert written == (np.asarray(arguments[3].write_pages) < arguments[2][0].shape[0]).sum()
 
 
+@pytest.mark.parametrize("qkv_dtype", [BF16, F16])
+def test_rotate_and_write_kv_in_float16_beside_bfloat16(qkv_dtype):
+    """Biases and norms are bfloat16's; a product that overflowed is the largest number, and so are what it is turned to."""
+    arguments, options = make_qkv(9, 4, 2, 32, bias=True, qk_norms=True, kv_dtype=F16)
+    qkv, *rest = arguments
+    qkv = qkv.astype(qkv_dtype).at[0, -3].set(jnp.inf)
+    call = functools.partial(rotate_and_write_kv_triton, eps=1e-6, dtype=F16, config=RotateConfig(1, 2, 1), interpret=True, **options)
+    reference = functools.partial(rotate_and_write_kv_reference, eps=1e-6, dtype=F16, **options)
+    got, expected = jax.jit(call)(qkv, *rest), jax.jit(reference)(qkv, *rest)
+    assert_equal_but_for_rounding(got, expected)
+    assert got[0].dtype == F16 and all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(got))
+    page, offset = (int(x[0]) for x in (rest[-1].write_pages, rest[-1].write_offsets))
+    assert got[1][1][page, -1, offset, -3] == jnp.finfo(F16).max
+    plain = functools.partial(rotate_and_write_kv_reference, eps=1e-6, dtype=F32, **jax.tree.map(lambda x: x.astype(F32), options))
+    wide = jax.jit(plain)(qkv.astype(F32), rest[0], tuple(x.astype(F32) for x in rest[1]), rest[2])[0]
+    np.testing.assert_allclose(got[0].astype(F32), wide, rtol=4e-3, atol=4e-3)
+
+
 def test_rotate_and_write_kv_adds_parts_up_first():
     arguments, options = make_qkv(9, 4, 2, 32, bias=True)
     qkv, *rest = arguments
@@ -116,13 +151,14 @@ def lower_for_cuda(function, *arguments, **options):
 @pytest.mark.parametrize(("num_tokens", "size"), [(1, 2048), (8192, 4096), (64, 3584), (3, 16384)])
 def test_add_rms_norm_kernel_lowers_for_cuda(num_tokens, size):
     x, weight = jax.ShapeDtypeStruct((num_tokens, size), BF16), jax.ShapeDtypeStruct((size,), BF16)
-    call = functools.partial(add_rms_norm_triton, eps=1e-5, config=AddRMSNormConfig.suited(x))  # pyright: ignore[reportArgumentType]
+    config = AddRMSNormConfig.suited(x)  # pyright: ignore[reportArgumentType]
+    call = functools.partial(add_rms_norm_triton, eps=1e-5, dtype=F16 if size == 4096 else None, config=config)
     assert lower_for_cuda(call, x, x, weight).count("custom_call @__gpu$xla.gpu.triton") == 1
 
 
 @pytest.mark.parametrize(("sizes", "options"), [
     ((1, 32, 8, 64), {}),
-    ((256, 32, 8, 128), dict(qk_norms=True)),
+    ((256, 32, 8, 128), dict(qk_norms=True, kv_dtype=F16)),
     ((1024, 28, 4, 128), dict(bias=True)),
     ((64, 8, 1, 96), dict(kv_dtype=FLOAT8)),
     ((256, 32, 8, 128), dict(kv_dtype=FLOAT8, scaled=True)),
@@ -130,7 +166,8 @@ def test_add_rms_norm_kernel_lowers_for_cuda(num_tokens, size):
 ])  # fmt: skip
 def test_rotate_and_write_kv_lowers_for_cuda_in_place(sizes, options):
     arguments, options = jax.eval_shape(lambda: make_qkv(*sizes, **options))
-    call = functools.partial(rotate_and_write_kv_triton, eps=1e-6, dtype=BF16, config=RotateConfig.suited(arguments[0], arguments[2]))
+    dtype = BF16 if arguments[2][0].dtype == BF16 else F16
+    call = functools.partial(rotate_and_write_kv_triton, eps=1e-6, dtype=dtype, config=RotateConfig.suited(arguments[0], arguments[2]))
     text = lower_for_cuda(lambda arguments, options: call(*arguments, **options), arguments, options)
     assert text.count("custom_call @__gpu$xla.gpu.triton") == 1
     assert text.count("output_operand_alias<") == 2

@@ -24,11 +24,11 @@ from jaxserve.pallas_kernels.paged_attention.triton_prefill import TritonPrefill
 UNOPTIMISED = {"xla_backend_optimization_level": 0}  # compiling an interpreted kernel takes longer than running it
 PLAIN = dict(window=None, soft_cap=None)
 LOCAL = dict(window=37, soft_cap=20.0)
-BF16, FLOAT8 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float8_e4m3fn)
+BF16, F16, FLOAT8 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16), jnp.dtype(jnp.float8_e4m3fn)
 
 
 def make_step(rows, *, num_heads, num_kv_heads, head_dim, page_size, num_tokens=None, dtype: jnp.dtype = BF16, seed=0):
-    """A step of rows (tokens in this step, tokens in the cache), pages in random order: q, kv, metadata."""
+    """A step of rows (tokens in this step, tokens in the cache), pages in random order: q (of 16 bits), kv, metadata."""
     rng = np.random.default_rng(seed)
     pages_per_row = -(-max(kv_len for _, kv_len in rows) // page_size)
     table = rng.permutation(len(rows) * pages_per_row).reshape(len(rows), pages_per_row)
@@ -47,7 +47,7 @@ def make_step(rows, *, num_heads, num_kv_heads, head_dim, page_size, num_tokens=
         return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
     kv = tuple(normal(table.size, num_kv_heads, page_size, head_dim).astype(dtype) for _ in range(2))
-    return normal(num_tokens, num_heads, head_dim).astype(jnp.bfloat16), kv, metadata
+    return normal(num_tokens, num_heads, head_dim).astype(F16 if dtype == FLOAT8 else dtype), kv, metadata
 
 
 def relative_error(out, q, kv, metadata, **options):
@@ -61,9 +61,9 @@ def relative_error(out, q, kv, metadata, **options):
 
 
 DECODE_CASES = [
-    (decode_attention_triton, TritonDecodeConfig(32, 2, 1, 12), [70, 130, 0], 8, 2, 64, 16, BF16, PLAIN),
+    (decode_attention_triton, TritonDecodeConfig(32, 2, 1, 12), [70, 130, 0], 8, 2, 64, 16, F16, PLAIN),
     (decode_attention_triton, TritonDecodeConfig(32, 2, 2, 9), [150], 3, 1, 96, 32, FLOAT8, LOCAL),
-    (decode_attention_mosaic, MosaicDecodeConfig(64, 2, 3), [70, 0, 130], 4, 1, 64, 16, BF16, PLAIN),
+    (decode_attention_mosaic, MosaicDecodeConfig(64, 2, 3), [70, 0, 130], 4, 1, 64, 16, F16, PLAIN),
     (decode_attention_mosaic, MosaicDecodeConfig(64, 2, 2), [100], 8, 2, 64, 64, BF16, LOCAL),
 ]
 
@@ -72,8 +72,9 @@ DECODE_CASES = [
 def test_decode_is_the_reference(attention, config, kv_lens, num_heads, num_kv_heads, head_dim, page_size, dtype, options):
     rows = [(1, kv_len) for kv_len in kv_lens]
     q, kv, metadata = make_step(rows, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, page_size=page_size, dtype=dtype)
-    call = functools.partial(attention, scale=head_dim**-0.5, config=config, interpret=True, **options)
+    call = functools.partial(attention, scale=head_dim**-0.5, config=config, out_dtype=BF16, interpret=True, **options)
     out = jax.jit(call, compiler_options=UNOPTIMISED)(q, kv, metadata.page_table, metadata.kv_lens)
+    assert out.dtype == BF16
     used = np.flatnonzero(kv_lens)
     out = np.where((np.asarray(kv_lens) > 0)[:, None, None], out, out * 0)  # what is meaningless must still be finite
     reference = functools.partial(paged_attention_reference, scale=head_dim**-0.5, **options)
@@ -100,9 +101,9 @@ def test_layers_share_the_counters_of_those_who_are_done():
 
 
 PREFILL_CASES = [
-    (prefill_attention_triton, TritonPrefillConfig(32, 32), 16, BF16, LOCAL),
+    (prefill_attention_triton, TritonPrefillConfig(32, 32), 16, F16, LOCAL),
     (prefill_attention_triton, TritonPrefillConfig(64, 64), 32, FLOAT8, PLAIN),
-    (prefill_attention_mosaic, MosaicPrefillConfig(64, 2), 32, BF16, LOCAL),
+    (prefill_attention_mosaic, MosaicPrefillConfig(64, 2), 32, F16, LOCAL),
 ]
 
 
@@ -110,8 +111,9 @@ PREFILL_CASES = [
 def test_prefill_is_the_reference(attention, config, page_size, dtype, options):
     rows = [(50, 90), (20, 20), (8, 70)]
     q, kv, metadata = make_step(rows, num_heads=2, num_kv_heads=1, head_dim=64, page_size=page_size, num_tokens=100, dtype=dtype)
-    call = functools.partial(attention, scale=64**-0.5, config=config, interpret=True, **options)
+    call = functools.partial(attention, scale=64**-0.5, config=config, out_dtype=BF16, interpret=True, **options)
     out = jax.jit(call, compiler_options=UNOPTIMISED)(q, kv, metadata)
+    assert out.dtype == BF16
     assert relative_error(out, q, kv, metadata, **options) < 4e-3
 
 
@@ -175,8 +177,8 @@ def lowered(gpu: Gpu, decode_only: bool, head_dim: int, kv_dtype: jnp.dtype) -> 
         return AttentionMetadata(*(jnp.zeros(size, jnp.int32) for size in sizes), decode_only=decode_only)
 
     pages = jax.ShapeDtypeStruct((4096, 8, 16, head_dim), kv_dtype)
-    q = jax.ShapeDtypeStruct((num_tokens, 32, head_dim), jnp.bfloat16)
-    call = functools.partial(paged_attention_gpu, scale=head_dim**-0.5, window=1024, soft_cap=30.0, gpu=gpu)
+    q = jax.ShapeDtypeStruct((num_tokens, 32, head_dim), BF16 if kv_dtype == BF16 else F16)
+    call = functools.partial(paged_attention_gpu, scale=head_dim**-0.5, window=1024, soft_cap=30.0, gpu=gpu, out_dtype=BF16)
     layer = jax.jit(call)
 
     def step(q, kv, metadata):
@@ -190,18 +192,18 @@ def lowered(gpu: Gpu, decode_only: bool, head_dim: int, kv_dtype: jnp.dtype) -> 
 
 
 def test_mosaic_alone_computes_what_triton_is_faster_at():
-    text = lowered(Gpu(132, is_hopper=True, only_mosaic=True), decode_only=True, head_dim=64, kv_dtype=BF16)
+    text = lowered(Gpu(132, is_hopper=True, only_mosaic=True), decode_only=True, head_dim=64, kv_dtype=F16)
     assert text.count("custom_call @mosaic_gpu_v2") == 1
 
 
 @pytest.mark.parametrize("is_hopper", [False, True], ids=["triton", "mosaic"])
 @pytest.mark.parametrize("decode_only", [True, False], ids=["decode", "mixed"])
-@pytest.mark.parametrize("head_dim, kv_dtype", [(128, BF16), (64, BF16), (192, BF16), (128, FLOAT8)])
+@pytest.mark.parametrize("head_dim, kv_dtype", [(128, F16), (64, BF16), (192, F16), (128, FLOAT8)])
 def test_kernels_lower_for_cuda(is_hopper, decode_only, head_dim, kv_dtype):
     text = lowered(Gpu(132, is_hopper), decode_only, head_dim, kv_dtype)
     decode_by_mosaic, prefill_by_mosaic = (
-        is_hopper and kv_dtype == BF16 and head_dim == 192,
-        is_hopper and kv_dtype == BF16 and not decode_only,
+        is_hopper and kv_dtype != FLOAT8 and head_dim == 192,
+        is_hopper and kv_dtype != FLOAT8 and not decode_only,
     )
     assert text.count("custom_call @mosaic_gpu_v2") == decode_by_mosaic + prefill_by_mosaic
     assert ("paged_decode_combine" in text) == decode_by_mosaic

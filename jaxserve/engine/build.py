@@ -139,6 +139,6 @@ def _info(source: ModelSource, options: EngineOptions, model: Model, runner: Mod
         dtype=str(model.dtype),
         device=device,
         deterministic=options.deterministic,
-        kv_cache_dtype=str(model.dtype) if options.kv_dtype is None else options.kv_dtype.replace("float8", "fp8"),
+        kv_cache_dtype=str(model.kv_dtype) if options.kv_dtype is None else options.kv_dtype.replace("float8", "fp8"),
         defaults={name: int(value) if name == "top_k" else value for name, value in model.config.defaults},
     )

@@ -11,7 +11,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.kv_scaling import KVScale
 from jaxserve.models.layers import Branch, Embedding, Linear, Place, RMSNorm, norm_weight
 from jaxserve.models.parameters import Axis, Source
-from jaxserve.pallas_kernels import AttentionMetadata, LayerKV, Shards, paged_attention, rotate_and_write_kv
+from jaxserve.pallas_kernels import AttentionMetadata, LayerKV, Shards, attention_dtype, paged_attention, rotate_and_write_kv
 
 Rotation = tuple[jax.Array, jax.Array]
 
@@ -27,7 +27,7 @@ class Attention(nnx.Module):
         self.window = window
         self.implementation = implementation
         names = tuple(f"self_attn.{name}_proj" for name in "qkv")
-        self.qkv = Linear(names, (heads, kv_heads, kv_heads), hidden, traits.qkv_bias, place)
+        self.qkv = Linear(names, (heads, kv_heads, kv_heads), hidden, traits.qkv_bias, place, in_attention=True)
         self.output = Linear(("self_attn.o_proj",), (hidden,), heads, traits.output_bias, place)
         self.norms = nnx.List([norm_weight(f"self_attn.{name}_norm", head_dim) for name in "qk"]) if traits.qk_norm else None
         self.norm_eps = config.norm_eps
@@ -36,14 +36,19 @@ class Attention(nnx.Module):
         self.kv_scales = nnx.List(scales) if scales else None
 
     def __call__(
-        self, x: jax.Array, rotation: Rotation, kv: LayerKV, metadata: AttentionMetadata, shards: Shards
+        self, x: jax.Array, rotation: Rotation, kv: LayerKV, metadata: AttentionMetadata, shards: Shards, dtype: jnp.dtype
     ) -> tuple[Branch, LayerKV]:
-        """x [T, hidden] -> what is to be added to it, and the layer's cache with this step's keys and values in it."""
+        """x [T, hidden] -> what is to be added to it, and the layer's cache with this step's keys and values in it.
+
+        Args:
+            dtype: of activations. x is of the dtype that the projection's matrix takes.
+        """
         bias = None if self.qkv.bias is None else self.qkv.bias[...]
         norms = None if self.norms is None else tuple(weight[...] for weight in self.norms)
         scales = None if self.kv_scales is None else (self.kv_scales[0][...], self.kv_scales[1][...])
         qkv = self.qkv.matrix.matmul_parts(x)
-        q, kv = rotate_and_write_kv(qkv, rotation, kv, metadata, bias=bias, norms=norms, eps=self.norm_eps, dtype=x.dtype, scales=scales)
+        of_heads = attention_dtype(dtype)
+        q, kv = rotate_and_write_kv(qkv, rotation, kv, metadata, bias=bias, norms=norms, eps=self.norm_eps, dtype=of_heads, scales=scales)
         out = paged_attention(
             q,
             kv,
@@ -53,6 +58,7 @@ class Attention(nnx.Module):
             soft_cap=None,
             implementation=self.implementation,
             value_scales=None if scales is None else scales[1],
+            out_dtype=dtype,
         )
         return self.output.branch(out.reshape(out.shape[0], -1), shards), kv
 
@@ -89,8 +95,9 @@ class DecoderLayer(nnx.Module):
             x of the feed-forward network, still to be added; the residual stream; the cache with this step's keys and values in it.
         """
         with jax.named_scope("attention"):
-            normed, residual = self.attention_norm(x, residual, shards)
-            x, kv = self.attention(normed, rotation, kv, metadata, shards)
+            dtype = self.attention.qkv.matrix.input_dtype(residual.dtype)
+            normed, residual = self.attention_norm(x, residual, shards, dtype)
+            x, kv = self.attention(normed, rotation, kv, metadata, shards, residual.dtype)
         with jax.named_scope("mlp"):
             normed, residual = self.mlp_norm(x, residual, shards)
             return self.mlp(normed, shards), residual, kv

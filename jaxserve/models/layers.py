@@ -57,11 +57,11 @@ class RMSNorm(nnx.Module):
         self.eps = eps
         self.weight = norm_weight(name, size)
 
-    def __call__(self, x: Branch, residual: jax.Array, shards: Shards) -> tuple[jax.Array, jax.Array]:
-        """The sum of x and residual [T, size], normalised, and as it is."""
+    def __call__(self, x: Branch, residual: jax.Array, shards: Shards, dtype: jnp.dtype | None = None) -> tuple[jax.Array, jax.Array]:
+        """The sum of x and residual [T, size], normalised in a dtype (the residual's), and as it is."""
         if x.shared:
-            return all_reduce_add_rms_norm(x.parts, residual, self.weight[...], self.eps, shards)
-        return add_rms_norm(x.parts, residual, self.weight[...], self.eps)
+            return all_reduce_add_rms_norm(x.parts, residual, self.weight[...], self.eps, shards, dtype)
+        return add_rms_norm(x.parts, residual, self.weight[...], self.eps, dtype)
 
 
 class Linear(nnx.Module):
@@ -73,12 +73,15 @@ class Linear(nnx.Module):
         inputs: the columns.
         bias: whether each has one.
         place: whose matrices are kept how.
+        in_attention: as in Parameter.
     """
 
-    def __init__(self, names: tuple[str, ...], outputs: tuple[Axis, ...], inputs: Axis, bias: bool, place: Place):
+    def __init__(
+        self, names: tuple[str, ...], outputs: tuple[Axis, ...], inputs: Axis, bias: bool, place: Place, in_attention: bool = False
+    ):
         self.reduce = inputs.units > 0
         weights = tuple(Source(f"{name}.weight", (axis, inputs)) for name, axis in zip(names, outputs, strict=True))
-        self.matrix = make_format(place.quantization, weights, place.prefix)
+        self.matrix = make_format(place.quantization, weights, place.prefix, in_attention)
         sources = tuple(Source(f"{name}.bias", (axis,)) for name, axis in zip(names, outputs, strict=True))
         self.bias = nnx.Param(Parameter(sources)) if bias else None
 

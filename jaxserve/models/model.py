@@ -14,7 +14,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder, layer_prefix
 from jaxserve.models.formats import QuantizedPart
 from jaxserve.models.parameters import Parameter
-from jaxserve.pallas_kernels import AttentionMetadata, LayerKV, Shards
+from jaxserve.pallas_kernels import AttentionMetadata, LayerKV, Shards, attention_dtype
 from jaxserve.pallas_kernels.paged_attention import check_implementation
 
 
@@ -100,6 +100,11 @@ class Model:
     def config(self) -> ModelConfig:
         """Its shape."""
         return self.architecture.config
+
+    @property
+    def kv_dtype(self) -> jnp.dtype:
+        """Of keys and values, where the cache is not told another one."""
+        return attention_dtype(self.dtype)
 
     @property
     def specs(self) -> tuple[PartitionSpec, ...]:

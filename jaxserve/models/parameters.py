@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from jaxserve.pallas_kernels import attention_dtype
+
 Read = Callable[[str, tuple[slice, ...]], np.ndarray]
 """(checkpoint name, a slice an axis) -> that part of the tensor."""
 
@@ -99,10 +101,12 @@ class Parameter:
     Attributes:
         sources: what it is made of, in order; they are cut along the same axis.
         initializer: of random weights.
+        in_attention: it is of the dtype that attention has (`attention_dtype`).
     """
 
     sources: tuple[Source, ...]
     initializer: Literal["normal", "ones"] = "normal"
+    in_attention: bool = False
 
     @property
     def sharded_axis(self) -> int | None:
@@ -121,7 +125,7 @@ class Parameter:
 
     def dtype(self, activations: jnp.dtype) -> jnp.dtype:
         """Of the array, where the model computes in `activations`."""
-        return activations
+        return attention_dtype(activations) if self.in_attention else activations
 
     def prefixed(self, prefix: str) -> "Parameter":
         """The same with `prefix` before the names of its sources."""

@@ -17,7 +17,7 @@ class RunnerConfig:
         max_batch_tokens: most tokens a step computes.
         page_size: tokens a KV page.
         max_total_tokens: most tokens of a request; None: what the model and the cache hold.
-        kv_dtype: of keys and values in the cache, as JAX calls it; None: that of the activations.
+        kv_dtype: of keys and values in the cache, as JAX calls it; None: `attention_dtype` of the activations.
         kv_bytes: memory for the KV cache on each device; None: what the device has left.
         masked: compile what constrained requests need.
         deterministic: what a request gets is the same to the bit alone and in any batch: every step computes max_batch_tokens.

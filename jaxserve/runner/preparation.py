@@ -19,7 +19,7 @@ from jax.stages import Compiled
 from jaxserve.config import EXECUTABLES_FOLDER
 from jaxserve.lowering_processes import LoweringFailed, LoweringProcesses
 from jaxserve.models import Architecture
-from jaxserve.pallas_kernels import page_dtype
+from jaxserve.pallas_kernels import attention_dtype, page_dtype
 from jaxserve.runner.blueprint import Blueprint
 from jaxserve.runner.compile import CacheMisses, use_compilation_cache
 from jaxserve.runner.config import RunnerConfig
@@ -315,7 +315,7 @@ class Preparation:
     def _blueprint(self) -> Blueprint:
         kv_bytes = max(self._bytes_left - self._temporaries, 0)
         wanted, platform = self._config.kv_dtype, self._mesh.devices.flat[0].platform
-        dtype = self._dtype if wanted is None else page_dtype(jnp.dtype(wanted), platform)
+        dtype = attention_dtype(self._dtype) if wanted is None else page_dtype(jnp.dtype(wanted), platform)
         plan = plan_kv_cache(self._architecture.config, self._config, self._mesh.shape["tensor"], dtype, kv_bytes)
         return Blueprint.of(self._architecture, self._dtype, self._mesh, plan, self._config)
 

@@ -19,7 +19,7 @@ from jaxserve.models import Architecture, Model, ModelConfig
 from jaxserve.models.formats import QuantizedMatrix, QuantizedPart
 from jaxserve.models.kv_scaling import KVScaling, is_kv_scale
 from jaxserve.models.parameters import Parameter
-from jaxserve.pallas_kernels import ScaleDtype
+from jaxserve.pallas_kernels import ScaleDtype, narrowed
 from jaxserve.weights.checkpoint import HEAD, Checkpoint, check_tensors, embeddings_are_tied
 from jaxserve.weights.dummy import random_array
 from jaxserve.weights.gguf_file import GGUFCheckpoint
@@ -29,6 +29,7 @@ from jaxserve.weights.source import ModelSource
 
 logger = logging.getLogger(__name__)
 
+_narrowed = jax.jit(narrowed, static_argnums=1)
 _SCALES = (".scales", ".weight_scale", ".weight_scale_inv")
 
 
@@ -72,10 +73,16 @@ class OpenModel:
         return Model(self.architecture, tuple(arrays[parameter] for parameter in parameters), self.dtype)
 
     def _load(self, parameter: Parameter, mesh: Mesh) -> jax.Array:
+        if not parameter.in_attention:
+            return self._read(parameter, mesh, parameter.dtype(self.dtype))
+        # Rounded as all weights are, and then converted on the devices: bfloat16 to float16 takes a CPU core ten seconds for an 8B model.
+        array = self._read(parameter, mesh, self.dtype)
+        return array if array.dtype == parameter.dtype(self.dtype) else _narrowed(array, parameter.dtype(self.dtype))
+
+    def _read(self, parameter: Parameter, mesh: Mesh, dtype: jnp.dtype) -> jax.Array:
         checkpoint, shards, axis = self.checkpoint, mesh.shape["tensor"], parameter.sharded_axis
         if checkpoint is None:
-            return random_array(parameter, mesh, self.dtype)
-        dtype = parameter.dtype(self.dtype)
+            return random_array(parameter, mesh, dtype)
         local = parameter.local_shape(shards)
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -105,7 +112,7 @@ def open_model(
     Args:
         dtype: of weights and activations; None: what `options.dtype` says (`resolve_dtype`).
         attention: which kernels compute it (`Decoder`).
-        kv_dtype: of keys and values in the cache; None: that of the activations. float8_e4m3fn uses the scales of the checkpoint.
+        kv_dtype: of keys and values in the cache; None: as `Model.kv_dtype` says. float8_e4m3fn uses the scales of the checkpoint.
 
     Raises:
         StartupError: UnsupportedModel, WeightsError, or a mesh that cannot share the model; one line each.

@@ -40,16 +40,21 @@ class Format(Protocol):
         """Rows of the matrix, [T, K], of indices int32 [T] within it."""
         ...
 
+    def input_dtype(self, activations: jnp.dtype) -> jnp.dtype:
+        """What x is to be where all else is of the dtype `activations`."""
+        ...
 
-def make_format(quantization: Quantization, sources: tuple[Source, ...], prefix: str = "") -> Format:
+
+def make_format(quantization: Quantization, sources: tuple[Source, ...], prefix: str = "", in_attention: bool = False) -> Format:
     """Declare a matrix made of the stacked rows of `sources`.
 
     Args:
         prefix: what the checkpoint has before the names of the sources.
+        in_attention: as in Parameter, where nothing is quantized.
     """
     schemes = [quantization.scheme((prefix + source.name).removesuffix(".weight")) for source in sources]
     if not any(schemes):
-        return DenseFormat(sources)
+        return DenseFormat(sources, in_attention)
     if len(set(schemes)) > 1 or (len(sources) > 1 and schemes[0] and not schemes[0].ordered):
         return StackedFormat([make_format(quantization, (source,), prefix) for source in sources])
     assert schemes[0] is not None
@@ -57,10 +62,10 @@ def make_format(quantization: Quantization, sources: tuple[Source, ...], prefix:
 
 
 class DenseFormat(nnx.Module):
-    """A matrix kept as [N, K] in the dtype of the activations."""
+    """A matrix kept as [N, K] in the dtype of the activations, or in attention's."""
 
-    def __init__(self, sources: tuple[Source, ...]):
-        self.weight = nnx.Param(Parameter(sources))
+    def __init__(self, sources: tuple[Source, ...], in_attention: bool = False):
+        self.weight = nnx.Param(Parameter(sources, in_attention=in_attention))
 
     def matmul(self, x: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
         """As in `Format`."""
@@ -77,6 +82,11 @@ class DenseFormat(nnx.Module):
     def rows(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """As in `Format`."""
         return self.weight[...].at[indices].get(mode="promise_in_bounds").astype(dtype)
+
+    def input_dtype(self, activations: jnp.dtype) -> jnp.dtype:
+        """As in `Format`."""
+        del activations
+        return self.weight[...].dtype
 
 
 class QuantizedFormat(nnx.Module):
@@ -117,6 +127,10 @@ class QuantizedFormat(nnx.Module):
         k = self.columns.size  # nobody looks up parts of rows
         return weight_of(self._arrays(), self.layout, k).rows(indices, dtype)[:, :k]
 
+    def input_dtype(self, activations: jnp.dtype) -> jnp.dtype:
+        """As in `Format`."""
+        return activations
+
     def _arrays(self) -> dict[str, jax.Array]:
         return {name: array[...] for name, array in self.arrays.items()}
 
@@ -142,3 +156,7 @@ class StackedFormat(nnx.Module):
     def rows(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Nobody looks up rows of stacked matrices."""
         raise NotImplementedError
+
+    def input_dtype(self, activations: jnp.dtype) -> jnp.dtype:
+        """As in `Format`."""
+        return activations

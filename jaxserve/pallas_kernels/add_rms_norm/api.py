@@ -1,6 +1,7 @@
 """Residual addition and root mean square norm in one, whatever the device."""
 
 import jax
+import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.add_rms_norm.reference import add_rms_norm_reference
 from jaxserve.pallas_kernels.gpu import local_gpu
@@ -9,7 +10,9 @@ from jaxserve.pallas_kernels.gpu import local_gpu
 MOST_KERNEL_NORM_TOKENS = 64
 
 
-def add_rms_norm(x: jax.Array, residual: jax.Array, weight: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+def add_rms_norm(
+    x: jax.Array, residual: jax.Array, weight: jax.Array, eps: float, dtype: jnp.dtype | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Add a branch's output to the residual stream and normalise the sum for the next branch.
 
     Root mean square norm (Zhang and Sennrich 2019, arXiv 1910.07467), computed in float32 from the sum as it is stored.
@@ -19,9 +22,10 @@ def add_rms_norm(x: jax.Array, residual: jax.Array, weight: jax.Array, eps: floa
         residual: [T, K].
         weight: [K] of that dtype.
         eps: added to the mean square.
+        dtype: of the normalised sum; None: the residual's.
 
     Returns:
-        The normalised sum, and the sum: [T, K] in the residual's dtype. Parts are added up in float32 and rounded first.
+        The normalised sum, and the sum in the residual's dtype: [T, K]. Parts are added up in float32 and rounded first.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -29,8 +33,8 @@ def add_rms_norm(x: jax.Array, residual: jax.Array, weight: jax.Array, eps: floa
     if x.shape[-2:] != residual.shape or weight.shape != residual.shape[1:]:
         raise ValueError(f"x {x.shape}, residual {residual.shape} and weight {weight.shape} do not go together")
     if local_gpu() is None or (x.ndim == 2 and x.shape[0] > MOST_KERNEL_NORM_TOKENS):
-        return add_rms_norm_reference(x, residual, weight, eps)
+        return add_rms_norm_reference(x, residual, weight, eps, dtype)
     # Pallas takes over a second to import: not where there is no GPU.
     from jaxserve.pallas_kernels.add_rms_norm.triton import AddRMSNormConfig, add_rms_norm_triton
 
-    return add_rms_norm_triton(x, residual, weight, eps, config=AddRMSNormConfig.suited(x))
+    return add_rms_norm_triton(x, residual, weight, eps, dtype, config=AddRMSNormConfig.suited(x))

@@ -3,16 +3,26 @@
 import jax
 import jax.numpy as jnp
 
+from jaxserve.pallas_kernels.float16 import narrowed
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Normalise over the last axis in float32, then multiply in x's dtype: [..., K] -> [..., K]."""
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, dtype: jnp.dtype | None = None) -> jax.Array:
+    """Normalise over the last axis in float32, then multiply in x's dtype, or in float32 for another one: [..., K] -> [..., K]."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return wide.astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
+    weight = weight.reshape((1,) * (x.ndim - 1) + weight.shape)
+    return weighted(wide, weight, x.dtype, dtype or x.dtype)
 
 
-def add_rms_norm_reference(x: jax.Array, residual: jax.Array, weight: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+def weighted(normed: jax.Array, weight: jax.Array, dtype: jnp.dtype, out_dtype: jnp.dtype) -> jax.Array:
+    """Values normalised in float32 times the weight: in `dtype`, or in float32 where the result is to be of another; inside kernels too."""
+    return normed.astype(dtype) * weight if dtype == out_dtype else narrowed(normed * weight.astype(jnp.float32), out_dtype)
+
+
+def add_rms_norm_reference(
+    x: jax.Array, residual: jax.Array, weight: jax.Array, eps: float, dtype: jnp.dtype | None = None
+) -> tuple[jax.Array, jax.Array]:
     """As `add_rms_norm`."""
     branch = x if x.ndim == 2 else x.astype(jnp.float32).sum(axis=0).astype(residual.dtype)
     residual = branch + residual
-    return rms_norm(residual, weight, eps), residual
+    return rms_norm(residual, weight, eps, dtype), residual

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from jaxserve.pallas_kernels.add_rms_norm.reference import weighted
+
 
 @dataclass(frozen=True)
 class AddRMSNormConfig:
@@ -23,7 +25,14 @@ class AddRMSNormConfig:
 
 
 def add_rms_norm_triton(
-    x: jax.Array, residual: jax.Array, weight: jax.Array, eps: float, *, config: AddRMSNormConfig, interpret: bool = False
+    x: jax.Array,
+    residual: jax.Array,
+    weight: jax.Array,
+    eps: float,
+    dtype: jnp.dtype | None = None,
+    *,
+    config: AddRMSNormConfig,
+    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """As `add_rms_norm`; the sum takes the residual's memory. A row is held in registers: K up to 16384."""
     num_tokens, size = residual.shape
@@ -39,7 +48,7 @@ def add_rms_norm_triton(
             pl.BlockSpec((1, padded), lambda i: (0, 0)),
         ],
         out_specs=(rows, rows),
-        out_shape=(jax.ShapeDtypeStruct(residual.shape, residual.dtype),) * 2,
+        out_shape=tuple(jax.ShapeDtypeStruct(residual.shape, of) for of in (dtype or residual.dtype, residual.dtype)),
         input_output_aliases={1: 1},
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
         interpret=interpret,
@@ -63,4 +72,4 @@ def _add_rms_norm_kernel(parts_ref, residual_ref, weight_ref, normed_ref, sum_re
     wide = total.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.sum(wide * wide, axis=1) / size + eps)
     weight = plt.load(weight_ref.at[:, :], mask=column, other=0.0)
-    plt.store(normed_ref.at[:, :], (wide * scale[:, None]).astype(total.dtype) * weight, mask=present)
+    plt.store(normed_ref.at[:, :], weighted(wide * scale[:, None], weight, total.dtype, normed_ref.dtype), mask=present)

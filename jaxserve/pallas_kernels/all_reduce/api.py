@@ -93,13 +93,13 @@ def all_gather(part: jax.Array, shards: Shards) -> jax.Array:
 
 
 def all_reduce_add_rms_norm(
-    parts: jax.Array, residual: jax.Array, weight: jax.Array, eps: float, shards: Shards
+    parts: jax.Array, residual: jax.Array, weight: jax.Array, eps: float, shards: Shards, dtype: jnp.dtype | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """`add_rms_norm` of the sum that `all_reduce` gives, with the same numbers.
 
     Args:
         parts: as for `all_reduce`.
-        residual, weight, eps: as for `add_rms_norm`.
+        residual, weight, eps, dtype: as for `add_rms_norm`.
     """
     num_tokens, size = residual.shape
     if shards.count > 1 and shards.peers is not None and num_tokens <= MOST_ROWS and shards.route(residual.nbytes) == "one shot":
@@ -108,6 +108,6 @@ def all_reduce_add_rms_norm(
         config = AllReduceConfig.for_rows(size, residual.dtype, ExchangeLayout.of(shards.count))
         if config is not None:
             batch = parts.reshape(1, -1, num_tokens, size)
-            normed, total = all_reduce_add_rms_norm_triton(batch, residual[None], weight, eps, shards.peers, config=config)
+            normed, total = all_reduce_add_rms_norm_triton(batch, residual[None], weight, eps, shards.peers, dtype, config=config)
             return normed[0], total[0]
-    return add_rms_norm(all_reduce(parts, residual.dtype, shards), residual, weight, eps)
+    return add_rms_norm(all_reduce(parts, residual.dtype, shards), residual, weight, eps, dtype)

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.extend.core import Primitive
 
+from jaxserve.pallas_kernels.add_rms_norm.reference import weighted
 from jaxserve.pallas_kernels.all_reduce.exchange import BLOCKS, THREADS, VECTOR_BYTES, ExchangeLayout, round_asm
 
 _FEWEST_THREADS = 128
@@ -113,12 +114,20 @@ def all_gather_triton(part: jax.Array, table: jax.Array, *, blocks: int = BLOCKS
 
 
 def all_reduce_add_rms_norm_triton(
-    parts: jax.Array, residual: jax.Array, weight: jax.Array, eps: float, table: jax.Array, *, config: AllReduceConfig, blocks: int = BLOCKS
+    parts: jax.Array,
+    residual: jax.Array,
+    weight: jax.Array,
+    eps: float,
+    table: jax.Array,
+    dtype: jnp.dtype | None = None,
+    *,
+    config: AllReduceConfig,
+    blocks: int = BLOCKS,
 ) -> tuple[jax.Array, jax.Array]:
     """As `add_rms_norm` of all shards' parts [S, P, T, K], residual [S, T, K] and weight [K]; both results [S, T, K]."""
     shards, num_parts, num_tokens, size = parts.shape
     flat = parts.reshape(shards, num_parts, num_tokens * size)
-    normed, total = _call(flat, table, (residual.reshape(shards, -1), weight), residual.dtype, config, size, eps, blocks)
+    normed, total = _call(flat, table, (residual.reshape(shards, -1), weight), residual.dtype, config, size, eps, blocks, dtype)
     return normed.reshape(residual.shape), total.reshape(residual.shape)
 
 
@@ -131,17 +140,17 @@ def _call(
     size: int,
     eps: float | None,
     blocks: int,
+    normed_dtype: Any = None,
 ) -> Sequence[jax.Array]:
     num_rows = pl.cdiv(parts.shape[2], size)
     num_blocks = min(num_rows, blocks)
-    result = jax.ShapeDtypeStruct((parts.shape[0], parts.shape[2]), dtype)
-    outputs = 2 if norm else 1
+    dtypes = [normed_dtype or dtype, dtype] if norm else [dtype]
     return pl.pallas_call(
         functools.partial(_all_reduce_kernel, config=config, size=size, num_rows=num_rows, num_blocks=num_blocks, eps=eps),
         grid=(num_blocks, parts.shape[0]),
         in_specs=[pl.no_block_spec] * (2 + len(norm)),
-        out_specs=[pl.no_block_spec] * outputs,
-        out_shape=[result] * outputs,
+        out_specs=[pl.no_block_spec] * len(dtypes),
+        out_shape=[jax.ShapeDtypeStruct((parts.shape[0], parts.shape[2]), of) for of in dtypes],
         input_output_aliases={2: 1} if norm else {},
         compiler_params=plt.CompilerParams(num_warps=config.threads // 32, num_stages=1),
         name="all_reduce_add_rms_norm" if norm else "all_reduce",
@@ -171,7 +180,7 @@ def _all_reduce_kernel(parts_ref, table_ref, *refs, config: AllReduceConfig, siz
         wide = total.astype(jnp.float32)
         scale = lax.rsqrt(jnp.sum(wide * wide) / size + eps)
         weight = plt.load(weight_ref.at[column], mask=column < size, other=0.0)
-        plt.store(normed_ref.at[shard, at], (wide * scale).astype(dtype) * weight, mask=present)
+        plt.store(normed_ref.at[shard, at], weighted(wide * scale, weight, dtype, normed_ref.dtype), mask=present)
         return carry
 
     _repeat(one_round, pl.cdiv(num_rows, num_blocks))

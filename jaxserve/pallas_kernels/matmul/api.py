@@ -13,7 +13,7 @@ SWAPPED_TOKENS = range(8, 33)
 
 
 def matmul(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
-    """x [T, K] times the transposed weight [N, K], of x's dtype, with sums in float32: [T, N] in out_dtype, bfloat16 or float32.
+    """x [T, K] times the transposed weight [N, K], of x's dtype, with sums in float32: [T, N] in out_dtype, x's or float32.
 
     A batch on a Hopper GPU goes to kernels of our own where they are faster (docs/performance_gpu.md); all else is XLA's.
     """

@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxserve.pallas_kernels.float16 import narrowed
 from jaxserve.pallas_kernels.paged_attention.mosaic_decode import swizzled
 
 HEIGHT = 64  # of a wgmma
@@ -53,7 +54,12 @@ class MosaicMatmulConfig:
         """
         (num_tokens, depth), size = x.shape, weight.shape[0]
         fewest_bytes = _FEWEST_BYTES if num_tokens <= _FEW_TOKENS else _FEWEST_BYTES_OF_MANY
-        if x.dtype != jnp.bfloat16 or weight.dtype != x.dtype or num_tokens > _MOST_TOKENS or 2 * size * depth < fewest_bytes:
+        if (
+            x.dtype not in (jnp.bfloat16, jnp.float16)
+            or weight.dtype != x.dtype
+            or num_tokens > _MOST_TOKENS
+            or 2 * size * depth < fewest_bytes
+        ):
             return None
         lanes = _lanes(num_tokens)
         enough = 0.7 * num_multiprocessors  # fewer blocks do not draw all that the memory gives
@@ -195,7 +201,7 @@ def _matmul_kernel(
             for rest, top in zip(sums, range(0, width, HEIGHT), strict=True):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 for plane in range(planes):
-                    part = rest.astype(parts_ref.dtype)
+                    part = narrowed(rest, parts_ref.dtype)
                     out_smem.at[plane].transpose((1, 0))[...] = part
                     if plane + 1 < planes:
                         rest = rest - part.astype(jnp.float32)

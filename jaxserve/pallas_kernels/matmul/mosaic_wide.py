@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxserve.pallas_kernels.float16 import narrowed
 from jaxserve.pallas_kernels.paged_attention.mosaic_decode import swizzled
 
 HEIGHT = 64  # of a wgmma
@@ -64,7 +65,7 @@ class WideMatmulConfig:
         tiles that fill the multiprocessors in whole rounds.
         """
         (num_tokens, depth), size = x.shape, weight.shape[0]
-        if x.dtype != jnp.bfloat16 or weight.dtype != x.dtype or 2 * size * depth < _FEWEST_BYTES:
+        if x.dtype not in (jnp.bfloat16, jnp.float16) or weight.dtype != x.dtype or 2 * size * depth < _FEWEST_BYTES:
             return None
         cluster, best = 2, None
         if gated and num_tokens >= _FEWEST_PROMPT_TOKENS and num_tokens % 256 == size % 256 == depth % BLOCK_K == 0:
@@ -272,7 +273,7 @@ def _wide_kernel(
             if out_smem is None:
                 out_ref.at[share, pl.ds(token, tokens), pl.ds(unit, width)][...] = total
                 return count
-            total = total.astype(out_ref.dtype)
+            total = narrowed(total, out_ref.dtype)
             piece = out_smem.shape[-1]
             for top in range(0, tokens, HEIGHT):
                 for left in range(0, width, piece):

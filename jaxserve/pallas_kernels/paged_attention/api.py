@@ -94,6 +94,7 @@ def paged_attention(
     soft_cap: float | None,
     implementation: str = "auto",
     value_scales: jax.Array | None = None,
+    out_dtype: jnp.dtype | None = None,
 ) -> jax.Array:
     """Causal attention of a step's tokens over their rows' pages, this step's own K and V (already written) included.
 
@@ -107,9 +108,10 @@ def paged_attention(
         implementation: of IMPLEMENTATIONS; one that `check_implementation` lets pass.
         value_scales: float32 [KH], what values were divided by before they were stored; None: nothing. Those of keys are in the queries
             already (`rotate_and_write_kv`).
+        out_dtype: of the result; None: q's.
 
     Returns:
-        [T, H, D] in q's dtype; finite but meaningless for padding tokens.
+        [T, H, D] in `out_dtype`; finite but meaningless for padding tokens.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -125,17 +127,18 @@ def paged_attention(
         raise ValueError(f"decode_only, but {num_tokens} tokens of {num_rows} rows")
     if value_scales is not None and value_scales.shape != (num_kv_heads,):
         raise ValueError(f"scales {value_scales.shape} of values do not go with {num_kv_heads} KV heads")
+    out_dtype = jnp.dtype(out_dtype or q.dtype)
     gpu = chosen_gpu(implementation)
     if gpu is not None and q.dtype != jnp.float32:
         # Pallas takes over a second to import: not where there is no GPU.
         from jaxserve.pallas_kernels.paged_attention.gpu import paged_attention_gpu
 
-        out = paged_attention_gpu(q, kv, metadata, scale=scale, window=window, soft_cap=soft_cap, gpu=gpu)
+        out = paged_attention_gpu(q, kv, metadata, scale=scale, window=window, soft_cap=soft_cap, out_dtype=out_dtype, gpu=gpu)
     else:
         plan = metadata.plan
         if not isinstance(plan, XlaPlan):
             plan = plan_xla(metadata, page_size=kv[0].shape[2], window=window)
-        out = paged_attention_xla(q, kv, plan, scale=scale, window=window, soft_cap=soft_cap)
+        out = paged_attention_xla(q, kv, plan, scale=scale, window=window, soft_cap=soft_cap, out_dtype=out_dtype)
     if value_scales is None:
         return out
     factors = jnp.repeat(value_scales, num_heads // num_kv_heads)[None, :, None]

@@ -24,13 +24,14 @@ def paged_attention_gpu(
     window: int | None,
     soft_cap: float | None,
     gpu: Gpu,
+    out_dtype: jnp.dtype | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """`paged_attention` by kernels: rows of one token by a decode kernel, longer chunks by a prefill kernel; a deterministic step by one.
 
-    Shapes as in `paged_attention`; q is bfloat16 or float16, K and V of q's type or float8.
+    Shapes and `out_dtype` as in `paged_attention`; q is bfloat16 or float16, K and V of q's type or float8.
     """
-    options: dict[str, Any] = dict(scale=scale, window=window, soft_cap=soft_cap, interpret=interpret)
+    options: dict[str, Any] = dict(scale=scale, window=window, soft_cap=soft_cap, out_dtype=out_dtype, interpret=interpret)
     if metadata.deterministic:
         longest = metadata.page_table.shape[1] * kv[0].shape[2]
         config = DeterministicConfig.suited(q, kv, longest, gpu.num_multiprocessors)

@@ -63,11 +63,12 @@ def decode_attention_mosaic(
     window: int | None,
     soft_cap: float | None,
     config: MosaicDecodeConfig,
+    out_dtype: jnp.dtype | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Attention of one token a row: q [R, H, D], page_table int32 [R, P], kv_lens int32 [R] -> [R, H, D]; zeros for a padding row.
 
-    K and V are of q's type, bfloat16 or float16; D is a multiple of 64, block_kv of the page size.
+    K and V are of q's type, bfloat16 or float16, the result of `out_dtype` (q's); D is a multiple of 64, block_kv of the page size.
     """
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads, page_size = kv[0].shape[1], kv[0].shape[2]
@@ -108,7 +109,7 @@ def decode_attention_mosaic(
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(queries, *kv, page_table, kv_lens, plan.row_starts, plan.first_blocks, plan.worker_starts, plan.worker_rows)
     pairs_per_tile = num_rows * num_kv_heads // queries.shape[0]
-    out = jax.ShapeDtypeStruct((num_rows, num_kv_heads, group, head_dim), q.dtype)
+    out = jax.ShapeDtypeStruct((num_rows, num_kv_heads, group, head_dim), out_dtype or q.dtype)
     return combine_transposed(out, sums, maxima, weights, plan, pairs_per_tile=pairs_per_tile, interpret=interpret).reshape(q.shape)
 
 

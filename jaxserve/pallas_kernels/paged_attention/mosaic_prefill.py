@@ -9,6 +9,7 @@ aligned: a tile with tokens of several rows walks the pages of one after the oth
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,9 +53,14 @@ def prefill_attention_mosaic(
     window: int | None,
     soft_cap: float | None,
     config: MosaicPrefillConfig,
+    out_dtype: jnp.dtype | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Bottom-right causal attention of each token over its row's pages: q [T, H, D] -> [T, H, D]; finite for padding tokens."""
+    """Bottom-right causal attention of each token over its row's pages: q [T, H, D] -> [T, H, D]; finite for padding tokens.
+
+    K and V are of q's type, the result of `out_dtype` (q's, or another of as many bits).
+    """
+    options: dict[str, Any] = dict(scale=scale, window=window, soft_cap=soft_cap, config=config)
     num_tokens, num_heads, head_dim = q.shape
     page_size = kv[0].shape[2]
     plan = plan_prefill(metadata, num_tokens=num_tokens, block_q=BLOCK_Q)
@@ -68,7 +74,7 @@ def prefill_attention_mosaic(
     # The interpreter knows neither wgmma with its left side in registers nor accumulators with a first value: weights pass through SMEM.
     weights_smem = [plgpu.SMEM((2, HALF, config.block_kv), q.dtype, transforms=tiled)] if interpret else []
     out = plgpu.kernel(
-        functools.partial(_prefill_kernel, scale=scale, window=window, soft_cap=soft_cap, config=config, page_size=page_size),
+        functools.partial(_prefill_kernel, page_size=page_size, out_dtype=jnp.dtype(out_dtype or q.dtype), **options),
         out_type=jax.ShapeDtypeStruct(padded.shape, q.dtype),
         scratch_types=(
             plgpu.SMEM((2, HALF, head_dim), q.dtype, transforms=tiled),
@@ -89,7 +95,8 @@ def prefill_attention_mosaic(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(padded, *kv, metadata.page_table, metadata.kv_lens, metadata.query_starts, plan.tiles, plan.first_rows, plan.end_rows)
-    return out[:num_tokens]
+    out = out[:num_tokens]
+    return out if out_dtype in (None, q.dtype) else lax.bitcast_convert_type(out, out_dtype)
 
 
 def _prefill_kernel(
@@ -98,7 +105,7 @@ def _prefill_kernel(
     q_smem, keys_smem, values_smem,
     q_ready, keys_ready, values_ready, keys_free, values_free, turn,
     weights_smem=None,
-    *, scale: float, window: int | None, soft_cap: float | None, config: MosaicPrefillConfig, page_size: int,
+    *, scale: float, window: int | None, soft_cap: float | None, config: MosaicPrefillConfig, page_size: int, out_dtype: jnp.dtype,
 ):  # fmt: skip
     block_kv, stages = config.block_kv, config.num_stages
     num_heads, head_dim = q_ref.shape[1:]
@@ -237,7 +244,9 @@ def _prefill_kernel(
         total, _, weight, _ = lax.fori_loop(first_row, end_row, attend_row, nothing)
         pl.when(warpgroup == 0)(take_turn)
         total = total / per_token(jnp.maximum(weight, 1e-30), head_dim)
-        q_smem[warpgroup] = total.astype(q_smem.dtype)
+        # The queries' memory takes the result: bits of its dtype under the name of theirs, until the caller renames them.
+        total = total.astype(out_dtype)
+        q_smem[warpgroup] = total if out_dtype == q_smem.dtype else lax.bitcast_convert_type(total, q_smem.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_smem.at[warpgroup], out_ref.at[pl.ds(token_start, HALF), head])
         plgpu.wait_smem_to_gmem(0)

@@ -69,6 +69,7 @@ def decode_attention_triton(
     window: int | None,
     soft_cap: float | None,
     config: TritonDecodeConfig,
+    out_dtype: jnp.dtype | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Attention of one token a row: q [R, H, D], page_table int32 [R, P], kv_lens int32 [R] -> [R, H, D]; zeros for a padding row.
@@ -77,6 +78,7 @@ def decode_attention_triton(
 
     Args:
         arrivals: from `make_arrivals`; None: made for this call.
+        out_dtype: of the result; None: q's.
     """
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = kv[0].shape[1]
@@ -91,7 +93,7 @@ def decode_attention_triton(
         in_specs=[pl.no_block_spec] * 6,
         out_specs=(pl.no_block_spec,) * 5,
         out_shape=(
-            jax.ShapeDtypeStruct((num_rows, num_kv_heads, group, head_dim), q.dtype),
+            jax.ShapeDtypeStruct((num_rows, num_kv_heads, group, head_dim), out_dtype or q.dtype),
             jax.ShapeDtypeStruct((*partials, head_dim), jnp.float32),
             jax.ShapeDtypeStruct(partials, jnp.float32),
             jax.ShapeDtypeStruct(partials, jnp.float32),

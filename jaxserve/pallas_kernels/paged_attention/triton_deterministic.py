@@ -59,11 +59,12 @@ def deterministic_attention_triton(
     window: int | None,
     soft_cap: float | None,
     config: DeterministicConfig,
+    out_dtype: jnp.dtype | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Bottom-right causal attention of each token over its row's pages: q [T, H, D] -> [T, H, D]; zeros for padding tokens.
 
-    A float8 cache is read as float16, which holds every float8 value.
+    A float8 cache is read as float16, which holds every float8 value. The result is of `out_dtype`, q's if not another one.
     """
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, page_size = kv[0].shape[1:3]
@@ -97,7 +98,7 @@ def deterministic_attention_triton(
         grid=(num_tokens, num_kv_heads),
         in_specs=jax.tree.map(lambda _: pl.no_block_spec, operands),
         out_specs=pl.no_block_spec,
-        out_shape=jax.ShapeDtypeStruct(shape, q.dtype),
+        out_shape=jax.ShapeDtypeStruct(shape, out_dtype or q.dtype),
         compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
         name="paged_deterministic_combine",

@@ -44,11 +44,12 @@ def prefill_attention_triton(
     window: int | None,
     soft_cap: float | None,
     config: TritonPrefillConfig,
+    out_dtype: jnp.dtype | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Bottom-right causal attention of each token over its row's pages: q [T, H, D] -> [T, H, D]; finite for padding tokens.
 
-    A float8 cache is read as float16, which holds every float8 value.
+    A float8 cache is read as float16, which holds every float8 value. The result is of `out_dtype`, q's if not another one.
     """
     num_tokens, num_heads, _ = q.shape
     plan = plan_prefill(metadata, num_tokens=num_tokens, block_q=config.block_q)
@@ -60,7 +61,7 @@ def prefill_attention_triton(
         grid=(num_heads, plan.tiles.shape[0]),
         in_specs=[pl.no_block_spec] * len(operands),
         out_specs=pl.no_block_spec,
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_shape=jax.ShapeDtypeStruct(q.shape, out_dtype or q.dtype),
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
         name="paged_prefill",

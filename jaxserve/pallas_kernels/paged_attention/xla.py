@@ -23,13 +23,23 @@ class _Options(NamedTuple):
     scale: float
     window: int | None
     soft_cap: float | None
+    out_dtype: jnp.dtype
 
 
-def paged_attention_xla(q: jax.Array, kv: LayerKV, plan: XlaPlan, *, scale: float, window: int | None, soft_cap: float | None) -> jax.Array:
+def paged_attention_xla(
+    q: jax.Array,
+    kv: LayerKV,
+    plan: XlaPlan,
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    out_dtype: jnp.dtype | None = None,
+) -> jax.Array:
     """Attention of each token over its row's pages. Shapes as in `paged_attention`, what the rows are says the plan."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = kv[0].shape[1]
-    options = _Options(scale, window, soft_cap)
+    options = _Options(scale, window, soft_cap, jnp.dtype(out_dtype or q.dtype))
     grouped = q.reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
     if plan.items is None:
         assert plan.tiles is not None
@@ -71,7 +81,9 @@ def _attend_items(q: jax.Array, kv: LayerKV, items: Items, options: _Options) ->
         return new_best, total, acc * keep[..., None] + jnp.einsum("rikg,ikgd->rkgd", share, _mix(weights, values))
 
     num_rounds = lax.div(items.number + (num_rows - 1), jnp.int32(num_rows))
-    return _normalised(lax.fori_loop(0, num_rounds, attend_round, _softmax_start((num_rows, num_kv_heads, group), head_dim)), q.dtype)
+    return _normalised(
+        lax.fori_loop(0, num_rounds, attend_round, _softmax_start((num_rows, num_kv_heads, group), head_dim)), options.out_dtype
+    )
 
 
 def _attend_tiles(q: jax.Array, kv: LayerKV, tiles: Tiles, options: _Options) -> jax.Array:
@@ -105,11 +117,11 @@ def _attend_tiles(q: jax.Array, kv: LayerKV, tiles: Tiles, options: _Options) ->
             return new_best, total * keep + weights.sum(axis=-1), acc * keep[..., None] + _mix(weights, values)
 
         state = lax.fori_loop(first_block, end_block, attend_block, _softmax_start(shape, head_dim))
-        tile_out = _normalised(state, q.dtype).reshape(num_kv_heads, group, tiles.size, head_dim).transpose(2, 0, 1, 3)
+        tile_out = _normalised(state, options.out_dtype).reshape(num_kv_heads, group, tiles.size, head_dim).transpose(2, 0, 1, 3)
         # What a tile writes past its row's end is written again by the tile or the item that it belongs to, or is padding.
         return lax.dynamic_update_slice_in_dim(out, tile_out, start, axis=0, allow_negative_indices=False)
 
-    return lax.fori_loop(0, tiles.number, attend_tile, jnp.zeros_like(padded))[:num_tokens]
+    return lax.fori_loop(0, tiles.number, attend_tile, jnp.zeros(padded.shape, options.out_dtype))[:num_tokens]
 
 
 def _gather_blocks(kv: LayerKV, pages: jax.Array, dtype: jnp.dtype) -> LayerKV:

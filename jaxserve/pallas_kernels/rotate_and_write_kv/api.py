@@ -36,11 +36,11 @@ def rotate_and_write_kv(
         bias: [(H + 2 KH) D], added first; None: none.
         norms: weights [D] of the root mean square norms of query and key heads, before they are rotated; None: none.
         eps: of the norms.
-        dtype: of the activations, to which the sum of parts is rounded; None: qkv's.
+        dtype: of queries, to which the sum of parts is rounded, and keys and values before they are stored; None: qkv's.
         scales: keys and values are stored divided by them; None: as they are.
 
     Returns:
-        Queries [T, H, D] in the activations' dtype, and the pages. Queries are multiplied by the scale of their keys, so that their
+        Queries [T, H, D] in `dtype`, and the pages. Queries are multiplied by the scale of their keys, so that their
         products with stored keys are those with the keys.
 
     Raises:

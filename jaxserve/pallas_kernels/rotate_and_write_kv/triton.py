@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from jaxserve.pallas_kernels.float16 import narrowed
 from jaxserve.pallas_kernels.layer_kv import KVScales, LayerKV
 from jaxserve.pallas_kernels.metadata import AttentionMetadata
 
@@ -97,8 +98,11 @@ def _rotate_kernel(
             for part in range(1, parts_ref.shape[0]):
                 more = load(parts_ref, jnp.int32(part), token, head * head_dim + lane)
                 halves = [x + y.astype(jnp.float32) for x, y in zip(halves, more, strict=True)]
-            halves = [x.astype(q_ref.dtype) for x in halves]
-        return halves if bias_ref is None else [x + b for x, b in zip(halves, load(bias_ref, head * head_dim + lane), strict=True)]
+        halves = [narrowed(x, q_ref.dtype) for x in halves]
+        if bias_ref is None:
+            return halves
+        bias = load(bias_ref, head * head_dim + lane)
+        return [narrowed(x.astype(jnp.float32) + b.astype(jnp.float32), q_ref.dtype) for x, b in zip(halves, bias, strict=True)]
 
     # Tokens beyond the last repeat it. All are read before any is written: the compiler cannot know that no page is part of qkv.
     tokens = [jnp.minimum(pl.program_id(0) * block_tokens + i, num_tokens - 1) for i in range(block_tokens)]
@@ -110,11 +114,12 @@ def _rotate_kernel(
         if norm_ref is not None:
             scale = lax.rsqrt(jnp.sum(x * x + y * y, axis=1, keepdims=True) / head_dim + eps)
             x, y = (
-                ((z * scale).astype(dtype) * weight).astype(jnp.float32) for z, weight in zip((x, y), load(norm_ref, lane), strict=True)
+                ((z * scale).astype(dtype) * weight.astype(dtype)).astype(jnp.float32)
+                for z, weight in zip((x, y), load(norm_ref, lane), strict=True)
             )
         cos, sin = (plt.load(ref.at[token, 0, lane], mask=inside, other=0) for ref in (cos_ref, sin_ref))
         halves = x * cos - y * sin, y * cos + x * sin
-        return [(z if factor is None else z * factor).astype(dtype) for z in halves]
+        return [narrowed(z if factor is None else z * factor, dtype) for z in halves]
 
     def store(ref, place, halves):
         for x, at in zip(halves, (0, half), strict=True):

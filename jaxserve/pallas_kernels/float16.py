@@ -1,0 +1,19 @@
+"""Where a model that computes in bfloat16 has float16: as many bytes, and products as fast, but a rounding error an eighth as large.
+
+It is for numbers of a known size (docs/performance_gpu.md, "Right or wrong"). What it cannot hold becomes its largest value, not infinity.
+"""
+
+import jax
+import jax.numpy as jnp
+
+_MOST = float(jnp.finfo(jnp.float16).max)
+
+
+def attention_dtype(activations: jnp.dtype) -> jnp.dtype:
+    """Of queries, keys, values and the products they come from, where all else is of the dtype `activations`."""
+    return jnp.dtype(jnp.float16) if activations == jnp.bfloat16 else jnp.dtype(activations)
+
+
+def narrowed(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """x in a dtype, inside kernels too; in float16 without infinities."""
+    return (jnp.minimum(jnp.maximum(x, -_MOST), _MOST) if dtype == jnp.float16 else x).astype(dtype)
