@@ -116,18 +116,17 @@ def test_rotate_and_write_kv_is_the_reference(sizes, options, config):
 @pytest.mark.parametrize("qkv_dtype", [BF16, F16])
 def test_rotate_and_write_kv_in_float16_beside_bfloat16(qkv_dtype):
     """Biases and norms are bfloat16's; a product that overflowed is the largest number, and so are what it is turned to."""
-    arguments, options = make_qkv(9, 4, 2, 32, bias=True, qk_norms=True, kv_dtype=F16)
-    qkv, *rest = arguments
+    (qkv, rotation, kv, metadata), options = make_qkv(9, 4, 2, 32, bias=True, qk_norms=True, kv_dtype=F16)
     qkv = qkv.astype(qkv_dtype).at[0, -3].set(jnp.inf)
     call = functools.partial(rotate_and_write_kv_triton, eps=1e-6, dtype=F16, config=RotateConfig(1, 2, 1), interpret=True, **options)
     reference = functools.partial(rotate_and_write_kv_reference, eps=1e-6, dtype=F16, **options)
-    got, expected = jax.jit(call)(qkv, *rest), jax.jit(reference)(qkv, *rest)
+    got, expected = (jax.jit(function)(qkv, rotation, kv, metadata) for function in (call, reference))
     assert_equal_but_for_rounding(got, expected)
     assert got[0].dtype == F16 and all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(got))
-    page, offset = (int(x[0]) for x in (rest[-1].write_pages, rest[-1].write_offsets))
+    page, offset = (int(x[0]) for x in (metadata.write_pages, metadata.write_offsets))
     assert got[1][1][page, -1, offset, -3] == jnp.finfo(F16).max
     plain = functools.partial(rotate_and_write_kv_reference, eps=1e-6, dtype=F32, **jax.tree.map(lambda x: x.astype(F32), options))
-    wide = jax.jit(plain)(qkv.astype(F32), rest[0], tuple(x.astype(F32) for x in rest[1]), rest[2])[0]
+    wide = jax.jit(plain)(qkv.astype(F32), rotation, tuple(x.astype(F32) for x in kv), metadata)[0]
     np.testing.assert_allclose(got[0].astype(F32), wide, rtol=4e-3, atol=4e-3)
 
 
