@@ -1,11 +1,12 @@
 """Rows that truncate by top_k or typical_p, or want log probabilities; all others are left as race.py had them.
 
-**Among the nearest.** The first pass leaves the largest logit of each of 4096 lanes. The K-th largest of those bounds the K likeliest
+**Among the nearest.** The first pass leaves the largest logit of each lane of a block. The K-th largest of those bounds the K likeliest
 tokens, and not many more lie within the bound. If top_k, min_p or the mass that top_p wants say that nothing beyond it can be kept, those
 tokens are written one behind the other to a scratch row, and the rest of the work is done on them.
 
-**By thresholds.** A search over the bit patterns of non-negative floats, whose order as integers is their order as floats, with 15 values
-tried in each pass: 8 passes.
+**By thresholds.** Else the whole row is read twice, each time with 15 values tried, which leaves a 256th of the range of distances. The
+tokens of that are written to the scratch row, and the threshold is found among them by halving. Values are bit patterns of non-negative
+floats, whose order as integers is their order as floats.
 """
 
 from typing import NamedTuple
@@ -18,14 +19,15 @@ from jax.experimental.pallas import triton as plt
 
 from jaxserve.pallas_kernels.token_choice.row import Row, lowest
 
-NUM_WARPS = 16
+NUM_WARPS = 32
 _INFINITY_BITS = 0x7F800000
 _BLOCK = 4096  # tokens read at once, and lanes
-_LINES = 8  # a block is this many lines of consecutive tokens in a search, so that sums over them stay within a thread
+_VECTOR = 4  # floats that a thread loads at once
 _WAYS = 16
 _NEAREST = 1024  # the K of rows without top_k, and the largest K of those with
-_CAPACITY = _BLOCK  # tokens of a scratch row
-SCRATCH_SIZE = _CAPACITY + _BLOCK  # the second half takes what an interpreted store would write elsewhere
+_CAPACITY = 2 * _BLOCK  # tokens of a scratch row
+SCRATCH_SIZE = _CAPACITY + _BLOCK  # the last block takes what an interpreted store would write elsewhere
+_FAR = 32.0  # a distance beyond which a whole vocabulary is as nothing: 2**18 * exp(-32) < 1e-8
 
 
 def choose(*refs, vocab_size: int, threaded: bool):
@@ -49,30 +51,31 @@ def choose(*refs, vocab_size: int, threaded: bool):
 class _Distances:
     """Tokens of a row by their distances, (best logit - logit) / temperature: a token's probability is exp(-distance) / mass.
 
-    Either the whole vocabulary, or the `count` tokens that `gather` wrote to the scratch row.
+    Either the whole vocabulary, or the `count` tokens that `gather` wrote to the scratch row; of a count of 0 the whole too.
     """
 
     def __init__(self, row: Row, best, scratch_refs, threaded: bool, count=None):
         self._row, self._best, self._scratch_refs, self._threaded, self._count = row, best, scratch_refs, threaded, count
-        self._num_blocks = row.num_blocks if count is None else 1 + (count == 0).astype(jnp.int32) * (row.num_blocks - 1)
-
-    def _read(self, i):
-        """Token ids [_BLOCK] of block i, and their distances; inf where there is none."""
-        count = self._count
-        if count is None:
-            return self._row.distances(i, self._best)
-
-        def gathered():
-            number, place = self._row.number, pl.ds(0, _BLOCK)
-            present = jnp.arange(_BLOCK, dtype=jnp.int32) < count
-            token = plt.load(self._scratch_refs[0].at[number, place], mask=present, other=0)
-            return token, plt.load(self._scratch_refs[1].at[number, place], mask=present, other=jnp.inf)
-
-        return lax.cond(count == 0, lambda: self._row.distances(i, self._best), gathered)
 
     def fold(self, function, start):
-        """function(carry, token ids [_BLOCK], distances [_BLOCK]) over all blocks."""
-        return lax.fori_loop(0, self._num_blocks, lambda i, carry: function(carry, *self._read(i)), start)
+        """function(carry, token ids [_BLOCK], distances [_BLOCK]) over all blocks; a distance is inf where there is no token."""
+        count = self._count
+
+        def whole(i):
+            return self._row.distances(i, self._best)
+
+        def read(i):
+            return whole(i) if count is None else lax.cond(count == 0, whole, self._listed, i)
+
+        num_blocks = self._row.num_blocks if count is None else jnp.where(count == 0, self._row.num_blocks, pl.cdiv(count, _BLOCK))
+        return lax.fori_loop(0, num_blocks, lambda i, carry: function(carry, *read(i)), start)
+
+    def _listed(self, i):
+        """Token ids [_BLOCK] of block i of the scratch row, and their distances."""
+        number, begin = self._row.number, i * _BLOCK
+        present = begin + jnp.arange(_BLOCK, dtype=jnp.int32) < self._count
+        ids_ref, distances_ref = (ref.at[number, pl.ds(begin, _BLOCK)] for ref in self._scratch_refs)
+        return plt.load(ids_ref, mask=present, other=0), plt.load(distances_ref, mask=present, other=jnp.inf)
 
     def sums(self, *terms):
         """For each term, a function of distances [N], its sum."""
@@ -82,49 +85,23 @@ class _Distances:
 
         return tuple(jnp.sum(total) for total in self.fold(add, (jnp.zeros((_BLOCK,), jnp.float32),) * len(terms)))
 
-    def covering(self, key, weight, target):
-        """Smallest key at or below which the weights sum to at least the target; inf if they never do.
+    def only(self, count):
+        """The first `count` tokens of the scratch row; all of the vocabulary for 0."""
+        return _Distances(self._row, self._best, self._scratch_refs, self._threaded, count)
 
-        Args:
-            key, weight: functions of distances [N] to non-negative float32 [N].
-        """
-
-        def weigh(distance, tried):
-            bits, weights = (
-                lax.reshape(x, (_LINES, _BLOCK // _LINES)) for x in (lax.bitcast_convert_type(key(distance), jnp.int32), weight(distance))
-            )
-            return [jnp.sum(jnp.where(bits <= value, weights, 0.0), axis=0) for value in tried]
-
-        def narrow(bounds):
-            low, high = bounds  # low does not cover the target, high does or is infinite
-            span = high - low
-            tried = [jnp.minimum(low + span // _WAYS * part + span % _WAYS * part // _WAYS, high) for part in range(1, _WAYS)]
-
-            def add(totals, _, distance):
-                return tuple(total + more for total, more in zip(totals, weigh(distance, tried), strict=True))
-
-            totals = self.fold(add, (jnp.zeros((_BLOCK // _LINES,), jnp.float32),) * len(tried))
-            for value, total in zip(tried, totals, strict=True):
-                enough = (jnp.sum(total) >= target) | (value == bounds[1])
-                low, high = jnp.where(enough, low, jnp.maximum(low, value)), jnp.where(enough, jnp.minimum(high, value), high)
-            return low, high
-
-        _, high = lax.while_loop(lambda bounds: bounds[1] - bounds[0] > 1, narrow, (jnp.int32(-1), jnp.int32(_INFINITY_BITS)))
-        return lax.bitcast_convert_type(high, jnp.float32)
-
-    def gather(self, bound):
-        """Write the tokens within a bound to the scratch row; no more than _CAPACITY of them.
+    def gather(self, keys: "_Keys", low, high):
+        """Write the tokens with keys in (low, high], as bits, to the scratch row; no more than _CAPACITY of them.
 
         Returns:
-            how many.
+            how many there are.
         """
         number = self._row.number
 
         def write(count, token, distance):
-            near = distance <= bound
+            near = keys.between(distance, low, high)
             more = jnp.sum(near.astype(jnp.int32))
 
-            @pl.when(more > 0)
+            @pl.when((more > 0) & (count + more <= _CAPACITY))
             def _():
                 elsewhere = _CAPACITY + jnp.arange(_BLOCK, dtype=jnp.int32)  # interpreted, a masked store writes what was there
                 place = jnp.where(near, count + jnp.cumsum(near.astype(jnp.int32)) - 1, elsewhere)
@@ -138,9 +115,88 @@ class _Distances:
             plt.debug_barrier()  # what a thread wrote others read
         return count
 
-    def only(self, count):
-        """The first `count` tokens of the scratch row; all of the vocabulary for 0."""
-        return _Distances(self._row, self._best, self._scratch_refs, self._threaded, count)
+    def covering(self, keys: "_Keys", target, mass, reach):
+        """Smallest key at or below which the weights sum to at least the target.
+
+        Args:
+            target: what they are to sum to.
+            mass: the sum of all weights.
+            reach: keys beyond it are looked for last.
+
+        Returns:
+            The key, inf if the weights never sum to the target; the sum of the weights up to it.
+        """
+        count = self._count
+        assert count is not None
+        whole = self.only(None)
+
+        def narrow(carry):
+            """Try 15 values between the bounds; from the second time on gather what is left."""
+            number, low, high, below, within, _ = carry  # low does not cover the target, high does or is infinite
+            span = high - low
+            tried = []
+            for part in range(1, _WAYS):
+                by_value = lax.bitcast_convert_type(reach * (part / _WAYS), jnp.int32)
+                by_bits = low + span // _WAYS * part + span % _WAYS * part // _WAYS
+                tried.append(jnp.clip(jnp.where(number == 0, by_value, by_bits), low, high))
+
+            def add(totals, _, distance):
+                bits, weights = (lax.reshape(x, (_BLOCK // _VECTOR, _VECTOR)) for x in (keys.bits(distance), keys.weight(distance)))
+                return tuple(
+                    total + jnp.sum(jnp.where(bits <= value, weights, 0.0), axis=1) for total, value in zip(totals, tried, strict=True)
+                )
+
+            totals = whole.fold(add, (jnp.zeros((_BLOCK // _VECTOR,), jnp.float32),) * len(tried))
+            for value, total in zip(tried, totals, strict=True):
+                found = jnp.sum(total)
+                covers = (found >= target) | (value == high)
+                lower, higher = ~covers & (value > low), covers & (value < high) & (value > low)
+                low, below = jnp.where(lower, value, low), jnp.where(lower, found, below)
+                high, within = jnp.where(higher, value, high), jnp.where(higher, found, within)
+            left = lax.cond(number > 0, lambda: whole.gather(keys, low, high), lambda: number * 0 + _CAPACITY + 1)
+            return number + 1, low, high, below, within, left
+
+        nothing = count * 0
+        start = nothing, nothing - 1, nothing + _INFINITY_BITS, mass * 0, mass, jnp.where(count == 0, _CAPACITY + 1, count)
+        carry = lax.while_loop(lambda carry: (carry[2] - carry[1] > 1) & (carry[5] > _CAPACITY), narrow, start)
+        _, low, high, below, within, left = carry
+        listed = self.only(left)
+
+        def halve(carry):
+            low, high, within = carry
+            value = low + (high - low) // 2
+            found = below + listed.sums(lambda distance: jnp.where(keys.bits(distance) <= value, keys.weight(distance), 0.0))[0]
+            covers = found >= target
+            return jnp.where(covers, low, value), jnp.where(covers, value, high), jnp.where(covers, found, within)
+
+        _, high, within = lax.while_loop(lambda carry: carry[1] - carry[0] > 1, halve, (low, high, within))
+        return lax.bitcast_convert_type(high, jnp.float32), within
+
+
+class _Keys(NamedTuple):
+    """By what a stage sorts tokens, |distance - middle|, and what it adds up.
+
+    Attributes:
+        bound: tokens at larger distances weigh nothing.
+        counts: each token within the bound weighs 1, not exp(-distance).
+    """
+
+    middle: jax.Array
+    bound: jax.Array
+    counts: jax.Array
+
+    def bits(self, distance):
+        """int32 [N], whose order is that of the keys."""
+        return lax.bitcast_convert_type(jnp.abs(distance - self.middle), jnp.int32)
+
+    def weight(self, distance):
+        """float32 [N]."""
+        return jnp.where(distance <= self.bound, jnp.where(self.counts, 1.0, jnp.exp(-distance)), 0.0)
+
+    def between(self, distance, low, high):
+        """bool [N]: the key is in (low, high], and the token weighs something."""
+        bits = self.bits(distance)
+        return (bits > low) & (bits <= high) & (self.weight(distance) > 0)
 
 
 def _nearest_bound(lanes, number):
@@ -185,33 +241,40 @@ def _truncate(everything: _Distances, lanes, row: Row) -> tuple[_Distances, _Tru
     infinity = nothing + jnp.inf
     widest = jnp.where(min_p > 0, -jnp.log(jnp.where(min_p > 0, min_p, 1.0)), infinity)
     bound = _nearest_bound(lanes, jnp.where(has_top_k, top_k, _NEAREST))
-    mass, near_mass, number = everything.sums(
-        lambda d: jnp.where(d <= widest, jnp.exp(-d), 0.0),
-        lambda d: jnp.where(d <= jnp.minimum(bound, widest), jnp.exp(-d), 0.0),
-        lambda d: jnp.where(d <= bound, 1.0, 0.0),
-    )
+
+    def add(totals, _, d):
+        mass, near_mass, number, reach = totals
+        weight = jnp.exp(-d)
+        mass += jnp.where(d <= widest, weight, 0.0)
+        near_mass += jnp.where(d <= jnp.minimum(bound, widest), weight, 0.0)
+        return mass, near_mass, number + jnp.where(d <= bound, 1.0, 0.0), jnp.maximum(reach, jnp.where(d < _FAR, d, 0.0))
+
+    *totals, reaches = everything.fold(add, (jnp.zeros((_BLOCK,), jnp.float32),) * 4)
+    (mass, near_mass, number), reach = (jnp.sum(total) for total in totals), jnp.max(reaches)
     # A little more than top_p: the sums are not added up in the order in which the threshold's are.
     is_enough = has_top_k | (has_top_p & (near_mass >= jnp.minimum(top_p * 1.0001, nothing + 1) * mass) & (near_mass < mass))
     gathers = (has_top_k | has_top_p | has_typical) & (is_enough | (widest <= bound)) & (number <= _CAPACITY)
-    tokens = everything.only(lax.cond(gathers, lambda: everything.gather(bound), lambda: top_k * 0))
+    near = _Keys(nothing, bound, has_top_k | ~has_top_k)
+    bits = lax.bitcast_convert_type(bound, jnp.int32)
+    tokens = everything.only(lax.cond(gathers, lambda: everything.gather(near, top_k * 0 - 1, bits), lambda: top_k * 0))
 
     def stage(i, carry):
         """Three times the same: top_k counts, top_p and typical_p weigh, each among what the one before keeps."""
         bound, mean, typical_bound, mass = carry
         wanted = jnp.where(i == 0, has_top_k, jnp.where(i == 1, has_top_p, has_typical))
-        share = jnp.where(i == 1, top_p, row.typical_p)
+
+        def expected():
+            (moment,) = tokens.sums(lambda d: jnp.where((d <= bound) & (d < 1e30), jnp.exp(-d) * jnp.minimum(d, 1e30), 0.0))
+            return moment / mass
 
         def apply():
-            (moment,) = tokens.sums(lambda d: jnp.where((d <= bound) & (d < 1e30), jnp.exp(-d) * jnp.minimum(d, 1e30), 0.0))
-            middle = jnp.where(i == 2, moment / mass, 0.0)
-            target = jnp.where(i == 0, top_k.astype(jnp.float32), share * mass)
-            found = tokens.covering(
-                lambda d: jnp.abs(d - middle), lambda d: jnp.where(d <= bound, jnp.where(i == 0, 1.0, jnp.exp(-d)), 0.0), target
-            )
+            middle = lax.cond(i == 2, expected, lambda: mass * 0)
+            keys = _Keys(middle, bound, i == 0)
+            target = jnp.where(i == 0, top_k.astype(jnp.float32), jnp.where(i == 1, top_p, row.typical_p) * mass)
+            found, covered = tokens.covering(keys, target, mass, jnp.maximum(middle, reach - middle))
             new_bound = jnp.where(i == 2, bound, jnp.minimum(bound, found))
-            new_typical = jnp.where(i == 2, found, infinity)
-            (new_mass,) = tokens.sums(lambda d: jnp.where((d <= new_bound) & (jnp.abs(d - middle) <= new_typical), jnp.exp(-d), 0.0))
-            return new_bound, middle, new_typical, new_mass
+            counted = lambda: tokens.sums(lambda d: jnp.where(d <= new_bound, jnp.exp(-d), 0.0))[0]  # noqa: E731
+            return new_bound, middle, jnp.where(i == 2, found, infinity), lax.cond(i == 0, counted, lambda: covered)
 
         return lax.cond(wanted, apply, lambda: (bound, mean, typical_bound, mass))
 
