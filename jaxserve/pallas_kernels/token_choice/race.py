@@ -36,9 +36,8 @@ def _draw(row: Row, best, most_likely):
     def race(limit):
         """Winner among the tokens within the limit, -1 where there is none; its distance; the mass of all of them."""
 
-        def run(i, carry):
+        def run(carry, token, distance):
             scores, winners, reached, mass = carry
-            token, distance = row.distances(i, best)
             weight = jnp.where((distance <= limit) & (distance < jnp.inf), jnp.exp(-distance), -1.0)
             score = jnp.where(weight >= 0, weight / row.noise(token), -1.0)
             wins = score > scores  # tokens of a lane come in rising order
@@ -47,7 +46,7 @@ def _draw(row: Row, best, most_likely):
 
         zeros = jnp.zeros((row.block,), jnp.float32)
         start = jnp.full((row.block,), -1.0, jnp.float32), jnp.arange(row.block, dtype=jnp.int32), zeros, zeros
-        scores, winners, reached, mass = lax.fori_loop(0, row.num_blocks, run, start)
+        scores, winners, reached, mass = row.fold_distances(best, run, start)
         highest = jnp.max(scores)
         winner = lowest(scores == highest, winners)
         distance = jnp.max(jnp.where((scores == highest) & (winners == winner), reached, 0.0))
@@ -56,11 +55,10 @@ def _draw(row: Row, best, most_likely):
     def likelier(distance):
         """Mass of the tokens nearer than a distance."""
 
-        def add(i, mass):
-            _, others = row.distances(i, best)
+        def add(mass, _, others):
             return mass + jnp.where(others < distance, jnp.exp(-others), 0.0)
 
-        return jnp.sum(lax.fori_loop(0, row.num_blocks, add, jnp.zeros((row.block,), jnp.float32)))
+        return jnp.sum(row.fold_distances(best, add, jnp.zeros((row.block,), jnp.float32)))
 
     def round(carry):
         limit, whole, _, _ = carry

@@ -40,12 +40,42 @@ class Row:
         # Which kernel's row it is.
         self.needs_truncation = self.wants_logprobs | (self.draws & ((self.top_k > 0) | (self.typical_p < 1)))
 
-    def read(self, i):
-        """Token ids [block] of block i, and their logits; -inf behind the vocabulary."""
-        place = pl.ds(i * self.block, self.block)
-        token = i * self.block + jnp.arange(self.block, dtype=jnp.int32)
+    def fold(self, function, start):
+        """function(carry, token ids [block], adjusted logits [block]) over all blocks; behind the vocabulary logits are -inf.
+
+        A block is asked for before the one before it is worked on.
+        """
+
+        def load(i):
+            return plt.load(self._logits_ref.at[self.number, self._place(i)], mask=self._tokens(i) < self.vocab_size, other=-jnp.inf)
+
+        def run(i, carry):
+            value, carry = carry
+            following = load(i + 1)
+            return following, function(carry, self._tokens(i), self._adjusted(i, value))
+
+        return lax.fori_loop(0, self.num_blocks, run, (load(0), start))[1]
+
+    def fold_distances(self, best, function, start):
+        """function(carry, token ids [block], distances [block]) over all blocks: from the best logit, over the temperature.
+
+        Behind the vocabulary they are inf.
+        """
+
+        def run(carry, token, value):
+            return function(carry, token, jnp.where(token < self.vocab_size, (best - value) * self.inverse_temperature, jnp.inf))
+
+        return self.fold(run, start)
+
+    def _place(self, i):
+        return pl.ds(i * self.block, self.block)
+
+    def _tokens(self, i):
+        return i * self.block + jnp.arange(self.block, dtype=jnp.int32)
+
+    def _adjusted(self, i, value):
+        token, place = self._tokens(i), self._place(i)
         inside = token < self.vocab_size
-        value = plt.load(self._logits_ref.at[self.number, place], mask=inside, other=-jnp.inf)
 
         def adjust(value):
             has_bias, bans, penalized = (self.flags & flag != 0 for flag in (Flag.BIAS, Flag.BANS, Flag.PENALTIES))
@@ -55,13 +85,7 @@ class Row:
             bias += jnp.where(green & (self.flags & Flag.WATERMARK != 0), self._green_bias, 0.0)
             return adjust_logits(value, bias, counts, bans, penalized, self._repetition, self._presence, self._frequency)
 
-        value = lax.cond(self.flags & ADJUSTS != 0, adjust, lambda value: value, value)
-        return token, value
-
-    def distances(self, i, best):
-        """Token ids [block] of block i, and their distances from the best logit over the temperature; inf behind the vocabulary."""
-        token, value = self.read(i)
-        return token, jnp.where(token < self.vocab_size, (best - value) * self.inverse_temperature, jnp.inf)
+        return lax.cond(self.flags & ADJUSTS != 0, adjust, lambda value: value, value)
 
     def noise(self, token):
         """Exponential noise [block] of token ids [block]."""
@@ -70,13 +94,12 @@ class Row:
     def largest(self):
         """The largest logit, its lowest token id, and the largest logit of each lane [block]."""
 
-        def add(i, carry):
+        def add(carry, token, value):
             values, tokens = carry
-            token, value = self.read(i)
             return jnp.where(value > values, value, values), jnp.where(value > values, token, tokens)
 
         nothing = jnp.full((self.block,), -jnp.inf, jnp.float32), jnp.arange(self.block, dtype=jnp.int32)
-        values, tokens = lax.fori_loop(0, self.num_blocks, add, nothing)
+        values, tokens = self.fold(add, nothing)
         best = jnp.max(values)
         return best, lowest(values == best, tokens), values
 

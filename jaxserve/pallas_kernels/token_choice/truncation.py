@@ -33,14 +33,13 @@ _FAR = 32.0  # a distance beyond which a whole vocabulary is as nothing: 2**18 *
 def choose(*refs, vocab_size: int, threaded: bool):
     """The kernel; `threaded` where threads must wait for one another's writes."""
     *shared, counts_ref, last_ref, _, counts_out_ref, last_out_ref, tokens_ref, stats_ref, ids_ref, distances_ref = refs
-    scratch_refs = ids_ref, distances_ref
     row = Row(shared, counts_ref, last_ref, vocab_size, _BLOCK)
 
     @pl.when(row.needs_truncation)
     def _():
         best, token, lanes = row.largest()
-        everything = _Distances(row, best, scratch_refs, threaded)
-        kept, truncation = _truncate(everything, (best - lanes) * row.inverse_temperature, row)
+        scratch = _Scratch(row.number, (ids_ref, distances_ref), threaded)
+        kept, truncation = _truncate(_Whole(row, best), scratch, (best - lanes) * row.inverse_temperature, row)
         stats = best, row.inverse_temperature, truncation.bound, truncation.mean, truncation.typical_bound, jnp.log(truncation.mass)
         for place, value in enumerate(stats):
             stats_ref[row.number, place] = value
@@ -48,54 +47,51 @@ def choose(*refs, vocab_size: int, threaded: bool):
         row.keep(chosen, tokens_ref, counts_out_ref, last_out_ref)
 
 
-class _Distances:
-    """Tokens of a row by their distances, (best logit - logit) / temperature: a token's probability is exp(-distance) / mass.
+class _Whole:
+    """All tokens of a row by their distances, (best logit - logit) / temperature: a token's probability is exp(-distance) / mass."""
 
-    Either the whole vocabulary, or the `count` tokens that `gather` wrote to the scratch row; of a count of 0 the whole too.
-    """
-
-    def __init__(self, row: Row, best, scratch_refs, threaded: bool, count=None):
-        self._row, self._best, self._scratch_refs, self._threaded, self._count = row, best, scratch_refs, threaded, count
+    def __init__(self, row: Row, best):
+        self._row, self._best = row, best
 
     def fold(self, function, start):
         """function(carry, token ids [_BLOCK], distances [_BLOCK]) over all blocks; a distance is inf where there is no token."""
-        count = self._count
+        return self._row.fold_distances(self._best, function, start)
 
-        def whole(i):
-            return self._row.distances(i, self._best)
 
-        def read(i):
-            return whole(i) if count is None else lax.cond(count == 0, whole, self._listed, i)
+class _List:
+    """The first `count` tokens of a row of scratch, with their distances."""
 
-        num_blocks = self._row.num_blocks if count is None else jnp.where(count == 0, self._row.num_blocks, pl.cdiv(count, _BLOCK))
-        return lax.fori_loop(0, num_blocks, lambda i, carry: function(carry, *read(i)), start)
+    def __init__(self, number, refs, count):
+        self._number, self._refs, self.count = number, refs, count
 
-    def _listed(self, i):
-        """Token ids [_BLOCK] of block i of the scratch row, and their distances."""
-        number, begin = self._row.number, i * _BLOCK
-        present = begin + jnp.arange(_BLOCK, dtype=jnp.int32) < self._count
-        ids_ref, distances_ref = (ref.at[number, pl.ds(begin, _BLOCK)] for ref in self._scratch_refs)
-        return plt.load(ids_ref, mask=present, other=0), plt.load(distances_ref, mask=present, other=jnp.inf)
+    def fold(self, function, start):
+        """As _Whole's."""
 
-    def sums(self, *terms):
-        """For each term, a function of distances [N], its sum."""
+        def run(i, carry):
+            begin = i * _BLOCK
+            present = begin + jnp.arange(_BLOCK, dtype=jnp.int32) < self.count
+            ids_ref, distances_ref = (ref.at[self._number, pl.ds(begin, _BLOCK)] for ref in self._refs)
+            return function(carry, plt.load(ids_ref, mask=present, other=0), plt.load(distances_ref, mask=present, other=jnp.inf))
 
-        def add(totals, _, distance):
-            return tuple(total + term(distance) for total, term in zip(totals, terms, strict=True))
+        return lax.fori_loop(0, pl.cdiv(self.count, _BLOCK), run, start)
 
-        return tuple(jnp.sum(total) for total in self.fold(add, (jnp.zeros((_BLOCK,), jnp.float32),) * len(terms)))
 
-    def only(self, count):
-        """The first `count` tokens of the scratch row; all of the vocabulary for 0."""
-        return _Distances(self._row, self._best, self._scratch_refs, self._threaded, count)
+class _Scratch:
+    """A row of scratch, and whoever writes it.
 
-    def gather(self, keys: "_Keys", low, high):
-        """Write the tokens with keys in (low, high], as bits, to the scratch row; no more than _CAPACITY of them.
+    Args:
+        threaded: threads must wait for one another's writes.
+    """
+
+    def __init__(self, number, refs, threaded: bool):
+        self._number, self._refs, self._threaded = number, refs, threaded
+
+    def gather(self, whole: _Whole, keys: "_Keys", low, high):
+        """Write down the tokens with keys in (low, high], as bits; no more than _CAPACITY of them.
 
         Returns:
             how many there are.
         """
-        number = self._row.number
 
         def write(count, token, distance):
             near = keys.between(distance, low, high)
@@ -105,15 +101,30 @@ class _Distances:
             def _():
                 elsewhere = _CAPACITY + jnp.arange(_BLOCK, dtype=jnp.int32)  # interpreted, a masked store writes what was there
                 place = jnp.where(near, count + jnp.cumsum(near.astype(jnp.int32)) - 1, elsewhere)
-                for ref, values in zip(self._scratch_refs, (token, distance), strict=True):
-                    plt.store(ref.at[number, place], values, mask=near)
+                for ref, values in zip(self._refs, (token, distance), strict=True):
+                    plt.store(ref.at[self._number, place], values, mask=near)
 
             return count + more
 
-        count = self.fold(write, jnp.int32(0))
+        count = whole.fold(write, low * 0)
         if self._threaded:
             plt.debug_barrier()  # what a thread wrote others read
         return count
+
+    def list(self, count) -> _List:
+        """What was written."""
+        return _List(self._number, self._refs, count)
+
+
+class _Tokens:
+    """The tokens among which a row draws: a list, or where that is empty all."""
+
+    def __init__(self, whole: _Whole, scratch: _Scratch, count):
+        self._whole, self._scratch, self._list = whole, scratch, scratch.list(count)
+
+    def fold(self, function, start):
+        """As _Whole's."""
+        return lax.cond(self._list.count > 0, lambda: self._list.fold(function, start), lambda: self._whole.fold(function, start))
 
     def covering(self, keys: "_Keys", target, mass, reach):
         """Smallest key at or below which the weights sum to at least the target.
@@ -126,12 +137,11 @@ class _Distances:
         Returns:
             The key, inf if the weights never sum to the target; the sum of the weights up to it.
         """
-        count = self._count
-        assert count is not None
-        whole = self.only(None)
+        count = self._list.count
+        nothing, too_many = count * 0, count * 0 + _CAPACITY + 1
 
         def narrow(carry):
-            """Try 15 values between the bounds; from the second time on gather what is left."""
+            """Try 15 values between the bounds; from the second time on write down what is left."""
             number, low, high, below, within, _ = carry  # low does not cover the target, high does or is infinite
             span = high - low
             tried = []
@@ -141,36 +151,44 @@ class _Distances:
                 tried.append(jnp.clip(jnp.where(number == 0, by_value, by_bits), low, high))
 
             def add(totals, _, distance):
+                # A thread holds _VECTOR tokens side by side, so it adds up its own.
                 bits, weights = (lax.reshape(x, (_BLOCK // _VECTOR, _VECTOR)) for x in (keys.bits(distance), keys.weight(distance)))
                 return tuple(
                     total + jnp.sum(jnp.where(bits <= value, weights, 0.0), axis=1) for total, value in zip(totals, tried, strict=True)
                 )
 
-            totals = whole.fold(add, (jnp.zeros((_BLOCK // _VECTOR,), jnp.float32),) * len(tried))
+            totals = self._whole.fold(add, (jnp.zeros((_BLOCK // _VECTOR,), jnp.float32),) * len(tried))
             for value, total in zip(tried, totals, strict=True):
                 found = jnp.sum(total)
                 covers = (found >= target) | (value == high)
                 lower, higher = ~covers & (value > low), covers & (value < high) & (value > low)
                 low, below = jnp.where(lower, value, low), jnp.where(lower, found, below)
                 high, within = jnp.where(higher, value, high), jnp.where(higher, found, within)
-            left = lax.cond(number > 0, lambda: whole.gather(keys, low, high), lambda: number * 0 + _CAPACITY + 1)
+            left = lax.cond(number > 0, lambda: self._scratch.gather(self._whole, keys, low, high), lambda: too_many)
             return number + 1, low, high, below, within, left
 
-        nothing = count * 0
-        start = nothing, nothing - 1, nothing + _INFINITY_BITS, mass * 0, mass, jnp.where(count == 0, _CAPACITY + 1, count)
-        carry = lax.while_loop(lambda carry: (carry[2] - carry[1] > 1) & (carry[5] > _CAPACITY), narrow, start)
-        _, low, high, below, within, left = carry
-        listed = self.only(left)
+        def unsettled(carry):
+            _, low, high, _, _, left = carry
+            return (high - low > 1) & (left > _CAPACITY)
+
+        start = nothing, nothing - 1, nothing + _INFINITY_BITS, mass * 0, mass, jnp.where(count > 0, count, too_many)
+        _, low, high, below, within, left = lax.while_loop(unsettled, narrow, start)
+        listed = self._scratch.list(left)
 
         def halve(carry):
             low, high, within = carry
             value = low + (high - low) // 2
-            found = below + listed.sums(lambda distance: jnp.where(keys.bits(distance) <= value, keys.weight(distance), 0.0))[0]
+            found = below + _sum(listed, lambda distance: jnp.where(keys.bits(distance) <= value, keys.weight(distance), 0.0))
             covers = found >= target
             return jnp.where(covers, low, value), jnp.where(covers, value, high), jnp.where(covers, found, within)
 
         _, high, within = lax.while_loop(lambda carry: carry[1] - carry[0] > 1, halve, (low, high, within))
         return lax.bitcast_convert_type(high, jnp.float32), within
+
+
+def _sum(tokens: _Whole | _List | _Tokens, term):
+    """Sum over tokens of a function of distances [N]."""
+    return jnp.sum(tokens.fold(lambda total, _, distance: total + term(distance), jnp.zeros((_BLOCK,), jnp.float32)))
 
 
 class _Keys(NamedTuple):
@@ -233,7 +251,7 @@ class _Truncation(NamedTuple):
         return (distance <= self.bound) & (jnp.abs(distance - self.mean) <= self.typical_bound)
 
 
-def _truncate(everything: _Distances, lanes, row: Row) -> tuple[_Distances, _Truncation]:
+def _truncate(whole: _Whole, scratch: _Scratch, lanes, row: Row) -> tuple[_Tokens, _Truncation]:
     """The tokens among which a row draws, and what of them it keeps."""
     top_k, top_p, min_p = row.top_k, row.top_p, row.min_p
     has_top_k, has_top_p, has_typical = top_k > 0, top_p < 1, row.typical_p < 1
@@ -249,14 +267,15 @@ def _truncate(everything: _Distances, lanes, row: Row) -> tuple[_Distances, _Tru
         near_mass += jnp.where(d <= jnp.minimum(bound, widest), weight, 0.0)
         return mass, near_mass, number + jnp.where(d <= bound, 1.0, 0.0), jnp.maximum(reach, jnp.where(d < _FAR, d, 0.0))
 
-    *totals, reaches = everything.fold(add, (jnp.zeros((_BLOCK,), jnp.float32),) * 4)
+    *totals, reaches = whole.fold(add, (jnp.zeros((_BLOCK,), jnp.float32),) * 4)
     (mass, near_mass, number), reach = (jnp.sum(total) for total in totals), jnp.max(reaches)
     # A little more than top_p: the sums are not added up in the order in which the threshold's are.
     is_enough = has_top_k | (has_top_p & (near_mass >= jnp.minimum(top_p * 1.0001, nothing + 1) * mass) & (near_mass < mass))
     gathers = (has_top_k | has_top_p | has_typical) & (is_enough | (widest <= bound)) & (number <= _CAPACITY)
     near = _Keys(nothing, bound, has_top_k | ~has_top_k)
     bits = lax.bitcast_convert_type(bound, jnp.int32)
-    tokens = everything.only(lax.cond(gathers, lambda: everything.gather(near, top_k * 0 - 1, bits), lambda: top_k * 0))
+    count = lax.cond(gathers, lambda: scratch.gather(whole, near, top_k * 0 - 1, bits), lambda: top_k * 0)
+    tokens = _Tokens(whole, scratch, count)
 
     def stage(i, carry):
         """Three times the same: top_k counts, top_p and typical_p weigh, each among what the one before keeps."""
@@ -264,8 +283,7 @@ def _truncate(everything: _Distances, lanes, row: Row) -> tuple[_Distances, _Tru
         wanted = jnp.where(i == 0, has_top_k, jnp.where(i == 1, has_top_p, has_typical))
 
         def expected():
-            (moment,) = tokens.sums(lambda d: jnp.where((d <= bound) & (d < 1e30), jnp.exp(-d) * jnp.minimum(d, 1e30), 0.0))
-            return moment / mass
+            return _sum(tokens, lambda d: jnp.where((d <= bound) & (d < 1e30), jnp.exp(-d) * jnp.minimum(d, 1e30), 0.0)) / mass
 
         def apply():
             middle = lax.cond(i == 2, expected, lambda: mass * 0)
@@ -273,7 +291,7 @@ def _truncate(everything: _Distances, lanes, row: Row) -> tuple[_Distances, _Tru
             target = jnp.where(i == 0, top_k.astype(jnp.float32), jnp.where(i == 1, top_p, row.typical_p) * mass)
             found, covered = tokens.covering(keys, target, mass, jnp.maximum(middle, reach - middle))
             new_bound = jnp.where(i == 2, bound, jnp.minimum(bound, found))
-            counted = lambda: tokens.sums(lambda d: jnp.where(d <= new_bound, jnp.exp(-d), 0.0))[0]  # noqa: E731
+            counted = lambda: _sum(tokens, lambda d: jnp.where(d <= new_bound, jnp.exp(-d), 0.0))  # noqa: E731
             return new_bound, middle, jnp.where(i == 2, found, infinity), lax.cond(i == 0, counted, lambda: covered)
 
         return lax.cond(wanted, apply, lambda: (bound, mean, typical_bound, mass))
@@ -281,7 +299,7 @@ def _truncate(everything: _Distances, lanes, row: Row) -> tuple[_Distances, _Tru
     return tokens, _Truncation(*lax.fori_loop(0, 3, stage, (widest, nothing, infinity, mass)))
 
 
-def _draw(tokens: _Distances, truncation: _Truncation, row: Row, most_likely):
+def _draw(tokens: _Tokens, truncation: _Truncation, row: Row, most_likely):
     """The token with the largest probability / noise among those kept; the most likely one if none is (broken logits)."""
 
     def run(carry, token, distance):
