@@ -1,7 +1,7 @@
 """Milliseconds a call of the sampler alone, by what the rows ask for: `python -m benchmarks.sampler [--rows 1 16] [--vocab 49152]`.
 
 Logits are normal with a few likely tokens, as a language model's are. The time is the smallest of many calls, with the copy of the
-result to the host; the sampler is compiled once a number of rows.
+result to the host; the sampler is compiled once a number of rows. What an option adds to a whole step, benchmarks.sampled_steps says.
 """
 
 import argparse
@@ -12,24 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.sampled_steps import CASES
 from jaxserve.request import SamplingParams
 from jaxserve.runner.sampler import find_logprobs, sample
 from jaxserve.runner.sampling_rows import RowPacker
 from jaxserve.runner.sampling_state import SamplingState, make_sampling_state
 from jaxserve.scheduler.sample import sample_seed
 
-CASES = {
-    "greedy": SamplingParams(temperature=0.0),
-    "greedy, penalties": SamplingParams(temperature=0.0, repetition_penalty=1.1),
-    "greedy, logprobs": SamplingParams(temperature=0.0, logprobs=5),
-    "sampled": SamplingParams(seed=1),
-    "sampled, logprobs": SamplingParams(seed=1, logprobs=5),
-    "top_k": SamplingParams(seed=1, top_k=50),
-    "top_p": SamplingParams(seed=1, top_p=0.9),
-    "top_k, top_p": SamplingParams(seed=1, top_k=50, top_p=0.9),
-    "top_p, flat": SamplingParams(seed=1, temperature=5.0, top_p=0.9),
-    "typical_p": SamplingParams(seed=1, typical_p=0.9),
-}
+# Logits 50 times as flat: truncation among the likeliest tokens alone does not do.
+_FLAT = {f"{name}, flat": lambda row, name=name: {**CASES[name](row), "temperature": 50.0} for name in ("top_p 0.5", "typical_p 0.9")}
 
 
 @partial(jax.jit, donate_argnums=1, static_argnames="logprobs")
@@ -51,15 +42,16 @@ def measure(num_rows: int, vocab_size: int, calls: int) -> None:
     nobody = jnp.asarray(RowPacker(1).pack(slots[:0], slots[:0], slots[:0], slots[:0] > 0, num_rows))
     compiled = [step.lower(on_device, state, nobody, logprobs=logprobs).compile() for logprobs in (False, True)]
     print(f"{num_rows} rows of {vocab_size} tokens; compiled in {time.perf_counter() - start:.2f} s")
-    for name, params in CASES.items():
-        packer = RowPacker(num_rows)
-        for slot in slots:
-            packer.enter(int(slot), params, sample_seed(params.seed, int(slot)))
+    for name, options in {**CASES, **_FLAT}.items():
+        packer, wants_logprobs = RowPacker(num_rows), "logprobs" in options(0)
+        for slot in map(int, slots):
+            params = SamplingParams(**options(slot))  # pyright: ignore[reportArgumentType]
+            packer.enter(slot, params, sample_seed(params.seed, slot))
         columns = jnp.asarray(packer.pack(slots, slots + 100, slots + 50, slots >= 0, num_rows))
         times = []
         for _ in range(calls):
             start = time.perf_counter()
-            packed, state = compiled[params.logprobs is not None](on_device, state, columns)
+            packed, state = compiled[wants_logprobs](on_device, state, columns)
             np.asarray(packed)
             times.append(time.perf_counter() - start)
         print(f"  {name:20} {min(times) * 1e3:7.3f} ms   median {np.median(times) * 1e3:7.3f} ms")
