@@ -101,4 +101,9 @@ def exponential_noise(keys: tuple[jax.Array, jax.Array], token_ids: jax.Array) -
     Returns:
         float32 [R, V], in (0, inf].
     """
-    return -jnp.log1p(-uniform_noise(keys, token_ids))
+    return exponential(uniform_noise(keys, token_ids))
+
+
+def exponential(uniform: jax.Array) -> jax.Array:
+    """Standard exponential variates of uniform ones in (0, 1), float32 of any shape; none is less than its uniform."""
+    return -jnp.log1p(-uniform)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxserve.pallas_kernels.token_choice.row import Row, lowest
+from jaxserve.pallas_kernels.token_choice.row import Row
 
 NUM_WARPS = 32
 _BLOCK = 8192  # tokens read at once, and lanes: eight a thread
@@ -33,24 +33,8 @@ def _draw(row: Row, best, most_likely):
     nothing = best * 0
     widest = jnp.where(row.min_p > 0, -jnp.log(jnp.where(row.min_p > 0, row.min_p, 1.0)), jnp.inf)
 
-    def race(limit):
-        """Winner among the tokens within the limit, -1 where there is none; its distance; the mass of all of them."""
-
-        def run(carry, token, distance):
-            scores, winners, reached, mass = carry
-            weight = jnp.where((distance <= limit) & (distance < jnp.inf), jnp.exp(-distance), -1.0)
-            score = jnp.where(weight >= 0, weight / row.noise(token), -1.0)
-            wins = score > scores  # tokens of a lane come in rising order
-            mass += jnp.maximum(weight, 0.0)
-            return jnp.where(wins, score, scores), jnp.where(wins, token, winners), jnp.where(wins, distance, reached), mass
-
-        zeros = jnp.zeros((row.block,), jnp.float32)
-        start = jnp.full((row.block,), -1.0, jnp.float32), jnp.arange(row.block, dtype=jnp.int32), zeros, zeros
-        scores, winners, reached, mass = row.fold_distances(best, run, start)
-        highest = jnp.max(scores)
-        winner = lowest(scores == highest, winners)
-        distance = jnp.max(jnp.where((scores == highest) & (winners == winner), reached, 0.0))
-        return jnp.where(highest >= 0, winner, -1), distance, jnp.sum(mass)
+    def fold(function, start):
+        return row.fold_distances(best, function, start)
 
     def likelier(distance):
         """Mass of the tokens nearer than a distance."""
@@ -58,11 +42,11 @@ def _draw(row: Row, best, most_likely):
         def add(mass, _, others):
             return mass + jnp.where(others < distance, jnp.exp(-others), 0.0)
 
-        return jnp.sum(row.fold_distances(best, add, jnp.zeros((row.block,), jnp.float32)))
+        return jnp.sum(fold(add, jnp.zeros((row.block,), jnp.float32)))
 
     def round(carry):
         limit, whole, _, _ = carry
-        winner, distance, mass = race(limit)
+        winner, distance, mass = row.race(fold, lambda others: others <= limit)
         whole = jnp.where(whole < 0, mass, whole)  # the first round's
         unchecked = (row.top_p >= 1) | (winner < 0) | (distance <= 0)
         above = lax.cond(unchecked, lambda: jnp.minimum(distance, 0.0) - 1, lambda: likelier(distance))  # no literal leaves a branch

@@ -5,8 +5,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jaxserve.pallas_kernels.noise import exponential_noise, is_green
+from jaxserve.pallas_kernels.noise import exponential, is_green, uniform_noise
 from jaxserve.pallas_kernels.token_options import ADJUSTS, Column, Flag, adjust_logits
+
+_A_LITTLE_LESS = 1 - 1e-5  # more than all roundings of a score
 
 
 class Row:
@@ -87,9 +89,39 @@ class Row:
 
         return lax.cond(self.flags & ADJUSTS != 0, adjust, lambda value: value, value)
 
-    def noise(self, token):
-        """Exponential noise [block] of token ids [block]."""
-        return exponential_noise((self._key[0][None], self._key[1][None]), token).reshape(self.block)
+    def race(self, fold, keeps):
+        """The token with the largest probability / noise, whose noise is standard exponential: so it is drawn by its probability.
+
+        Args:
+            fold: of distances, as fold_distances.
+            keeps: a function of distances [block]: which tokens take part.
+
+        Returns:
+            The token, the lowest of equals, -1 if none takes part; its distance; the sum of exp(-distance) over those that take part.
+        """
+
+        def run(carry, token, distance):
+            highest, winner, reached, mass = carry
+            weight = jnp.where(keeps(distance) & (distance < jnp.inf), jnp.exp(-distance), -1.0)
+            uniform = uniform_noise((self._key[0][None], self._key[1][None]), token).reshape(self.block)
+
+            def improve():
+                score = jnp.where(weight >= 0, weight / exponential(uniform), -1.0)
+                top = jnp.max(score)
+                first = lowest(score == top, token)
+                at = jnp.max(jnp.where((score == top) & (token == first), distance, 0.0))
+                wins = top > highest  # tokens come in rising order
+                return jnp.where(wins, top, highest), jnp.where(wins, first, winner), jnp.where(wins, at, reached)
+
+            # The exponential is never less than the uniform that it is made of, so few blocks need its logarithm.
+            hopeful = jnp.max((weight > highest * uniform * _A_LITTLE_LESS).astype(jnp.int32)) > 0
+            best = lax.cond(hopeful, improve, lambda: (highest, winner, reached))
+            return *best, mass + jnp.maximum(weight, 0.0)
+
+        nothing = self.temperature * 0
+        start = nothing - 1, self.top_k * 0 - 1, nothing, jnp.zeros((self.block,), jnp.float32)
+        _, winner, reached, mass = fold(run, start)
+        return winner, reached, jnp.sum(mass)
 
     def largest(self):
         """The largest logit, its lowest token id, and the largest logit of each lane [block]."""

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jaxserve.pallas_kernels.token_choice.row import Row, lowest
+from jaxserve.pallas_kernels.token_choice.row import Row
 
 NUM_WARPS = 32
 _INFINITY_BITS = 0x7F800000
@@ -43,8 +43,8 @@ def choose(*refs, vocab_size: int, threaded: bool):
         stats = best, row.inverse_temperature, truncation.bound, truncation.mean, truncation.typical_bound, jnp.log(truncation.mass)
         for place, value in enumerate(stats):
             stats_ref[row.number, place] = value
-        chosen = lax.cond(row.draws, lambda: _draw(kept, truncation, row, token), lambda: token)
-        row.keep(chosen, tokens_ref, counts_out_ref, last_out_ref)
+        winner = lax.cond(row.draws, lambda: row.race(kept.fold, truncation.keeps)[0], lambda: token)
+        row.keep(jnp.where(winner < 0, token, winner), tokens_ref, counts_out_ref, last_out_ref)  # none is kept of broken logits
 
 
 class _Whole:
@@ -297,18 +297,3 @@ def _truncate(whole: _Whole, scratch: _Scratch, lanes, row: Row) -> tuple[_Token
         return lax.cond(wanted, apply, lambda: (bound, mean, typical_bound, mass))
 
     return tokens, _Truncation(*lax.fori_loop(0, 3, stage, (widest, nothing, infinity, mass)))
-
-
-def _draw(tokens: _Tokens, truncation: _Truncation, row: Row, most_likely):
-    """The token with the largest probability / noise among those kept; the most likely one if none is (broken logits)."""
-
-    def run(carry, token, distance):
-        scores, winners = carry
-        kept = truncation.keeps(distance) & (distance < jnp.inf)
-        score = jnp.where(kept, jnp.exp(-distance) / row.noise(token), -1.0)
-        wins = (score > scores) | ((score == scores) & (token < winners))
-        return jnp.where(wins, score, scores), jnp.where(wins, token, winners)
-
-    scores, winners = tokens.fold(run, (jnp.full((_BLOCK,), -1.0, jnp.float32), jnp.arange(_BLOCK, dtype=jnp.int32)))
-    best = jnp.max(scores)
-    return jnp.where(best >= 0, lowest(scores == best, winners), most_likely)
