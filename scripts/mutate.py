@@ -196,6 +196,20 @@ MUTATIONS = (
         ("test_token_choice.py",),
     ),
     Mutation(
+        "kernel: mass below the list forgotten",
+        "pallas_kernels/token_choice/truncation.py",
+        "found = below + _sum(",
+        "found = _sum(",
+        ("test_token_choice.py",),
+    ),
+    Mutation(
+        "kernel: blocks that may win passed over",
+        "pallas_kernels/token_choice/row.py",
+        "highest * uniform * _A_LITTLE_LESS",
+        "highest * uniform * 4.0",
+        ("test_token_choice.py",),
+    ),
+    Mutation(
         "kernel: the wrong slot's penalties",
         "pallas_kernels/token_choice/row.py",
         "self._counts_ref.at[self.slot, place]",
