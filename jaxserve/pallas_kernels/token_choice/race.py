@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jaxserve.pallas_kernels.token_choice.row import Row
 
 NUM_WARPS = 32
-_BLOCK = 8192  # tokens read at once, and lanes: eight a thread
+_BLOCK = 4096  # tokens read at once: four a thread
 
 
 def choose(*refs, vocab_size: int):
