@@ -34,4 +34,5 @@ def test_a_start_after_it_compiles_nothing(tiny_checkpoint: Callable[[str], Path
     start = re.search(r"start: (\d+) (\d+)", done.stdout)
     assert told and start, done.stdout
     assert int(start[1]) == 0 and int(start[2]) >= 7
+    assert list((tmp_path / "cache").glob("jit_*")) and not list((tmp_path / "cache").glob("jit_forward*"))  # they are kept once
     assert int(told[1]) >= int(start[2]) and Path(told[2]) == tmp_path / "cache"

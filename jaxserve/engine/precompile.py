@@ -8,9 +8,9 @@ from jax import monitoring
 
 from jaxserve.config import EngineOptions, ModelOptions
 from jaxserve.engine.build import build_engine
-from jaxserve.runner.preparation import FOUND_EVENT
+from jaxserve.runner.executables import FOUND_EVENT, KEPT_EVENT
 
-_COMPILED_EVENT = "/jax/compilation_cache/cache_misses"
+_COMPILED_EVENTS = "/jax/compilation_cache/cache_misses", KEPT_EVENT
 _FOUND_EVENTS = "/jax/compilation_cache/cache_hits", FOUND_EVENT
 
 
@@ -40,7 +40,7 @@ def precompile(model_options: ModelOptions, engine_options: EngineOptions) -> Pr
         StartupError: one line says why.
     """
     begin = time.monotonic()
-    counts = dict.fromkeys((_COMPILED_EVENT, *_FOUND_EVENTS), 0)
+    counts = dict.fromkeys((*_COMPILED_EVENTS, *_FOUND_EVENTS), 0)
 
     def listen(event: str, **_: str | int) -> None:
         if event in counts:
@@ -52,4 +52,5 @@ def precompile(model_options: ModelOptions, engine_options: EngineOptions) -> Pr
     finally:
         monitoring.unregister_event_listener(listen)
     seconds = time.monotonic() - begin
-    return Precompiled(engine_options.compilation_cache, counts[_COMPILED_EVENT], sum(counts[event] for event in _FOUND_EVENTS), seconds)
+    compiled, found = (sum(counts[event] for event in events) for events in (_COMPILED_EVENTS, _FOUND_EVENTS))
+    return Precompiled(engine_options.compilation_cache, compiled, found, seconds)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax import monitoring
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 from jax.sharding import Mesh
 from jax.stages import Compiled
@@ -23,6 +24,9 @@ from jaxserve.runner.programs import Program, ProgramKey
 
 logger = logging.getLogger(__name__)
 
+# JAX's events of its own cache have such names.
+FOUND_EVENT, KEPT_EVENT = "/jaxserve/executables/found", "/jaxserve/executables/kept"
+
 
 class Executables:
     """Those of one mesh. May be used by several threads at once.
@@ -30,9 +34,13 @@ class Executables:
     Args:
         folder: of the files; None keeps nothing.
         mesh: its devices, all of this process.
+
+    Attributes:
+        kept: whether there is a folder.
     """
 
     def __init__(self, folder: Path | None, mesh: Mesh):
+        self.kept = folder is not None
         self._store = ProgramStore(folder)
         self._devices = list(mesh.devices.flat)
         self._compiler = json.dumps(describe_compiler(mesh))
@@ -48,14 +56,16 @@ class Executables:
         import_kernel_libraries(blueprint.platform)
         in_tree, out_tree = _trees(program)
         try:
-            return deserialize_and_load(data, in_tree, out_tree, self._devices[0].client, self._devices)
+            compiled = deserialize_and_load(data, in_tree, out_tree, self._devices[0].client, self._devices)
         except Exception as error:  # whatever JAX, pickle or XLA say: it can be compiled again
             logger.warning("%s has to be compiled again: %s: %s", key.name, type(error).__name__, str(error).splitlines()[:1])
             return None
+        monitoring.record_event(FOUND_EVENT)
+        return compiled
 
     def keep(self, blueprint: Blueprint, key: ProgramKey, program: Program, compiled: Compiled) -> None:
         """Keep a program. Where that cannot be, the next start takes longer, and it is no error."""
-        if self._store.folder is None:
+        if not self.kept:
             return
         try:
             data, *trees = serialize(compiled)
@@ -64,6 +74,7 @@ class Executables:
             return
         assert tuple(trees) == _trees(program), f"the results of {key.name} are declared otherwise"
         self._store.write(self._name(blueprint, key), data)
+        monitoring.record_event(KEPT_EVENT)
 
     def _name(self, blueprint: Blueprint, key: ProgramKey) -> str:
         return blueprint.digest(f"executable {key.name} {self._compiler}")

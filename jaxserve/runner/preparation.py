@@ -7,12 +7,12 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import monitoring
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
@@ -21,7 +21,7 @@ from jaxserve.lowering_processes import LoweringFailed, LoweringProcesses
 from jaxserve.models import Architecture
 from jaxserve.pallas_kernels import attention_dtype, page_dtype
 from jaxserve.runner.blueprint import Blueprint
-from jaxserve.runner.compile import CacheMisses, use_compilation_cache
+from jaxserve.runner.compile import CacheMisses, keep_out_of_cache, use_compilation_cache
 from jaxserve.runner.config import RunnerConfig
 from jaxserve.runner.exchange import exchange_bytes
 from jaxserve.runner.executables import Executables, describe_compiler
@@ -35,7 +35,6 @@ from jaxserve.runner.programs import Program, ProgramKey, Programs
 logger = logging.getLogger(__name__)
 
 LOWERED_FOLDER = "lowered"  # in the compilation cache's
-FOUND_EVENT = "/jaxserve/executables/found"
 _COMPILE_THREADS = "compile"
 _SLOWEST_TOLD = 5  # programs
 _SECONDS_UNTOLD = 10.0
@@ -224,7 +223,6 @@ class Preparation:
         compiled = self._executables.load(programs.blueprint, key, programs[key])
         if compiled is None:
             return self._compile_when_shared(self._lowered(programs, key), programs, key)
-        monitoring.record_event(FOUND_EVENT)
         self._compile_seconds[key.name] = time.monotonic() - begin
         return compiled
 
@@ -241,7 +239,8 @@ class Preparation:
         if programs is not self._programs:
             raise CancelledError  # all has begun anew
         begin = time.monotonic()
-        compiled = self._compile(lowered, programs[key])
+        with keep_out_of_cache() if self._executables.kept else nullcontext():
+            compiled = self._compile(lowered, programs[key])
         self._compile_seconds[key.name] = time.monotonic() - begin
         self._executables.keep(programs.blueprint, key, programs[key], compiled)
         return compiled
