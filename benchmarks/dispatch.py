@@ -1,8 +1,8 @@
 """The host's time for one decode step, and what it is spent on: microseconds by mesh.
 
-    NCCL_NVLS_ENABLE=0 python -m benchmarks.dispatch FOLDER [--meshes 1x1 1x2] [--layers 8] [--trace] [--label 8b] [--results FILE]
+    NCCL_NVLS_ENABLE=0 python -m benchmarks.dispatch FOLDER [--meshes 1x1 1x2] [--rows 64] [--trace] [--label 8b] [--results FILE]
 
-FOLDER holds a config.json; the weights are random. Steps of eight rows that nobody asked for, by the programs that serve. "Idle": the
+FOLDER holds a config.json; the weights are random. Steps of some rows that nobody asked for, by the programs that serve. "Idle": the
 devices have nothing else to do, so a call's time is the host's. "In turn": as an engine does it, the next step is dispatched before
 the tokens of the one before are read. Programs that do nothing take the same arguments: what they cost is JAX's, not the model's.
 Figures are medians. With --trace what the host's threads did in TRACED steps is told, and how long the devices' streams were busy;
@@ -37,7 +37,7 @@ from jaxserve.runner.state import allocate_state
 from jaxserve.weights import ModelSource
 from jaxserve.weights.loader import open_model
 
-ROWS, TOKENS, KV_BYTES = 8, 32, 1 << 28
+KV_BYTES = 1 << 28
 RUNS, TURNS, TRACED = 50, 200, 20
 SHOWN = 14  # of a thread's events
 GRAPHS_STAY_ON = "--xla_enable_command_buffers_during_profiling=true"
@@ -51,7 +51,7 @@ class Steps:
         self._executor = Executor(model, mesh, config, preparation)
         self._executor.warmup()
         buckets = Buckets.for_platform(mesh.devices.flat[0].platform, config.max_batch_size, config.max_batch_tokens)
-        bucket = buckets.pick(ROWS, ROWS)
+        bucket = buckets.pick(config.max_batch_size, config.max_batch_size)
         self._key = ProgramKey("step" if bucket in buckets.whole else "forward", bucket)
         self._logit_rows = buckets.logit_rows(bucket)
         num_groups = len(self._executor.plan.num_pages)
@@ -70,7 +70,7 @@ class Steps:
 
     def dispatch(self, kind: str = "step") -> jax.Array:
         """Start a step, of one program or of two ("forward"); its tokens, whose copy to the host has begun."""
-        key = self._key if kind == "step" else self._key._replace(kind=kind)
+        key = self._key if kind == "step" else self._key._replace(kind=kind)  # which is "forward" where there is no program for all of it
         tokens = self._executor.run(key, self._packed.copy())
         if key.kind == "forward":
             tokens = self._executor.run(ProgramKey("sample", self._logit_rows))
@@ -178,13 +178,13 @@ def _tell(name: str, events: Iterable[tuple[str, float]]) -> None:
         print(f"  {duration / TRACED / 1e3:9.1f} {count[event] / TRACED:7.1f} x {event[:90]}", flush=True)
 
 
-def measure(folder: Path, mesh_name: str, trace: bool) -> dict[str, float]:
+def measure(folder: Path, mesh_name: str, num_rows: int, trace: bool) -> dict[str, float]:
     """Microseconds by what they are of, on one mesh."""
     options = EngineOptions(
         prefix_caching=False,
         max_total_tokens=1024,
-        max_batch_size=ROWS,
-        max_batch_prefill_tokens=TOKENS,
+        max_batch_size=num_rows,
+        max_batch_prefill_tokens=max(num_rows, 32),
         mesh=mesh_name,
         disable_grammar_support=True,
     )
@@ -213,6 +213,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--meshes", nargs="+", default=["1x1", "1x2"])
     parser.add_argument("--layers", type=int, default=0, help="of the model; 0: as config.json says")
+    parser.add_argument("--rows", type=int, default=8, help="of a step; beyond 8 it is two programs")
     parser.add_argument("--label", default="", help="of the shape: rows are called tp2_LABEL_dispatch_us")
     parser.add_argument("--trace", action="store_true")
     add_row_flags(parser)
@@ -225,7 +226,7 @@ def main() -> None:
         (Path(folder) / "config.json").write_text(json.dumps(shape))
         for mesh in arguments.meshes:
             begin = time.perf_counter()
-            found[mesh] = measure(Path(folder), mesh, arguments.trace)
+            found[mesh] = measure(Path(folder), mesh, arguments.rows, arguments.trace)
             print(f"--mesh {mesh}: {time.perf_counter() - begin:.0f} s", flush=True)
     rows = make_rows(arguments, jax.local_devices()[0].device_kind)
     add_rows(rows, found, arguments.label)
