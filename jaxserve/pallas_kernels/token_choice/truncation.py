@@ -28,6 +28,7 @@ _NEAREST = 1024  # the K of rows without top_k, and the largest K of those with
 _CAPACITY = 2 * _BLOCK  # tokens of a scratch row
 SCRATCH_SIZE = _CAPACITY + _BLOCK  # the last block takes what an interpreted store would write elsewhere
 _FAR = 32.0  # a distance beyond which a whole vocabulary is as nothing: 2**18 * exp(-32) < 1e-8
+_HUGE = 1e30  # a distance whose weight is 0; times infinity that would be no number
 
 
 def choose(*refs, vocab_size: int, threaded: bool):
@@ -258,20 +259,21 @@ def _truncate(whole: _Whole, scratch: _Scratch, lanes, row: Row) -> tuple[_Token
     nothing = (top_k * 0).astype(jnp.float32)  # no literal: Pallas-Triton hands none out of a branch
     infinity = nothing + jnp.inf
     widest = jnp.where(min_p > 0, -jnp.log(jnp.where(min_p > 0, min_p, 1.0)), infinity)
-    bound = _nearest_bound(lanes, jnp.where(has_top_k, top_k, _NEAREST))
+    truncates = has_top_k | has_top_p | has_typical
+    bound = lax.cond(truncates, lambda: _nearest_bound(lanes, jnp.where(has_top_k, top_k, _NEAREST)), lambda: nothing)
 
     def add(totals, _, d):
-        mass, near_mass, number, reach = totals
-        weight = jnp.exp(-d)
-        mass += jnp.where(d <= widest, weight, 0.0)
-        near_mass += jnp.where(d <= jnp.minimum(bound, widest), weight, 0.0)
-        return mass, near_mass, number + jnp.where(d <= bound, 1.0, 0.0), jnp.maximum(reach, jnp.where(d < _FAR, d, 0.0))
+        mass, near_mass, number, moment, reach = totals
+        weight = jnp.where(d <= widest, jnp.exp(-d), 0.0)
+        moment += weight * jnp.where(d < _HUGE, d, 0.0)
+        reach = jnp.maximum(reach, jnp.where(d < _FAR, d, 0.0))
+        return mass + weight, near_mass + jnp.where(d <= bound, weight, 0.0), number + jnp.where(d <= bound, 1.0, 0.0), moment, reach
 
-    *totals, reaches = whole.fold(add, (jnp.zeros((_BLOCK,), jnp.float32),) * 4)
-    (mass, near_mass, number), reach = (jnp.sum(total) for total in totals), jnp.max(reaches)
+    *totals, reaches = whole.fold(add, (jnp.zeros((_BLOCK,), jnp.float32),) * 5)
+    (mass, near_mass, number, moment), reach = (jnp.sum(total) for total in totals), jnp.max(reaches)
     # A little more than top_p: the sums are not added up in the order in which the threshold's are.
     is_enough = has_top_k | (has_top_p & (near_mass >= jnp.minimum(top_p * 1.0001, nothing + 1) * mass) & (near_mass < mass))
-    gathers = (has_top_k | has_top_p | has_typical) & (is_enough | (widest <= bound)) & (number <= _CAPACITY)
+    gathers = truncates & (is_enough | (widest <= bound)) & (number <= _CAPACITY)
     near = _Keys(nothing, bound, has_top_k | ~has_top_k)
     bits = lax.bitcast_convert_type(bound, jnp.int32)
     count = lax.cond(gathers, lambda: scratch.gather(whole, near, top_k * 0 - 1, bits), lambda: top_k * 0)
@@ -282,11 +284,12 @@ def _truncate(whole: _Whole, scratch: _Scratch, lanes, row: Row) -> tuple[_Token
         bound, mean, typical_bound, mass = carry
         wanted = jnp.where(i == 0, has_top_k, jnp.where(i == 1, has_top_p, has_typical))
 
-        def expected():
-            return _sum(tokens, lambda d: jnp.where((d <= bound) & (d < 1e30), jnp.exp(-d) * jnp.minimum(d, 1e30), 0.0)) / mass
+        def moment_within():
+            return _sum(tokens, lambda d: jnp.where(d <= bound, jnp.exp(-d), 0.0) * jnp.where(d < _HUGE, d, 0.0))
 
         def apply():
-            middle = lax.cond(i == 2, expected, lambda: mass * 0)
+            expected = lax.cond((i == 2) & (has_top_k | has_top_p), moment_within, lambda: moment) / mass
+            middle = jnp.where(i == 2, expected, 0.0)
             keys = _Keys(middle, bound, i == 0)
             target = jnp.where(i == 0, top_k.astype(jnp.float32), jnp.where(i == 1, top_p, row.typical_p) * mass)
             found, covered = tokens.covering(keys, target, mass, jnp.maximum(middle, reach - middle))
