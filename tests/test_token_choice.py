@@ -42,7 +42,9 @@ PARAMS = [
     SamplingParams(seed=13, watermark_gamma=0.3, watermark_delta=4.0, logprobs=1),
     SamplingParams(temperature=0.0, watermark_gamma=0.5, watermark_delta=6.0),
     *[SamplingParams(seed=seed, temperature=30.0, top_p=0.5) for seed in (10, 11, 12)],  # flat: the race is run again
-    *[SamplingParams(seed=14, **truncation, logprobs=1) for truncation in ({"typical_p": 0.5}, {"top_p": 0.3}, {"top_k": 3})],
+    SamplingParams(seed=14, typical_p=0.5, logprobs=1),
+    SamplingParams(seed=14, top_p=0.3, logprobs=1),
+    SamplingParams(seed=14, top_k=3, logprobs=1),
 ]
 NUM_EQUAL = 3  # the last rows have equal logits: nothing parts them, and no list holds them
 
