@@ -1,6 +1,6 @@
 """Whether serving is right on this device: logits by position, answers under load, every bucket at its edge. One start for all.
 
-    python -m benchmarks.correctness FOLDER [--parts logits load edges] [--layers 4] [--longest 16384] [--attention triton]
+    python -m benchmarks.correctness FOLDER [--parts golden logits load edges] [--layers 4] [--longest 16384] [--attention triton]
 
 FOLDER holds a config.json of a Llama; the weights are random, and the same on every --mesh: the reference always has one device.
 With the 8B's widths and 4 layers it is first held against goldens/llama_8b_4_layers.npz. `--layers 0 --parts edges --fill` is the test
@@ -31,7 +31,7 @@ from jaxserve.runner.exchange import reach_each_other
 from jaxserve.weights import ModelSource
 from jaxserve.weights.loader import open_model
 
-PARTS = ("logits", "load", "edges")
+PARTS = ("golden", "logits", "load", "edges")
 KV_GIB = 12  # where the reference needs memory beside the cache
 
 
@@ -92,21 +92,21 @@ def main() -> None:
 
         model = load(mesh)
         say("the weights are there")
-        whole = load(one) if "logits" in arguments.parts and mesh.size > 1 else model
+        whole = load(one) if {"golden", "logits"} & set(arguments.parts) and mesh.size > 1 else model
     device = mesh.devices.flat[0]
     config = RunnerConfig.from_options(options, device.platform, str(options.compilation_cache))
-    if "logits" in arguments.parts and config.kv_bytes is None:
+    if {"golden", "logits"} & set(arguments.parts) and config.kv_bytes is None:
         config = replace(config, kv_bytes=KV_GIB * 2**30)
     sums = "the kernel over peer memory" if config.peer_memory and reach_each_other(mesh) else "XLA"
     runner = ModelRunner(model, mesh, config)
     runner.warmup()
     say(f"ready on {mesh.size} x {device.device_kind}, {model.dtype}, sums by {sums}")
     good = True
+    if "golden" in arguments.parts and is_golden_shape(shape):
+        error = Reference(whole, shape).error_to_golden()
+        say(f"the reference is {error:.1e} from float64")
+        good &= error <= MAX_REFERENCE_ERROR
     if "logits" in arguments.parts:
-        if is_golden_shape(shape) and whole is model:  # on a mesh the reference is the same
-            error = Reference(whole, shape).error_to_golden()
-            say(f"the reference is {error:.1e} from float64")
-            good &= error <= MAX_REFERENCE_ERROR
         good &= check_logits(runner, config, whole, shape, min(arguments.longest, runner.max_total_tokens), say)
     info = EngineInfo(
         model_id="random",

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.plain_llama import BLOCK, GOLDEN, GOLDEN_TOKENS, Float32Llama, golden_columns, prompt_tokens
+from benchmarks.plain_llama import BLOCK, GOLDEN, GOLDEN_TOKENS, NOT_AUTOTUNED, Float32Llama, golden_columns, prompt_tokens
 from jaxserve.models import Model
 from jaxserve.request import Request, SamplingParams
 from jaxserve.runner import ModelRunner, RunnerConfig
@@ -172,14 +172,13 @@ class Reference:
 
         self._plain = Float32Llama(config, self._tensor)
 
-        @jax.jit
         def compare(hidden: jax.Array, places: jax.Array, head: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
             expected = self._logits(hidden[places], head)
             error = jnp.linalg.norm(logits - expected, axis=1) / jnp.linalg.norm(expected, axis=1)
             p, q = jax.nn.log_softmax(expected), jax.nn.log_softmax(logits)
             return error, jnp.sum(jnp.exp(p) * (p - q), axis=1)
 
-        self._compare = compare
+        self._compare = jax.jit(compare, compiler_options=NOT_AUTOTUNED)
 
     def hidden(self, prompts: Sequence[np.ndarray]) -> jax.Array:
         """Hidden states of prompts, each padded to the longest: float32 [prompts x T, hidden]."""
@@ -201,7 +200,7 @@ class Reference:
         """Relative L2 distance of the reference to the float64 golden, of all its logits and normalizers; the model must have its shape."""
         golden = np.load(GOLDEN)
         hidden = self.hidden([prompt_tokens(GOLDEN_TOKENS, self._config["vocab_size"])])
-        logits = np.asarray(jax.jit(self._logits)(hidden, self._head))
+        logits = np.asarray(jax.jit(self._logits, compiler_options=NOT_AUTOTUNED)(hidden, self._head))
         wide = logits.astype(np.float64)
         found = np.concatenate([wide[:, golden_columns(self._config["vocab_size"])], np.log(np.exp(wide).sum(axis=1))[:, None]], axis=1)
         expected = np.concatenate([golden["logits"], golden["log_sums"][:, None]], axis=1)

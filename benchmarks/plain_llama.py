@@ -16,6 +16,8 @@ import numpy as np
 
 GOLDEN = Path(__file__).parent / "goldens" / "llama_8b_4_layers.npz"
 GOLDEN_TOKENS, GOLDEN_LAYERS, GOLDEN_COLUMNS = 512, 4, 32
+# Of XLA on a GPU: its autotuner takes half a minute for the products of each length of a prompt.
+NOT_AUTOTUNED = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 BLOCK = 512  # queries whose scores are in memory at a time
 
 type Array = Any  # of numpy or jax
@@ -127,12 +129,11 @@ class Float32Llama:
         self._tensor = tensor
         plain = self._plain
 
-        @jax.jit
         def layer(x: Array, weights: Mapping[str, Array], rotation: tuple[Array, Array]) -> Array:
             with jax.default_matmul_precision("highest"):
                 return plain.layer(x, {name: weight.astype(jnp.float32) for name, weight in weights.items()}, rotation)
 
-        self._layer, self._norm = layer, jax.jit(plain.norm)
+        self._layer, self._norm = (jax.jit(function, compiler_options=NOT_AUTOTUNED) for function in (layer, plain.norm))
 
     def hidden(self, tokens: np.ndarray) -> Any:
         """Normed hidden states, a float32 array [T, hidden]."""
