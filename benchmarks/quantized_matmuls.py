@@ -27,7 +27,7 @@ from benchmarks.rows import add_row_flags, command_line, make_rows
 from jaxserve.pallas_kernels.matmul import add_parts, gated_matmul, matmul, multiply_gated
 from jaxserve.pallas_kernels.matmul.mosaic_wide import WideMatmulConfig, matmul_wide
 from jaxserve.pallas_kernels.quantized_matmul.activations import round_rows
-from jaxserve.pallas_kernels.quantized_matmul.api import quantized_matmul
+from jaxserve.pallas_kernels.quantized_matmul.api import quantized_gated_matmul, quantized_matmul
 from jaxserve.pallas_kernels.quantized_matmul.many_tokens import eight_bit_matmul
 from jaxserve.pallas_kernels.quantized_matmul.mosaic import MosaicQuantizedConfig, quantized_matmul_mosaic
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_eight_bit import MosaicEightBitConfig, eight_bit_matmul_mosaic
@@ -234,7 +234,7 @@ def _few_cuts() -> Iterator[Contender]:
     some = {
         "swiglu": ((2, 1, 128, 4, 132), (1, 1, 128, 6, 132), (1, 1, 256, 3, 132)),
         "down": ((2, 4, 128, 6, 132), (2, 4, 256, 3, 132)),
-        "qkv": ((3, 4, 128, 4, 132), (2, 2, 128, 6, 132), (1, 1, 128, 8, 132)),
+        "qkv": ((2, 2, 128, 6, 132), (1, 1, 128, 8, 132), (3, 4, 128, 4, 132)),
         "o": ((2, 4, 128, 6, 132), (1, 2, 128, 6, 132)),
     }
     for tokens, cuts in ((8, few), (64, some)):
@@ -248,8 +248,10 @@ def _few_cuts() -> Iterator[Contender]:
         yield triton(Case(kind, "gate_up", 8), 64, 16, 1, 1, 2, 4)
         yield triton(Case(kind, "qkv", 8), 64, 16, 1, 4, 2, 4)
     yield mosaic(Case("w4", "gate_up", 8), 4, 1, 8, 132)
-    for tokens, cut in ((8, (4, 1, 8, 132)), (8, (2, 1, 8, 132)), (64, (2, 1, 8, 132))):
-        yield mosaic(Case("w4", "swiglu", tokens), *cut)
+    for tokens in (16, 64):
+        yield Contender(Case("w4", "swiglu", tokens), "SwiGLU apart", lambda x, weight: multiply_gated(quantized_matmul(x, weight, BF16)))
+        yield Contender(Case("w4", "swiglu", tokens), "mosaic served", quantized_gated_matmul)
+    yield mosaic(Case("w4", "swiglu", 8), 4, 1, 8, 132)
 
 
 def multiply_rounded(x: jax.Array, weight: EightBitWeight) -> jax.Array:

@@ -202,10 +202,17 @@ def test_what_is_lowered_for_gpus(monkeypatch):
     assert plain.count(TRITON) == 1 and "dense<8>" not in plain and "stablehlo.broadcast" not in plain
     floats = abstract(eight_bit(64, 256, 1, FLOAT8, quantized_activations=True), 6144, 4096)
     # Few tokens of float8: one kernel, parts of its own, and SwiGLU within; nothing else is launched.
-    for product, shape in ((quantized_matmul_parts, (6144, 4096)), (quantized_gated_matmul, (28672, 4096))):
-        for num_tokens in (8, 64):
-            text = lowered(monkeypatch, HOPPER, num_tokens, abstract(floats, *shape), product=product)
-            assert text.count("custom_call @mosaic_gpu_v2") == 1 and TRITON not in text and "stablehlo.reduce" not in text
+    tall = abstract(floats, 28672, 4096)
+    for product, num_tokens, weight in (
+        (quantized_matmul_parts, 8, floats),
+        (quantized_matmul_parts, 64, floats),
+        (quantized_gated_matmul, 8, tall),
+    ):
+        text = lowered(monkeypatch, HOPPER, num_tokens, weight, product=product)
+        assert text.count("custom_call @mosaic_gpu_v2") == 1 and TRITON not in text and "stablehlo.reduce" not in text
+    assert "(tensor<64x4096xf8E4M3FN>, tensor<28672x4096xf8E4M3FN>)" in lowered(
+        monkeypatch, HOPPER, 64, tall, product=quantized_gated_matmul
+    )
     assert TRITON in lowered(monkeypatch, AMPERE, 16, floats)
     # Weights stay as they lie, [N, K]: cuBLASLt reads them so.
     text = lowered(monkeypatch, HOPPER, 2048, floats)

@@ -23,7 +23,7 @@ _LEAST_STAGES = 3
 _SMEM_BYTES = 225 * 1024  # of a block of Mosaic's, but for its barriers
 # From so many on, 8-bit products win where activations may be rounded and Mosaic does not take the weight; where it does, beyond so many.
 _LEAST_EIGHT_BIT_TOKENS = 33
-_MOST_UNROUNDED_TOKENS = 64
+_MOST_UNROUNDED_TOKENS = 64, 32  # the latter of weights whose rows fill all multiprocessors in tiles of 128
 _MOST_GATED_LANES = 64  # whose sums of gate and up fit into registers
 _LEAST_GATED_TOKENS = 1024  # for which SwiGLU within an 8-bit product wins
 _LEAST_SPLIT_BLOCKS = 4  # blocks of 128 columns in a share
@@ -61,7 +61,8 @@ def eight_bit_config(
     size = weight.shape[0] // halves
     if not isinstance(weight, EightBitWeight) or weight.scales.shape[0] > 1 or num_tokens > _MOST_MOSAIC_TOKENS:
         return None
-    if num_tokens > _MOST_UNROUNDED_TOKENS and takes_eight_bit_products(x, weight, gpu):
+    fills = weight.shape[0] >= 2 * HEIGHT * gpu.num_multiprocessors
+    if num_tokens > _MOST_UNROUNDED_TOKENS[fills] and takes_eight_bit_products(x, weight, gpu):
         return None
     lanes, tiles = token_tiles(num_tokens)
     few = size < _ENOUGH_BLOCKS * gpu.num_multiprocessors * HEIGHT

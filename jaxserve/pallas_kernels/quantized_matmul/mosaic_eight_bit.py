@@ -178,7 +178,9 @@ def _eight_bit_kernel(
 
     @pl.when(warpgroup < teams)
     def _compute():
-        share_registers(min(240, (512 - _FETCH_REGISTERS - _CONVERT_REGISTERS) // teams // 8 * 8), "increase")
+        # Of what the block was started with: more would be waited for forever.
+        registers = 512 // (teams + 2) // 8 * 8 * (teams + 2) - _FETCH_REGISTERS - _CONVERT_REGISTERS
+        share_registers(min(240, registers // teams // 8 * 8), "increase")
 
         def read(count):
             slot = lax.rem(count, jnp.int32(stages))
