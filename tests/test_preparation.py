@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from jax import export
+from jax import export, monitoring
 
 import jaxserve
 from jaxserve.config import EXECUTABLES_FOLDER, ModelOptions
@@ -21,6 +21,7 @@ from jaxserve.runner import ModelRunner, Preparation, RunnerConfig, make_mesh, p
 from jaxserve.runner.batch import BatchLayout
 from jaxserve.runner.blueprint import Blueprint, digest_sources
 from jaxserve.runner.buckets import Bucket
+from jaxserve.runner.compile import CACHE_HIT_EVENT
 from jaxserve.runner.kv_cache import plan_kv_cache
 from jaxserve.runner.lowering import compile_lowered, lower
 from jaxserve.runner.program_store import ProgramStore
@@ -134,6 +135,19 @@ def test_another_config_or_a_damaged_file_is_made_again(prepare, config: RunnerC
     assert sound() and len(compiled) == 2 + 8 and len(lowered) == 2
     other, lowered = prepare(replace(config, masked=True))
     assert len(dict(other.programs())) == 9 and lowered
+
+
+def test_what_xlas_own_cache_gave_is_not_kept(prepare, config: RunnerConfig, monkeypatch: pytest.MonkeyPatch):
+    def found(lowered, program, mesh):
+        monitoring.record_event(CACHE_HIT_EVENT)
+        return compile_lowered(lowered, program, mesh)
+
+    executables = Path(config.compilation_cache_dir or "") / EXECUTABLES_FOLDER
+    shutil.rmtree(executables, ignore_errors=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(preparation, "compile_lowered", found)
+        assert len(dict(prepare(config)[0].programs())) == 8
+    assert not executables.exists()
 
 
 @pytest.mark.parametrize("tensor_size", [1, 2])

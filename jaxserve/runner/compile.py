@@ -11,6 +11,9 @@ from jax._src.config import persistent_cache_min_compile_time_secs  # a thread's
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 CACHE_MISS_EVENT = "/jax/compilation_cache/cache_misses"
+CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
+# XLA's default, but said: so no older entry of its cache is found.
+OF_ITS_OWN = {"xla_embed_ir_in_executable": False}
 
 
 def use_compilation_cache(folder: str) -> None:
@@ -68,3 +71,32 @@ class CacheMisses:
 
     def _listen(self, event: str, **kwargs: str | int) -> None:
         self.count += event == CACHE_MISS_EVENT and threading.current_thread().name.startswith(self._threads)
+
+
+class CacheHits:
+    """Knows which threads XLA's persistent cache gave a program, from start() to stop()."""
+
+    def __init__(self) -> None:
+        self._threads: set[int] = set()
+        self._listening = False
+
+    def start(self) -> None:
+        """Begin to listen."""
+        monitoring.register_event_listener(self._listen)
+        self._listening = True
+
+    def stop(self) -> None:
+        """End it, where it has begun."""
+        if self._listening:
+            monitoring.unregister_event_listener(self._listen)
+            self._listening = False
+
+    def take(self) -> bool:
+        """Whether this thread was given one since it asked last."""
+        hit = (thread := threading.get_ident()) in self._threads
+        self._threads.discard(thread)
+        return hit
+
+    def _listen(self, event: str, **kwargs: str | int) -> None:
+        if event == CACHE_HIT_EVENT:
+            self._threads.add(threading.get_ident())

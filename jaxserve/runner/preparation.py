@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from jaxserve.lowering_processes import LoweringFailed, LoweringProcesses
 from jaxserve.models import Architecture
 from jaxserve.pallas_kernels import attention_dtype, page_dtype
 from jaxserve.runner.blueprint import Blueprint
-from jaxserve.runner.compile import CacheMisses, keep_out_of_cache, use_compilation_cache
+from jaxserve.runner.compile import OF_ITS_OWN, CacheHits, CacheMisses, keep_out_of_cache, use_compilation_cache
 from jaxserve.runner.config import RunnerConfig
 from jaxserve.runner.exchange import exchange_bytes
 from jaxserve.runner.executables import Executables, describe_compiler
@@ -106,7 +105,8 @@ class Preparation:
         self._told = time.monotonic()
         self._sharing: Future[None] | None = Future() if self._shares else None
         self._num_shared = 0
-        self._misses = CacheMisses(_COMPILE_THREADS)
+        self._misses, self._hits = CacheMisses(_COMPILE_THREADS), CacheHits()
+        self._hits.start()
         to_come = weights_to_come + exchange_bytes(mesh, config)
         self._bytes_left = smallest(hosts, "bytes for the KV cache", kv_cache_bytes(mesh, config.kv_bytes, to_come))
         self._temporaries = 0
@@ -187,6 +187,7 @@ class Preparation:
     def close(self) -> None:
         """End its threads and processes, whatever they do."""
         self._misses.stop()
+        self._hits.stop()
         for threads in (self._lowering, self._compiling):
             if threads is not None:
                 threads.shutdown(wait=False, cancel_futures=True)
@@ -239,10 +240,16 @@ class Preparation:
         if programs is not self._programs:
             raise CancelledError  # all has begun anew
         begin = time.monotonic()
-        with keep_out_of_cache() if self._executables.kept else nullcontext():
-            compiled = self._compile(lowered, programs[key])
+        program = programs[key]
+        if not self._executables.kept:
+            compiled = self._compile(lowered, program)
+        else:
+            self._hits.take()
+            with keep_out_of_cache():
+                compiled = self._compile(lowered, program._replace(options={**program.options, **OF_ITS_OWN}))
+            if not self._hits.take():  # serialized a second time it would lack functions
+                self._executables.keep(programs.blueprint, key, program, compiled)
         self._compile_seconds[key.name] = time.monotonic() - begin
-        self._executables.keep(programs.blueprint, key, programs[key], compiled)
         return compiled
 
     def _compile(self, lowered: bytes, program: Program) -> Compiled:
