@@ -195,7 +195,7 @@ def measure(folder: Path, mesh_name: str, num_rows: int, trace: bool) -> dict[st
     config = replace(RunnerConfig.from_options(options, platform, str(options.compilation_cache)), kv_bytes=KV_BYTES)
     steps = Steps(model, mesh, config)
     steps.in_turn()  # the first are slower
-    found = dict(zip(("a step's calls, idle", "until its tokens are on the host, idle"), steps.idle(), strict=True))
+    found: dict[str, float] = dict(zip(("a step's calls, idle", "until its tokens are on the host, idle"), steps.idle(), strict=True))
     found["the same as two programs, idle"] = steps.idle("forward")[0]
     found |= dict(zip(("a step, in turn", "its calls, in turn"), steps.in_turn(), strict=True))
     found |= dict(zip(("as two programs, in turn", "its calls, in turn (two programs)"), steps.in_turn(kind="forward"), strict=True))
