@@ -1,11 +1,12 @@
 """Perplexity of the demo model in every format that can be made while it is loaded, beside its unquantized weights.
 
     python -m benchmarks.perplexity --tokens 30000
+    python -m benchmarks.perplexity --tokens 30000 --only float32 --checkpoints /tmp/demo/gptq-64
 
 The text is Python's own reference, which every interpreter ships (pydoc_data.topics). The demo model's file is quantized itself (Q4_1):
 its weights are dequantized to float32 first, and "float32" is the model with these. "gptq" is a GPTQ checkpoint of them, of 4 bits, made
-by rounding to nearest without calibration. "kv" rows are float32 weights over a KV cache of that dtype: a token is scored by the keys
-and values that its window left there.
+by rounding to nearest without calibration; scripts/write_gptq_checkpoint.py makes calibrated ones. "kv" rows are float32 weights over a
+KV cache of that dtype: a token is scored by the keys and values that its window left there.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -33,7 +35,8 @@ ON_LOAD = ("fp8", "eetq", "bitsandbytes-nf4", "bitsandbytes-fp4")  # bitsandbyte
 
 def write_dense(folder: Path, checkpoint: GGUFCheckpoint) -> dict[str, np.ndarray]:
     """The file's model as Hugging Face's folders have it, in float32; returns its tensors."""
-    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config" and value is not None}
+    config: dict[str, Any] = {"model_type": "llama"}
+    config |= {key: value for key, value in checkpoint.config.items() if key != "quantization_config" and value is not None}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps(checkpoint.generation_config))
     shapes = checkpoint.shapes.items()
@@ -109,6 +112,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=30000)
     parser.add_argument("--only", nargs="*", default=[], help="names of the rows")
+    parser.add_argument("--checkpoints", nargs="*", type=Path, default=[], help="folders of other checkpoints of the demo model")
+    parser.add_argument("--keep", type=Path, help="a new folder for the checkpoints that are made")
     args = parser.parse_args()
     pipeline = load_pipeline(resolve_model(ModelOptions()).path)
     assert pipeline is not None, "the demo model has one"
@@ -116,8 +121,11 @@ def main() -> None:
     tokens = pipeline.encode(text, add_special_tokens=False).ids[: args.tokens]
     print(f"{len(tokens)} tokens of pydoc_data.topics, Python {sys.version.split()[0]}", flush=True)
     plain = 0.0
-    with tempfile.TemporaryDirectory() as folder:
-        for name, model, options in models(Path(folder), args.only):
+    with tempfile.TemporaryDirectory() as temporary:
+        folder: Path = args.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=args.keep is None)
+        others = ((path.name, path, {}) for path in args.checkpoints)
+        for name, model, options in chain(models(folder, args.only), others):
             found = perplexity(model, tokens, **options)
             plain = plain or found
             print(f"{name:<18} {found:9.4f} {100 * (found / plain - 1):+7.2f} %", flush=True)

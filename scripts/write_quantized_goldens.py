@@ -36,7 +36,8 @@ def weight(seed: int, rows: int = ROWS, columns: int = COLUMNS) -> torch.Tensor:
 
 def package_without_init(name: str) -> None:
     """Let submodules of a package be imported whose own __init__ needs another transformers."""
-    folder = next(Path(path) / name for path in sys.path if (Path(path) / name).is_dir())
+    place = Path(*name.split("."))
+    folder = next(Path(path) / place for path in sys.path if (Path(path) / place).is_dir())
     stub = types.ModuleType(name)
     stub.__path__ = [str(folder)]
     sys.modules[name] = stub

@@ -43,6 +43,13 @@ class Attention(nnx.Module):
         Args:
             dtype: of activations. x is of the dtype that the projection's matrix takes.
         """
+        mixed, kv = self.mix(x, rotation, kv, metadata, dtype)
+        return self.output.branch(mixed, shards), kv
+
+    def mix(
+        self, x: jax.Array, rotation: Rotation, kv: LayerKV, metadata: AttentionMetadata, dtype: jnp.dtype
+    ) -> tuple[jax.Array, LayerKV]:
+        """x [T, hidden] -> what the local heads give, [T, heads * head_dim], and the cache; as `__call__`."""
         bias = None if self.qkv.bias is None else self.qkv.bias[...]
         norms = None if self.norms is None else tuple(weight[...] for weight in self.norms)
         scales = None if self.kv_scales is None else (self.kv_scales[0][...], self.kv_scales[1][...])
@@ -60,7 +67,7 @@ class Attention(nnx.Module):
             value_scales=None if scales is None else scales[1],
             out_dtype=dtype,
         )
-        return self.output.branch(out.reshape(out.shape[0], -1), shards), kv
+        return out.reshape(out.shape[0], -1), kv
 
 
 class GatedMLP(nnx.Module):

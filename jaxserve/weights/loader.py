@@ -16,13 +16,14 @@ from jax.sharding import Mesh, NamedSharding
 from jaxserve.config import ModelOptions
 from jaxserve.errors import ModelNotFound, StartupError, UnsupportedModel
 from jaxserve.models import Architecture, Model, ModelConfig
-from jaxserve.models.formats import QuantizedMatrix, QuantizedPart
+from jaxserve.models.formats import QuantizedMatrix, QuantizedPart, by_moments
 from jaxserve.models.kv_scaling import KVScaling, is_kv_scale
 from jaxserve.models.parameters import Parameter
 from jaxserve.pallas_kernels import ScaleDtype, narrowed
 from jaxserve.weights.checkpoint import HEAD, Checkpoint, check_tensors, embeddings_are_tied
 from jaxserve.weights.dummy import random_array
 from jaxserve.weights.gguf_file import GGUFCheckpoint
+from jaxserve.weights.input_moments import input_moments
 from jaxserve.weights.quantized import load_and_quantize, load_stored, random_matrix
 from jaxserve.weights.safetensors_folder import SafetensorsCheckpoint
 from jaxserve.weights.source import ModelSource
@@ -62,13 +63,14 @@ class OpenModel:
         order = {name: i for i, name in enumerate(checkpoint.shapes if checkpoint else ())}
         by_file = sorted(parameters, key=lambda parameter: order.get(parameter.tensors[0].name, 0))
         matrices: dict[QuantizedMatrix, dict[str, jax.Array]] = {}
+        moments = self._input_moments(mesh)
         arrays: dict[Parameter | QuantizedPart, jax.Array] = {}
         for parameter in by_file:
             if isinstance(parameter, Parameter):
                 arrays[parameter] = self._load(parameter, mesh)
                 continue
             if parameter.matrix not in matrices:
-                matrices[parameter.matrix] = self._load_matrix(parameter.matrix, mesh)
+                matrices[parameter.matrix] = self._load_matrix(parameter.matrix, moments, mesh)
             arrays[parameter] = matrices[parameter.matrix][parameter.name]
         return Model(self.architecture, tuple(arrays[parameter] for parameter in parameters), self.dtype)
 
@@ -91,11 +93,19 @@ class OpenModel:
 
         return jax.make_array_from_callback(parameter.shape(shards), NamedSharding(mesh, parameter.spec), shard)
 
-    def _load_matrix(self, matrix: QuantizedMatrix, mesh: Mesh) -> dict[str, jax.Array]:
+    def _input_moments(self, mesh: Mesh) -> dict[Parameter, jax.Array]:
+        """Of the matrices whose quantization on load asks for it."""
+        schemes = self.architecture.config.quantization.schemes
+        if self.checkpoint is None or not any(scheme.stored == "dense" and by_moments(scheme.layout) for scheme in schemes):
+            return {}
+        return input_moments(self.architecture.config, lambda parameter: self._load(parameter, mesh), mesh, self.dtype)
+
+    def _load_matrix(self, matrix: QuantizedMatrix, moments: Mapping[Parameter, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
         if self.checkpoint is None:
             return random_matrix(matrix, mesh)
         if matrix.scheme.stored == "dense":
-            return load_and_quantize(matrix, self._load(matrix.dense, mesh), mesh)
+            inputs = moments[matrix.dense] if by_moments(matrix.scheme.layout) else None
+            return load_and_quantize(matrix, self._load(matrix.dense, mesh), inputs, mesh)
         return load_stored(matrix, self.checkpoint, mesh)
 
 

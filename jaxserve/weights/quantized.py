@@ -41,9 +41,13 @@ def load_stored(matrix: QuantizedMatrix, checkpoint: Checkpoint, mesh: Mesh) -> 
     return _packer(matrix.scheme.layout, mesh, spec)(unpacked)
 
 
-def load_and_quantize(matrix: QuantizedMatrix, weight: jax.Array, mesh: Mesh) -> dict[str, jax.Array]:
-    """The arrays of a dense matrix that lies on the mesh, as `matrix.dense` declares it."""
-    return _quantizer(matrix.scheme.layout, mesh, matrix.dense.spec, bool(matrix.columns.units), _spec(matrix))(weight)
+def load_and_quantize(matrix: QuantizedMatrix, weight: jax.Array, moments: jax.Array | None, mesh: Mesh) -> dict[str, jax.Array]:
+    """The arrays of a dense matrix that lies on the mesh, as `matrix.dense` declares it.
+
+    Args:
+        moments: as in `quantize`; they lie on the mesh as the matrix's columns do.
+    """
+    return _quantizer(matrix.scheme.layout, mesh, matrix.dense.spec, bool(matrix.columns.units), _spec(matrix))(weight, moments)
 
 
 def random_matrix(matrix: QuantizedMatrix, mesh: Mesh) -> dict[str, jax.Array]:
@@ -67,11 +71,14 @@ def _packer(layout: Layout, mesh: Mesh, spec: P) -> Callable[[dict[str, jax.Arra
 
 
 @functools.cache
-def _quantizer(layout: Layout, mesh: Mesh, dense: P, cut_columns: bool, spec: P) -> Callable[[jax.Array], dict[str, jax.Array]]:
-    def quantize_shard(weight: jax.Array) -> dict[str, jax.Array]:
-        return pack(quantize(weight, layout, cut_columns), layout)
+def _quantizer(
+    layout: Layout, mesh: Mesh, dense: P, cut_columns: bool, spec: P
+) -> Callable[[jax.Array, jax.Array | None], dict[str, jax.Array]]:
+    def quantize_shard(weight: jax.Array, moments: jax.Array | None) -> dict[str, jax.Array]:
+        return pack(quantize(weight, layout, cut_columns, moments), layout)
 
-    return jax.jit(jax.shard_map(quantize_shard, mesh=mesh, in_specs=dense, out_specs=spec, check_vma=False))
+    in_specs = dense, P("tensor") if cut_columns else P()
+    return jax.jit(jax.shard_map(quantize_shard, mesh=mesh, in_specs=in_specs, out_specs=spec, check_vma=False))
 
 
 @functools.cache

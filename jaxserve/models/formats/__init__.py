@@ -8,6 +8,7 @@ from jaxserve.models.formats.gguf import BLOCKS as BLOCKS
 from jaxserve.models.formats.matrices import DenseFormat as DenseFormat
 from jaxserve.models.formats.matrices import Format as Format
 from jaxserve.models.formats.matrices import make_format as make_format
+from jaxserve.models.formats.on_load import by_moments as by_moments
 from jaxserve.models.formats.on_load import quantize as quantize
 from jaxserve.models.formats.quantization import Quantization as Quantization
 from jaxserve.models.formats.quantized_matrix import QuantizedMatrix as QuantizedMatrix

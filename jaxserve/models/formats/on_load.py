@@ -1,7 +1,10 @@
 """Quantizing a dense matrix while it is loaded (`--quantize`), on the devices."""
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxserve.models.formats.scheme import Scheme
 from jaxserve.pallas_kernels import TABLES, Layout
@@ -14,14 +17,18 @@ SCHEMES = {
     "bitsandbytes-nf4": Scheme("dense", Layout("nf4", 64)),
     "bitsandbytes-fp4": Scheme("dense", Layout("fp4", 64)),
 }
+# Of a block's largest element, for its scale, where a code is an entry of a table and columns count differently.
+_FACTORS = tuple(0.6 + 0.025 * step for step in range(21))
 _LARGEST = {"int8": 127.0, "fp8": 448.0, "nf4": 1.0, "fp4": 1.0}
 
 
-def quantize(weight: jax.Array, layout: Layout, cut_columns: bool) -> dict[str, jax.Array]:
+def quantize(weight: jax.Array, layout: Layout, cut_columns: bool, moments: jax.Array | None = None) -> dict[str, jax.Array]:
     """The unpacked arrays of a weight [n, k], a shard inside `jax.shard_map`: a scale makes its group's largest element the largest code.
 
     Args:
         cut_columns: the shards have columns each: a row's scale is that of the whole row.
+        moments: float32 [k], mean squares of each column's inputs: of scales around the largest element's, those with the least error
+            of the products are taken. Such layouts have groups (`by_moments`).
     """
     n, k = weight.shape
     groups = weight.astype(jnp.float32).reshape(n, -1, layout.group_of(k))
@@ -31,9 +38,41 @@ def quantize(weight: jax.Array, layout: Layout, cut_columns: bool) -> dict[str, 
     scales = largest / jnp.float32(_LARGEST[layout.code])
     if layout.code == "fp8":
         scales = _best_scales(groups, scales, layout, cut_columns)
+    elif moments is not None:
+        scales = _scales_by_moments(groups, scales, layout, moments.reshape(1, -1, groups.shape[2]))
     # A group of zeros keeps a scale of zero, and codes of zero.
     relative = groups * jnp.where(scales > 0, jnp.float32(1) / scales, jnp.float32(0))[:, :, None]
     return {"codes": _codes(relative, layout).reshape(n, k), "scales": scales}
+
+
+def by_moments(layout: Layout) -> bool:
+    """Whether `quantize` has a use for what goes into the matrix: 4 bits are so few that it matters."""
+    return layout.code in TABLES
+
+
+def _scales_by_moments(groups: jax.Array, scales: jax.Array, layout: Layout, moments: jax.Array) -> jax.Array:
+    """Scales [n, groups], of factors times those of the largest elements, with the least squared error weighted by `moments`."""
+
+    def step(best: tuple[jax.Array, jax.Array], factor: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        chosen, least = best
+        tried = scales * factor
+        relative = groups * jnp.where(tried > 0, jnp.float32(1) / tried, jnp.float32(0))[:, :, None]
+        missed = (_values(relative, layout) * tried[:, :, None] - groups) ** 2
+        error = (missed * moments).sum(axis=2)
+        return (jnp.where(error < least, tried, chosen), jnp.minimum(error, least)), None
+
+    start = scales, jnp.full(scales.shape, jnp.inf, jnp.float32)
+    (best, _), _ = jax.lax.scan(step, start, jnp.asarray(_FACTORS, jnp.float32))
+    return best
+
+
+def _values(relative: jax.Array, layout: Layout) -> jax.Array:
+    """The nearest entries of the layout's table."""
+    table = np.sort(TABLES[layout.code])
+    values = jnp.full(relative.shape, table[0])
+    for low, high in pairwise(table):
+        values = jnp.where(relative > (low + high) / 2, high, values)
+    return values
 
 
 def _best_scales(groups: jax.Array, scales: jax.Array, layout: Layout, cut_columns: bool) -> jax.Array:
