@@ -16,25 +16,26 @@ from jaxserve.weights.loader import load_model
 
 
 def test_moments_of_a_tiny_model(tiny_checkpoint: Callable[[str], Path]) -> None:
-    """On four devices the same as on one; the first matrix's are those of the normed embeddings; every matrix of a layer has some."""
+    """On four devices and in bfloat16 about the same as on one; the first are those of normed embeddings; every matrix has some."""
     folder, found = tiny_checkpoint("llama-bias"), []
-    for tensor in (1, 4):
-        options = ModelOptions(model_id=str(folder))
+    for tensor, dtype in ((1, "float32"), (4, "bfloat16")):
+        options = ModelOptions(model_id=str(folder), dtype=dtype)
         model = load_model(resolve_model(options), options, make_mesh(tensor))
         arrays = dict(zip(model.architecture.parameters, model.leaves, strict=True))
-        found.append(input_moments(model.config, arrays.__getitem__, make_mesh(tensor), jnp.dtype("float32")))
-        by_name = {parameter.sources[0].name: np.asarray(leaf) for parameter, leaf in arrays.items()}
-        tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, TOKENS)
-        rows = by_name["model.embed_tokens.weight"][tokens]
-        normed = rows / np.sqrt((rows**2).mean(1, keepdims=True) + model.config.norm_eps) * by_name["model.layers.0.input_layernorm.weight"]
-        first = next(moments for parameter, moments in found[-1].items() if "0.self_attn.q_proj" in parameter.sources[0].name)
-        np.testing.assert_allclose(first, (normed**2).mean(0), rtol=1e-5)
+        found.append(input_moments(model.config, arrays.__getitem__, make_mesh(tensor), model.dtype))
+        if tensor == 1:
+            by_name = {parameter.sources[0].name: np.asarray(leaf) for parameter, leaf in arrays.items()}
+            rows = by_name["model.embed_tokens.weight"][np.random.default_rng(0).integers(0, model.config.vocab_size, TOKENS)]
+            normed = rows / np.sqrt((rows**2).mean(1, keepdims=True) + model.config.norm_eps)
+            normed = normed * by_name["model.layers.0.input_layernorm.weight"]
+            first = next(moments for sources, moments in found[0].items() if "0.self_attn.q_proj" in sources[0].name)
+            np.testing.assert_allclose(first, (normed**2).mean(0), rtol=1e-5)
+            assert len(found[0]) == 4 * model.config.num_layers
     one, four = found
-    assert len(one) == 4 * model.config.num_layers
     assert one.keys() == four.keys()
-    for parameter, moments in one.items():
-        assert moments.shape == (parameter.sources[0].axes[1].size,)
-        np.testing.assert_allclose(moments, four[parameter], rtol=1e-4)
+    for sources, moments in one.items():
+        assert moments.shape == (sources[0].axes[1].size,)
+        np.testing.assert_allclose(moments, four[sources], rtol=0.1)
 
 
 def test_scales_heed_what_goes_in() -> None:

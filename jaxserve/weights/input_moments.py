@@ -21,16 +21,16 @@ from jaxserve.models.decoder import Decoder, DecoderLayer, layer_prefix
 from jaxserve.models.formats import Quantization
 from jaxserve.models.kv_scaling import KVScaling
 from jaxserve.models.layers import Branch, Embedding
-from jaxserve.models.parameters import Parameter
-from jaxserve.pallas_kernels import AttentionMetadata, Shards, layer_kv_shape
+from jaxserve.models.parameters import Parameter, Source
+from jaxserve.pallas_kernels import AttentionMetadata, Shards, attention_dtype, layer_kv_shape
 
 TOKENS = 256
 _PAGE_SIZE = 16
 Load = Callable[[Parameter], jax.Array]
 
 
-def input_moments(config: ModelConfig, load: Load, mesh: Mesh, dtype: jnp.dtype) -> dict[Parameter, jax.Array]:
-    """Mean squares of the columns of each layer matrix's inputs, float32 [k], by the matrix as it is before it is quantized.
+def input_moments(config: ModelConfig, load: Load, mesh: Mesh, dtype: jnp.dtype) -> dict[tuple[Source, ...], jax.Array]:
+    """Mean squares of the columns of each layer matrix's inputs, float32 [k], by the sources of the matrix.
 
     They lie on the mesh as the columns of the matrix do. Weights are loaded a layer at a time, and let go.
 
@@ -42,14 +42,14 @@ def input_moments(config: ModelConfig, load: Load, mesh: Mesh, dtype: jnp.dtype)
     token_ids = np.random.default_rng(0).integers(0, config.vocab_size, TOKENS).astype(np.int32)
     embedding = _Declared(decoder.embedding, "")
     hidden = _embed(embedding.key, mesh, dtype)(embedding.load(load), token_ids)
-    moments: dict[Parameter, jax.Array] = {}
+    moments: dict[tuple[Source, ...], jax.Array] = {}
     for number, layer in enumerate(decoder.layers):
         declared = _Declared(layer, layer_prefix(("layers", number)))
         hidden, found = _compute(declared.key, mesh, config)(declared.load(load), hidden)
         matrices = (layer.attention.qkv, layer.attention.output, layer.mlp.gate_up, layer.mlp.down)
         for matrix, squares in zip(matrices, found, strict=True):
             (parameter,) = (leaf for leaf in jax.tree.leaves(nnx.state(matrix.matrix)))
-            moments[parameter.prefixed(declared.prefix)] = squares
+            moments[parameter.prefixed(declared.prefix).sources] = squares
     return moments
 
 
@@ -97,9 +97,10 @@ def _compute(key: tuple[Any, ...], mesh: Mesh, config: ModelConfig) -> Callable[
             write_pages=places // _PAGE_SIZE,
             write_offsets=places % _PAGE_SIZE,
         )
-        kv, shards = (jnp.zeros(shape, hidden.dtype), jnp.zeros(shape, hidden.dtype)), Shards()
-        outer, residual = layer.attention_norm(Branch(hidden), jnp.zeros_like(hidden), shards)
-        mixed, _ = layer.attention.mix(outer, config.rope(places), kv, metadata, hidden.dtype)
+        of_heads, shards = jnp.zeros(shape, attention_dtype(hidden.dtype)), Shards()
+        dtype = layer.attention.qkv.matrix.input_dtype(hidden.dtype)
+        outer, residual = layer.attention_norm(Branch(hidden), jnp.zeros_like(hidden), shards, dtype)
+        mixed, _ = layer.attention.mix(outer, config.rope(places), (of_heads, of_heads), metadata, hidden.dtype)
         inner, residual = layer.mlp_norm(layer.attention.output.branch(mixed, shards), residual, shards)
         gated = layer.mlp.gate_up.gated(inner)
         hidden = layer.mlp.down.branch(gated, shards).whole(hidden.dtype, shards) + residual

@@ -18,7 +18,7 @@ from jaxserve.errors import ModelNotFound, StartupError, UnsupportedModel
 from jaxserve.models import Architecture, Model, ModelConfig
 from jaxserve.models.formats import QuantizedMatrix, QuantizedPart, by_moments
 from jaxserve.models.kv_scaling import KVScaling, is_kv_scale
-from jaxserve.models.parameters import Parameter
+from jaxserve.models.parameters import Parameter, Source
 from jaxserve.pallas_kernels import ScaleDtype, narrowed
 from jaxserve.weights.checkpoint import HEAD, Checkpoint, check_tensors, embeddings_are_tied
 from jaxserve.weights.dummy import random_array
@@ -93,18 +93,18 @@ class OpenModel:
 
         return jax.make_array_from_callback(parameter.shape(shards), NamedSharding(mesh, parameter.spec), shard)
 
-    def _input_moments(self, mesh: Mesh) -> dict[Parameter, jax.Array]:
+    def _input_moments(self, mesh: Mesh) -> dict[tuple[Source, ...], jax.Array]:
         """Of the matrices whose quantization on load asks for it."""
         schemes = self.architecture.config.quantization.schemes
         if self.checkpoint is None or not any(scheme.stored == "dense" and by_moments(scheme.layout) for scheme in schemes):
             return {}
         return input_moments(self.architecture.config, lambda parameter: self._load(parameter, mesh), mesh, self.dtype)
 
-    def _load_matrix(self, matrix: QuantizedMatrix, moments: Mapping[Parameter, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
+    def _load_matrix(self, matrix: QuantizedMatrix, moments: Mapping[tuple[Source, ...], jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
         if self.checkpoint is None:
             return random_matrix(matrix, mesh)
         if matrix.scheme.stored == "dense":
-            inputs = moments[matrix.dense] if by_moments(matrix.scheme.layout) else None
+            inputs = moments[matrix.sources] if by_moments(matrix.scheme.layout) else None
             return load_and_quantize(matrix, self._load(matrix.dense, mesh), inputs, mesh)
         return load_stored(matrix, self.checkpoint, mesh)
 
