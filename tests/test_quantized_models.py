@@ -76,8 +76,14 @@ def test_logits_of_a_quantized_checkpoint(name: str, tmp_path: Path) -> None:
 def test_logits_of_a_checkpoint_quantized_on_load(name: str, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, "llama-bias")
     quantized = load(folder, quantize=name)
+    sharded = load(folder, 4, quantize=name)
+    if name != "bitsandbytes-nf4":
+        return check(quantized, sharded)
     # Each shard has groups of its own where codes of 4 bits are cut at 24 columns.
-    check(quantized, None if name == "bitsandbytes-nf4" else load(folder, 4, quantize=name))
+    check(quantized, None)
+    plain = logits_of(load(folder), make_mesh(1), TOKENS, 16)
+    missed = [(logits_of(one, make_mesh(shards), TOKENS, 16) - plain).std() for one, shards in ((quantized, 1), (sharded, 4))]
+    assert missed[1] == pytest.approx(missed[0], rel=0.2)
 
 
 @pytest.mark.parametrize("name", ["gptq", "mxfp4"])
