@@ -34,8 +34,10 @@ FIGURES: tuple[tuple[str, str, float | None], ...] = (
     ("8B in fp8, decode step of 64 requests", "fp8_decode_step_b64_ms", 6.26),
     ("8B in fp8, decode step of 256 requests", "fp8_decode_step_b256_ms", 16.14),
     ("8B in fp8, prefill of 8 prompts of 8192 tokens", "fp8_prefill_8x8192_tok_s", 57_000),
+    ("8B in fp8 with an fp8 cache, 1000 tokens in, 1000 out: output", "fp8_1000_1000_tok_s", None),
     ("8B in 4 bits, decode step of 1 request", "w4_decode_step_b1_ms", None),
     ("8B in 4 bits, decode step of 64 requests", "w4_decode_step_b64_ms", None),
+    ("longest gap of a stream beside prompts of 8192 tokens, --max-decode-gap-ms 60", "decode_gap_bound_60_ms", None),
     ("decode attention, 64 requests of 4k tokens", "decode_attention_b64_4k_tbps", None),
 )
 
