@@ -17,20 +17,35 @@ import json, sys, time
 from concurrent.futures import ThreadPoolExecutor
 import httpx, ray
 from ray import serve
-from jaxserve.integrations.ray_serve import app
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
 
 folder, cache, temporary, port = json.load(sys.stdin)
 few_programs = {"max_batch_size": 1, "max-batch-prefill-tokens": 32, "max_total_tokens": "240", "disable_grammar_support": True}
 arguments = {"model_id": folder, "compilation_cache_dir": cache, "num_gpus": 0, **few_programs}
 told = {}
+def deploy(num_replicas):  # what `serve deploy` does with a config file, and Kubernetes' RayService
+    llm = {"name": "llm", "import_path": "jaxserve.integrations.ray_serve:app", "args": arguments}
+    schema = ServeDeploySchema(applications=[{**llm, "deployments": [{"name": "jaxserve", "num_replicas": num_replicas}]}])
+    _get_global_client().deploy_apps(schema)
+def states():
+    deployments = serve.status().applications["llm"].deployments
+    return deployments["jaxserve"].replica_states if "jaxserve" in deployments else {}
+def wait_for(num_replicas):
+    while states() != {"RUNNING": num_replicas}:
+        assert serve.status().applications["llm"].status != "DEPLOY_FAILED", serve.status()
+        time.sleep(0.3)
 ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, _temp_dir=temporary, log_to_driver=False)
 try:
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(app({**arguments, "num_replicas": "2"}), name="llm")
-    told["states"] = serve.status().applications["llm"].deployments["jaxserve"].replica_states
+    deploy(1)
+    wait_for(1)
     client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
     body = {"prompt": [5, 6, 7], "max_tokens": 8, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
     told["alone"] = client.post("/v1/completions", json=body).json()["choices"][0]["token_ids"]
+    deploy(2)  # scaled to two, and the first goes on
+    told["meanwhile"] = [client.post("/v1/completions", json=body).json()["choices"][0]["token_ids"]]
+    wait_for(2)
     told["stream"] = client.post("/v1/completions", json={**body, "stream": True}).text
     told["bad"] = client.post("/v1/completions", json={**body, "n": 0}).status_code
     with ThreadPoolExecutor(8) as threads:
@@ -50,7 +65,7 @@ json.dump(told, sys.stdout)
 """
 
 
-def test_two_replicas_on_a_local_ray(tiny_checkpoint: Callable[[str], Path], few_programs_cache: Path):
+def test_a_local_ray_scales_to_two_replicas(tiny_checkpoint: Callable[[str], Path], few_programs_cache: Path):
     import socket
     import tempfile
 
@@ -73,8 +88,9 @@ def test_two_replicas_on_a_local_ray(tiny_checkpoint: Callable[[str], Path], few
     assert done == "data: [DONE]" and len(events) >= 8
     streamed = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
     assert [token for choice in streamed for token in choice["token_ids"]] == told["alone"]
-    assert told["states"] == {"RUNNING": 2}
-    assert len(told["work"]) == 2 and min(told["work"].values()) > 0 and sum(told["work"].values()) == 8 * (1 + 1 + 24)
+    assert told["meanwhile"] == [told["alone"]]
+    # All tokens are there: the first replica was not started anew.
+    assert len(told["work"]) == 2 and min(told["work"].values()) > 0 and sum(told["work"].values()) == 8 * (1 + 1 + 1 + 24)
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,7 @@ class Replica:
         try:
             await self._engines.start()
             await self._service.load_tokenizer()
+            await self._service.open()
             yield
         finally:
             self._service.close()
