@@ -59,19 +59,30 @@ def test_add_rms_norm_is_the_reference(shape, block_rows, dtype):
     assert_equal_but_for_rounding(jax.jit(call)(*arguments), jax.jit(functools.partial(add_rms_norm_reference, eps=1e-5))(*arguments))
 
 
-def test_add_rms_norm_adds_parts_up_first():
-    random = np.random.default_rng(1)
-    parts, residual, weight = normal(random, (3, 5, 96), F32), normal(random, (5, 96)), normal(random, (96,))
-    call = functools.partial(add_rms_norm_triton, eps=1e-5, config=AddRMSNormConfig(2, 4), interpret=True)
-    got = jax.jit(call)(parts, residual, weight)
-    total = parts[0] + parts[1] + parts[2]
-    assert_equal_but_for_rounding(got, jax.jit(functools.partial(add_rms_norm_reference, eps=1e-5))(total.astype(BF16), residual, weight))
-
-
 INTERPRETED = functools.partial(add_rms_norm_triton, config=AddRMSNormConfig(2, 4), interpret=True)
+IMPLEMENTATIONS = pytest.mark.parametrize("add", [add_rms_norm_reference, INTERPRETED], ids=["reference", "kernel"])
 
 
-@pytest.mark.parametrize("add", [add_rms_norm_reference, INTERPRETED], ids=["reference", "kernel"])
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_add_rms_norm_rounds_only_the_whole_sum(add, dtype):
+    """Parts in bfloat16 are a float32 cut in two, as the kernel for few tokens gives them."""
+    random = np.random.default_rng(1)
+    residual, weight = normal(random, (5, 96)), normal(random, (96,))
+    parts = normal(random, (2, 5, 96), F32)
+    parts = jnp.concatenate([parts.astype(dtype), (parts - parts.astype(dtype).astype(F32)).astype(dtype)])
+    normed, total = jax.jit(functools.partial(add, eps=1e-5))(parts, residual, weight)
+    branch = np.zeros(residual.shape, np.float32)
+    for part in np.asarray(parts.astype(F32)):
+        branch = branch + part
+    expected = jnp.asarray(branch + np.asarray(residual.astype(F32))).astype(BF16)
+    np.testing.assert_array_equal(total, expected)
+    assert (np.asarray(total) != np.asarray(jnp.asarray(branch).astype(BF16) + residual)).any()  # as it would be, rounded twice
+    zero = jnp.zeros_like(residual)
+    assert_equal_but_for_rounding(normed, jax.jit(functools.partial(add_rms_norm_reference, eps=1e-5))(expected, zero, weight)[0])
+
+
+@IMPLEMENTATIONS
 def test_add_rms_norm_rounds_once_to_another_dtype_and_never_to_infinity(add):
     random = np.random.default_rng(1)
     # Sums that bfloat16 holds: whether XLA rounds others before it normalises them is its own affair.

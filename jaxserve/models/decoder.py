@@ -175,7 +175,7 @@ class Decoder(nnx.Module):
             graphdef, state = nnx.split(layer)
             x, residual, cache = _call_layer(graphdef, state, x, residual, rotation, cache, metadata[group], shards)
             caches.append(cache)
-        hidden = x.whole(residual.dtype, shards) + residual
+        hidden = x.added_to(residual, shards)
         return self.logits(hidden.at[last].get(mode="promise_in_bounds"), shards), tuple(caches), hidden
 
     def logits(self, x: jax.Array, shards: Shards) -> jax.Array:

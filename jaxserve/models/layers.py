@@ -11,7 +11,16 @@ from flax import nnx
 
 from jaxserve.models.formats import Quantization, make_format
 from jaxserve.models.parameters import Axis, Parameter, Source
-from jaxserve.pallas_kernels import Shards, add_parts, add_rms_norm, all_gather, all_reduce, all_reduce_add_rms_norm, multiply_gated
+from jaxserve.pallas_kernels import (
+    Shards,
+    add_branch,
+    add_parts,
+    add_rms_norm,
+    all_gather,
+    all_reduce,
+    all_reduce_add_rms_norm,
+    multiply_gated,
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,10 @@ class Branch:
     def whole(self, dtype: jnp.dtype, shards: Shards) -> jax.Array:
         """All of it, [T, N] in a dtype."""
         return all_reduce(self.parts, dtype, shards) if self.shared else add_parts(self.parts, dtype)
+
+    def added_to(self, residual: jax.Array, shards: Shards) -> jax.Array:
+        """The residual stream [T, N] with it; what several shards have is rounded first, as it is sent so."""
+        return add_branch(all_reduce(self.parts, residual.dtype, shards) if self.shared else self.parts, residual)
 
 
 def norm_weight(name: str, size: int) -> nnx.Param:

@@ -3,6 +3,7 @@
 Imports nothing else of jaxserve. The layout of the KV cache is private to this package.
 """
 
+from jaxserve.pallas_kernels.add_rms_norm import add_branch as add_branch
 from jaxserve.pallas_kernels.add_rms_norm import add_rms_norm as add_rms_norm
 from jaxserve.pallas_kernels.all_reduce import MAX_SHARDS as MAX_SHARDS
 from jaxserve.pallas_kernels.all_reduce import ExchangeLayout as ExchangeLayout

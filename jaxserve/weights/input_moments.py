@@ -103,7 +103,7 @@ def _compute(key: tuple[Any, ...], mesh: Mesh, config: ModelConfig) -> Callable[
         mixed, _ = layer.attention.mix(outer, config.rope(places), (of_heads, of_heads), metadata, hidden.dtype)
         inner, residual = layer.mlp_norm(layer.attention.output.branch(mixed, shards), residual, shards)
         gated = layer.mlp.gate_up.gated(inner)
-        hidden = layer.mlp.down.branch(gated, shards).whole(hidden.dtype, shards) + residual
+        hidden = layer.mlp.down.branch(gated, shards).added_to(residual, shards)
         return hidden, tuple((x.astype(jnp.float32) ** 2).mean(axis=0) for x in (outer, mixed, inner, gated))
 
     columns = P(), P("tensor"), P(), P("tensor")

@@ -25,7 +25,8 @@ def add_rms_norm(
         dtype: of the normalised sum; None: the residual's.
 
     Returns:
-        The normalised sum, and the sum in the residual's dtype: [T, K]. Parts are added up in float32 and rounded first.
+        The normalised sum, and the sum in the residual's dtype: [T, K]. Parts are added up in float32; only
+        the sum with the residual is rounded, as cuBLAS does it where XLA has it add in the product before.
 
     Raises:
         ValueError: shapes that do not fit together.

@@ -19,10 +19,20 @@ def weighted(normed: jax.Array, weight: jax.Array, dtype: jnp.dtype, out_dtype: 
     return normed.astype(dtype) * weight if dtype == out_dtype else narrowed(normed * weight.astype(jnp.float32), out_dtype)
 
 
+def add_branch(x: jax.Array, residual: jax.Array) -> jax.Array:
+    """x [T, K], or parts of it [P, T, K] that are added up in float32, plus the residual stream [T, K]; only the whole sum is rounded."""
+    return added(x if x.ndim == 2 else x.astype(jnp.float32).sum(axis=0), residual)
+
+
+def added(branch: jax.Array, residual: jax.Array) -> jax.Array:
+    """Their sum in the residual's dtype, of a branch in it or in float32; inside kernels too."""
+    # Of equal dtypes nothing is widened: XLA sees what cuBLAS can add in the product before, which does not round that either.
+    return branch + residual if branch.dtype == residual.dtype else (branch + residual.astype(branch.dtype)).astype(residual.dtype)
+
+
 def add_rms_norm_reference(
     x: jax.Array, residual: jax.Array, weight: jax.Array, eps: float, dtype: jnp.dtype | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """As `add_rms_norm`."""
-    branch = x if x.ndim == 2 else x.astype(jnp.float32).sum(axis=0).astype(residual.dtype)
-    residual = branch + residual
+    residual = add_branch(x, residual)
     return rms_norm(residual, weight, eps, dtype), residual

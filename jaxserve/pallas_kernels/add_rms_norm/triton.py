@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jaxserve.pallas_kernels.add_rms_norm.reference import weighted
+from jaxserve.pallas_kernels.add_rms_norm.reference import added, weighted
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ def _add_rms_norm_kernel(parts_ref, residual_ref, weight_ref, normed_ref, sum_re
         branch = branch.astype(jnp.float32)
         for part in range(1, num_parts):
             branch = branch + plt.load(parts_ref.at[jnp.int32(part), :, :], mask=present, other=0.0).astype(jnp.float32)
-        branch = branch.astype(residual_ref.dtype)
-    total = branch + plt.load(residual_ref.at[:, :], mask=present, other=0.0)
+    total = added(branch, plt.load(residual_ref.at[:, :], mask=present, other=0.0))
     plt.store(sum_ref.at[:, :], total, mask=present)
     wide = total.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.sum(wide * wide, axis=1) / size + eps)
