@@ -5,8 +5,8 @@
 
 The text is Python's own reference, which every interpreter ships (pydoc_data.topics). The demo model's file is quantized itself (Q4_1):
 its weights are dequantized to float32 first, and "float32" is the model with these. "gptq" is a GPTQ checkpoint of them, of 4 bits, made
-by rounding to nearest without calibration; scripts/write_gptq_checkpoint.py makes calibrated ones. "kv" rows are float32 weights over a
-KV cache of that dtype: a token is scored by the keys and values that its window left there.
+by rounding to nearest without calibration; scripts/write_calibrated_checkpoint.py makes calibrated ones. "kv" rows are float32 weights
+over a KV cache of that dtype: a token is scored by the keys and values that its window left there.
 """
 
 import argparse

@@ -66,7 +66,7 @@ class EngineOptions:
         ("auto", "fp8", "fp8_e4m3", "fp8_e4m3fn", "fp8_e5m2"),
     )
     cuda_memory_fraction: float = option(0.9, "Share of a GPU's memory that jaxserve may use.", low=0.01, high=1.0)
-    cpu_kv_cache_gib: float = option(2.0, "Memory for the KV cache when serving on the CPU, in GiB.", low=0.001)
+    cpu_kv_cache_gib: float = option(2.0, "Memory for the KV cache when serving on the CPU, in GiB.", low=0.00001)
     max_batch_size: int | None = option(None, "Most requests that run at once. Default: 32 on CPU, 256 on a GPU.", low=1)
     max_batch_prefill_tokens: int | None = option(None, "Most tokens a step computes. Default: 512 on CPU, 8192 on a GPU.", low=1)
     max_input_tokens: int | None = option(None, "Most prompt tokens of a request. Default: max-total-tokens - 1.", low=1)
@@ -210,6 +210,8 @@ def check(options: Any) -> None:
         if meta["choices"] and value not in meta["choices"]:
             raise StartupError(f"{flag} must be one of {', '.join(meta['choices'])}. Given: {value}")
         low, high = meta["low"], meta["high"]
+        if (low is not None or high is not None) and not isinstance(value, int | float):
+            raise StartupError(f"{flag} must be a number. Given: {value!r}")
         if (low is not None or high is not None) and not math.isfinite(value) and value != declared.default:
             raise StartupError(f"{flag} must be a finite number. Given: {value}")
         if low is not None and value < low:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from tqdm import tqdm
 
-from jaxserve.config import EngineOptions, ModelOptions
+from jaxserve.config import EngineOptions, ModelOptions, check
 from jaxserve.errors import GenerationFailed, InvalidRequest, StartupError
 from jaxserve.launcher.replicas import Replicas
 from jaxserve.request import (
@@ -143,6 +143,8 @@ class LLM:
             raise StartupError(f"unknown options: {', '.join(sorted(unknown))}")
         model_options = ModelOptions(model_id=model_id, **{k: v for k, v in options.items() if k in model_fields})
         engine_options = EngineOptions(**{k: v for k, v in options.items() if k in engine_fields})
+        check(model_options)
+        check(engine_options)
         source = resolve_model(model_options)
         self.tokenizer: Tokenizer = load_tokenizer(source.path, model_options.tokenizer_config_path)
         self.engines: list[Engine] = []

@@ -283,12 +283,14 @@ class EngineInfo:
         page_size: tokens a KV page.
         num_pages: pages of the first KV group.
         mesh: "1x1".
-        dtype: of the weights, "float32".
+        dtype: of activations, and of weights that are not quantized, "float32".
         device: for people, "cpu" or "NVIDIA H200".
         defaults: sampling defaults of generation_config.json (only the fields present), e.g. {"temperature": 0.6}.
         no_grammars: why SamplingParams.grammar is refused, "" where it is not.
         deterministic: a request gets the same tokens to the bit, whatever else runs.
         kv_cache_dtype: of the KV cache, as --kv-cache-dtype calls it, or JAX: "fp8_e4m3fn", "bfloat16".
+        quantization: of the weights, for people: "fp8", "gguf (Q4_1, Q8_0)"; "" if none.
+        weight_bytes: of all weights, over the devices of a replica.
     """
 
     model_id: str
@@ -307,6 +309,8 @@ class EngineInfo:
     no_grammars: str = ""
     deterministic: bool = False
     kv_cache_dtype: str = ""
+    quantization: str = ""
+    weight_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -209,6 +209,7 @@ def test_info_and_health(front_end: LiveFrontEnd):
     info = front_end.client.get("/info").json()
     assert (info["model_id"], info["max_total_tokens"], info["max_input_tokens"]) == ("double", 2048, 2047)
     assert info["deterministic"] is False
+    assert (info["quantization"], info["weight_bytes"]) == (None, 0)
     for path in ("/", "/health", "/ping", "/health/live"):
         response = front_end.client.get(path)
         assert (response.status_code, response.content) == (200, b""), path

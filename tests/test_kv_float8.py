@@ -179,6 +179,7 @@ def test_an_engine_with_a_cache_of_8_bits(tmp_path: Path):
     limits = dict(max_batch_size=2, max_batch_prefill_tokens=32, max_total_tokens=128, cpu_kv_cache_gib=0.001, page_size=8)
     with LLM(str(folder), kv_cache_dtype="fp8_e4m3fn", disable_grammar_support=True, **limits) as llm:
         assert llm.info.kv_cache_dtype == "fp8_e4m3fn"
+        assert llm.info.weight_bytes == sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
         plan = llm.engines[0]._runner._plan
         assert plan.dtype == jnp.uint8 and plan.nbytes == plan.num_pages[0] * 2 * 2 * 8 * 4 * 8  # layers, K and V, tokens, heads, sizes
         params = SamplingParams(temperature=0.0, max_tokens=6, logprobs=0, ignore_eos=True)

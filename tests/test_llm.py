@@ -158,6 +158,10 @@ def test_refusals(llm: LLM):
         llm.generate(["a", "b"], [GREEDY])
     with pytest.raises(StartupError, match="no_such_option"):
         LLM("x", no_such_option=1)
+    # As the command line refuses them, and before the model is looked for.
+    for options in ({"kv_cache_dtype": "bfloat16"}, {"quantize": "exl3"}, {"quantize": 8}, {"max_batch_size": 0}, {"max_batch_size": "8"}):
+        with pytest.raises(StartupError, match=f"--{next(iter(options)).replace('_', '-')} must be"):
+            LLM("x", **options)
 
 
 def test_a_mesh_larger_than_the_devices_is_one_line(tiny_checkpoint: Callable[[str], Path]):

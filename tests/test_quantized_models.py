@@ -16,6 +16,7 @@ from tiny_models import write_checkpoint
 from jaxserve.config import ModelOptions
 from jaxserve.errors import StartupError, WeightsError
 from jaxserve.models import Model
+from jaxserve.models.formats import read_quantization
 from jaxserve.weights import resolve_model
 from jaxserve.weights.loader import load_model
 
@@ -84,6 +85,32 @@ def test_logits_of_a_checkpoint_quantized_on_load(name: str, tmp_path: Path) -> 
     plain = logits_of(load(folder), make_mesh(1), TOKENS, 16)
     missed = [(logits_of(one, make_mesh(shards), TOKENS, 16) - plain).std() for one, shards in ((quantized, 1), (sharded, 4))]
     assert missed[1] == pytest.approx(missed[0], rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "quantize", "told"),
+    [
+        ("awq", None, "awq (int4)"),
+        ("awq", "gptq", "awq (int4)"),
+        ("awq", "marlin", "awq (int4)"),
+        ("gptq-8-desc_act", "marlin", "gptq (int8)"),
+        ("gptq", "awq", "by gptq"),
+        ("nf4-double", "bitsandbytes-nf4", "bitsandbytes nf4"),
+        ("nf4-double", "bitsandbytes-fp4", "by bitsandbytes nf4"),
+        ("fp8-block", "fp8", "fp8"),
+        ("w4a16", "fp8", "by compressed-tensors"),
+        (None, "eetq", "eetq (int8)"),
+        (None, "awq", "is not quantized"),
+        (None, None, ""),
+    ],
+)
+def test_what_tgis_names_take_and_what_is_told(name: str | None, quantize: str | None, told: str) -> None:
+    """TGI serves AWQ checkpoints under the name gptq too."""
+    config = {"quantization_config": CONFIGS[name]} if name else {}
+    try:
+        assert read_quantization(config, quantize).description == told
+    except StartupError as error:
+        assert quantize is not None and f"--quantize {quantize}: " in str(error) and told in str(error)
 
 
 @pytest.mark.parametrize("name", ["gptq", "mxfp4"])

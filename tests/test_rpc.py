@@ -130,6 +130,8 @@ def test_info_and_stats_round_trip():
         {"temperature": 0.6, "top_k": 20},
         deterministic=True,
         kv_cache_dtype="fp8_e5m2",
+        quantization="gguf (Q4_1, Q8_0)",
+        weight_bytes=2**33,
     )
     read = wire.info_from(wire.info_message(info))
     assert read == info

@@ -287,6 +287,23 @@ def test_weights_of_another_folder_and_rope_scaling(llama: Path, tmp_path: Path)
     assert scaled.rope.frequencies == pytest.approx([frequency / 2 for frequency in plain.rope.frequencies])
 
 
+def test_folders_of_gguf_files(llama: Path, tmp_path: Path) -> None:
+    """One file is the model; of several the user names one, whose name may have spaces and capital letters."""
+    folder = tmp_path / "my models.gguf"
+    folder.mkdir()
+    first = folder / "Tiny Q4_0.GGUF"
+    first.write_bytes(b"")
+    for model_id in (folder, first):
+        source = resolve_model(ModelOptions(model_id=str(model_id)))
+        assert source.path == first and source.is_gguf
+    (folder / "b.gguf").write_bytes(b"")
+    with pytest.raises(ModelNotFound, match=r"has 2 \.gguf files and no config\.json: .* \(Tiny Q4_0\.GGUF, b\.gguf\)"):
+        resolve_model(ModelOptions(model_id=str(folder)))
+    (folder / "config.json").write_bytes((llama / "config.json").read_bytes())
+    source = resolve_model(ModelOptions(model_id=str(folder)))
+    assert source.path == folder and not source.is_gguf
+
+
 def test_source_tells_folder_from_gguf(llama: Path) -> None:
     assert resolve_model(ModelOptions(model_id=str(llama))) == ModelSource(str(llama), "", llama)
     assert ModelSource("x", "", Path("x.gguf")).is_gguf

@@ -5,6 +5,7 @@ before its variable, a variable before the field's default; an empty variable co
 """
 
 import argparse
+import difflib
 import ipaddress
 import types
 import typing
@@ -27,6 +28,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
+
+    def hint(self, unknown: str) -> str:
+        """Where to look in place of a flag that there is not: at one that is called nearly so, as vLLM's --quantization."""
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        near = difflib.get_close_matches(unknown.partition("=")[0], flags, n=1, cutoff=0.7)
+        return f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
 
 
 def add_flags(parser: argparse.ArgumentParser, options: type, title: str, short: Mapping[str, str] | None = None) -> None:
@@ -83,7 +90,7 @@ def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
     """Parse; a word that no flag takes is told apart from an unknown flag."""
     parsed, rest = parser.parse_known_args(arguments)
     if rest:
-        parser.error(f"unknown {'flag' if rest[0].startswith('-') else 'argument'} {rest[0]} (see {parser.prog} --help)")
+        parser.error(f"unknown {'flag' if rest[0].startswith('-') else 'argument'} {rest[0]} ({parser.hint(rest[0])})")
     return parsed
 
 

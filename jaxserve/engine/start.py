@@ -54,8 +54,8 @@ class Start:
         """Load the weights, of which each host reads what its own devices hold."""
         begin = time.monotonic()
         model = self.opened.load(self.mesh)
-        sizes = model.nbytes / 2**30, time.monotonic() - begin, peak_memory(self.mesh)
-        logger.info("%.1f GiB of weights after %.1f s; held at most: %s", *sizes)
+        told = model.config.quantization.description or model.dtype, time.monotonic() - begin, peak_memory(self.mesh)
+        logger.info("%.2f GiB of weights, %s, after %.1f s; held at most: %s", model.nbytes / 2**30, *told)
         return model
 
 

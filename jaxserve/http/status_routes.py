@@ -79,6 +79,8 @@ def status_routes(service: Service, environment: Mapping[str, str]) -> APIRouter
             "model_device_type": told.device,
             "mesh": told.mesh,
             "kv_cache_dtype": told.kv_cache_dtype,
+            "quantization": told.quantization or None,
+            "weight_bytes": told.weight_bytes,
             "deterministic": told.deterministic,
             "max_concurrent_requests": service.max_concurrent_requests,
             "max_best_of": options.max_best_of,

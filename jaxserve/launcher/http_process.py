@@ -17,6 +17,7 @@ from jaxserve.http.service import Service
 from jaxserve.launcher.child import Control, run_child
 from jaxserve.launcher.run_folder import engine_socket, model_file
 from jaxserve.metrics import Metrics
+from jaxserve.request import EngineInfo
 from jaxserve.rpc.client import EngineClient
 from jaxserve.rpc.router import Router
 
@@ -60,7 +61,7 @@ def _run(control: Control, listening: Sequence[socket.socket]) -> None:
     )
 
     def tell_ready() -> None:
-        control.tell_ready(model=service.model_name, device=service.info.device, dtype=service.info.dtype)
+        control.tell_ready(model=service.model_name, device=service.info.device, dtype=_dtypes(service.info))
 
     unlimited = most_files == resource.RLIM_INFINITY
     most_connections = MAX_CONNECTIONS if unlimited else min(MAX_CONNECTIONS, max(most_files - OTHER_FILES, 1))
@@ -68,6 +69,10 @@ def _run(control: Control, listening: Sequence[socket.socket]) -> None:
     server.run(sockets=list(listening))
     if server.failure is not None:
         raise server.failure
+
+
+def _dtypes(info: EngineInfo) -> str:
+    return f"{info.dtype}, weights {info.quantization}" if info.quantization else info.dtype
 
 
 if __name__ == "__main__":

@@ -213,7 +213,7 @@ class Rejection(_message.Message):
     def __init__(self, number: _Optional[int] = ..., kind: _Optional[_Union[Rejection.Kind, str]] = ..., message: _Optional[str] = ..., param: _Optional[str] = ..., retry_after: _Optional[int] = ...) -> None: ...
 
 class EngineInfo(_message.Message):
-    __slots__ = ("model_id", "revision", "model_path", "vocab_size", "max_total_tokens", "max_input_tokens", "eos_token_ids", "page_size", "num_pages", "mesh", "dtype", "device", "defaults", "no_grammars", "deterministic", "kv_cache_dtype")
+    __slots__ = ("model_id", "revision", "model_path", "vocab_size", "max_total_tokens", "max_input_tokens", "eos_token_ids", "page_size", "num_pages", "mesh", "dtype", "device", "defaults", "no_grammars", "deterministic", "kv_cache_dtype", "quantization", "weight_bytes")
     class DefaultsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -237,6 +237,8 @@ class EngineInfo(_message.Message):
     NO_GRAMMARS_FIELD_NUMBER: _ClassVar[int]
     DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
     KV_CACHE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     revision: str
     model_path: str
@@ -253,7 +255,9 @@ class EngineInfo(_message.Message):
     no_grammars: str
     deterministic: bool
     kv_cache_dtype: str
-    def __init__(self, model_id: _Optional[str] = ..., revision: _Optional[str] = ..., model_path: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_total_tokens: _Optional[int] = ..., max_input_tokens: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., page_size: _Optional[int] = ..., num_pages: _Optional[int] = ..., mesh: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., defaults: _Optional[_Mapping[str, float]] = ..., no_grammars: _Optional[str] = ..., deterministic: _Optional[bool] = ..., kv_cache_dtype: _Optional[str] = ...) -> None: ...
+    quantization: str
+    weight_bytes: int
+    def __init__(self, model_id: _Optional[str] = ..., revision: _Optional[str] = ..., model_path: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_total_tokens: _Optional[int] = ..., max_input_tokens: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., page_size: _Optional[int] = ..., num_pages: _Optional[int] = ..., mesh: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., defaults: _Optional[_Mapping[str, float]] = ..., no_grammars: _Optional[str] = ..., deterministic: _Optional[bool] = ..., kv_cache_dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., weight_bytes: _Optional[int] = ...) -> None: ...
 
 class EngineStats(_message.Message):
     __slots__ = ("num_running", "num_waiting", "num_pages_used", "num_pages", "prefix_queries", "prefix_hits", "num_preemptions", "prompt_tokens", "output_tokens", "num_steps", "padded_tokens", "useful_tokens", "compile_events", "schedule_seconds", "dispatch_seconds", "collect_seconds", "device_seconds", "schedule_counts", "dispatch_counts", "device_counts", "collect_counts")

@@ -33,7 +33,7 @@ class ModelSource:
     @property
     def is_gguf(self) -> bool:
         """Whether `path` is one GGUF file instead of a folder."""
-        return self.path.suffix == ".gguf"
+        return _is_gguf(self.path) and not self.path.is_dir()
 
 
 def resolve_model(options: ModelOptions) -> ModelSource:
@@ -60,7 +60,9 @@ def _find(options: ModelOptions) -> ModelSource:
     # An empty id, as from an unset variable, would mean the working directory.
     path = Path(os.path.expanduser(model_id or os.devnull))
     is_file = os.path.isfile(path)
-    if os.path.isdir(path) or (is_file and path.suffix == ".gguf"):
+    if os.path.isdir(path):
+        return ModelSource(model_id, "", _gguf_inside(path) or path)
+    if is_file and _is_gguf(path):
         return ModelSource(model_id, "", path)
     if is_file:
         raise ModelNotFound(f"{model_id} is a file, but not a .gguf file")
@@ -68,3 +70,22 @@ def _find(options: ModelOptions) -> ModelSource:
         raise ModelNotFound(f"there is no file or folder {model_id!r}")
     folder = fetch_model(model_id, options.revision, with_weights=options.load_format != "dummy" and options.weights_cache_override is None)
     return ModelSource(model_id, options.revision or "", folder)
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf"
+
+
+def _gguf_inside(folder: Path) -> Path | None:
+    """The one .gguf file of a folder that has no config.json.
+
+    Raises:
+        ModelNotFound: there are several.
+    """
+    if (folder / "config.json").exists():
+        return None
+    files = sorted(path for path in folder.iterdir() if _is_gguf(path))
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files[:8])
+        raise ModelNotFound(f"{folder} has {len(files)} .gguf files and no config.json: --model-id must name one of them ({names})")
+    return files[0] if files else None

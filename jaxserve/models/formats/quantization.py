@@ -54,6 +54,13 @@ class Quantization:
         kept = tuple(_with_scales(scheme, dtype) if scheme.stored in _SCALED else scheme for scheme in self.schemes)
         return replace(self, schemes=kept)
 
+    @property
+    def description(self) -> str:
+        """For people: the method, and what it does not say of itself: "fp8", "gptq (int4)", "gguf (Q4_1, Q8_0)"; "" without one."""
+        kinds = sorted({scheme.variant if scheme.stored == "gguf" else scheme.layout.code for scheme in self.schemes})
+        told = [kind for kind in kinds if kind not in self.method]
+        return f"{self.method} ({', '.join(told)})" if told else self.method
+
     def __bool__(self) -> bool:
         return bool(self.method)
 

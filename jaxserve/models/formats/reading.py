@@ -18,7 +18,7 @@ from jaxserve.models.formats.quantization import HEAD, LINEAR, Quantization, Rul
 from jaxserve.models.formats.scheme import Scheme
 
 # Names of --quantize that take what the checkpoint has, and the methods that each of them takes.
-TAKEN = {"awq": ("awq",), "gptq": ("gptq",), "marlin": ("gptq", "awq"), "compressed-tensors": ("compressed-tensors",)}
+TAKEN = {"awq": ("awq",), "gptq": ("gptq", "awq"), "marlin": ("gptq", "awq"), "compressed-tensors": ("compressed-tensors",)}
 # Those of the others that a checkpoint may have already.
 _SAME = {
     "fp8": ("fp8", "fbgemm_fp8"),
