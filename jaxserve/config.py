@@ -28,7 +28,9 @@ def option(
 class ModelOptions:
     """Which model, and how its weights are read."""
 
-    model_id: str | None = option(None, "Hub id, local folder or .gguf file. Default: the demo model, SmolLM2-135M-Instruct.", metavar="ID")
+    model_id: str | None = option(
+        None, "Hub id, local folder or .gguf file, also ORG/NAME/FILE.gguf. Default: the demo model, SmolLM2-135M-Instruct.", metavar="ID"
+    )
     revision: str | None = option(None, "Branch, tag or commit of a hub id.")
     dtype: str = option(
         "auto",

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from tiny_models import write_checkpoint
@@ -26,7 +27,7 @@ for line in sys.stdin.read().splitlines():
     model_id, revision = line.split()
     try:
         source = resolve_model(ModelOptions(model_id=model_id, revision=None if revision == "-" else revision))
-        print(source.revision or "-", sorted(path.name for path in source.path.iterdir()))
+        print(source.revision or "-", source.path.name if source.is_gguf else sorted(path.name for path in source.path.iterdir()))
     except ModelNotFound as error:
         print("ModelNotFound:", error)
 assert "jax" not in sys.modules
@@ -44,9 +45,10 @@ def resolve(lines: list[str], cache: Path, **environment: str) -> list[str]:
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """One model, tiny/llama, that asks for a token; tiny/gated is gated, the rest is not there."""
+    """tiny/llama asks for a token, and tiny/one and tiny/two, which have GGUF files; tiny/gated is gated, the rest is not there."""
 
     folder: Path
+    gguf: ClassVar = {"one": ["config.json", "q4/Tiny.Q4_0.gguf"], "two": ["README.md", "Tiny.Q4_0.gguf", "Tiny.Q8_0.gguf"]}
 
     def do_HEAD(self) -> None:
         self.respond()
@@ -58,16 +60,22 @@ class Hub(http.server.BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         if "/tiny/gated" in path:
             return self.answer(403, b"", {"X-Error-Code": "GatedRepo"})
-        if "/tiny/llama" not in path or self.headers.get("Authorization") != "Bearer secret":
+        files = next((files for name, files in self.gguf.items() if f"/tiny/{name}" in path), None)
+        if ("/tiny/llama" not in path and files is None) or self.headers.get("Authorization") != "Bearer secret":
             return self.answer(401, b"", {"X-Error-Code": "RepoNotFound"})
         if "/revision/" in path:
             if path.endswith("/nonsense"):
                 return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
             return self.answer_json({"id": "tiny/llama", "sha": COMMIT, "siblings": []})
-        names = [*(file.name for file in self.folder.iterdir()), "original/consolidated.00.pth", "consolidated.safetensors", "photo.png"]
+        names = files or [
+            *(file.name for file in self.folder.iterdir()),
+            "original/consolidated.00.pth",
+            "consolidated.safetensors",
+            "photo.png",
+        ]
         if "/tree/" in path:
             return self.answer_json([{"type": "file", "path": n, "size": 1, "oid": f"{i:040x}"} for i, n in enumerate(names)])
-        body = (self.folder / path.rsplit("/", 1)[1]).read_bytes()
+        body = b"GGUF" if path.endswith(".gguf") else (self.folder / path.rsplit("/", 1)[1]).read_bytes()
         return self.answer(200, body, {"X-Repo-Commit": COMMIT, "ETag": f'"{hash(path) & 0xFFFFFFFF:040x}"'})
 
     def answer_json(self, value: object) -> None:
@@ -116,6 +124,25 @@ def test_hub_models(hub: str, tmp_path: Path) -> None:
         "ModelNotFound: tiny/other is not complete in the local cache, and the hub cannot be reached;"
         " a folder or a .gguf file can be served without it"
     ]
+
+
+def test_gguf_files_of_the_hub(hub: str, tmp_path: Path) -> None:
+    """A repository's only one is its model; of several one is named."""
+    asked = [
+        "tiny/one -",
+        "tiny/one/q4/Tiny.Q4_0.gguf main",
+        "tiny/two/Tiny.Q8_0.gguf -",
+        "tiny/two -",
+        "tiny/two/x.gguf -",
+        "tiny/two:8 -",
+    ]
+    only, named, other, several, absent, colon = resolve(asked, tmp_path / "cache", HF_ENDPOINT=hub, HF_TOKEN="secret")
+    assert (only, named, other) == ("- Tiny.Q4_0.gguf", "main Tiny.Q4_0.gguf", "- Tiny.Q8_0.gguf")
+    told = "(Tiny.Q4_0.gguf, Tiny.Q8_0.gguf)"
+    assert several == f"ModelNotFound: tiny/two has several .gguf files: --model-id tiny/two/FILE names one of them {told}"
+    assert absent == f"ModelNotFound: tiny/two has no file x.gguf {told}"
+    assert colon.endswith("ORG/NAME/FILE.gguf names a .gguf file of the hub")
+    assert resolve(["tiny/two/Tiny.Q8_0.gguf -", "tiny/one -"], tmp_path / "cache", HF_HUB_OFFLINE="1") == [other, only]
 
 
 @pytest.fixture

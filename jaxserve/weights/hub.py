@@ -21,13 +21,59 @@ def fetch_model(model_id: str, revision: str | None, with_weights: bool) -> Path
     Raises:
         ModelNotFound: one line saying why.
     """
+    return _download(model_id, revision, _SETTINGS + (_WEIGHTS if with_weights else []))
+
+
+def fetch_gguf(model_id: str, revision: str | None, file: str) -> Path:
+    """One .gguf file of a hub model, as `fetch_model` fetches folders.
+
+    Raises:
+        ModelNotFound: one line saying why.
+    """
+    path = _download(model_id, revision, [file]) / file
+    if not path.is_file():
+        raise ModelNotFound(f"{model_id} has no file {file}{_told(_gguf_files(model_id, revision))}")
+    return path
+
+
+def only_gguf(model_id: str, revision: str | None, folder: Path) -> str | None:
+    """The .gguf file of a hub model that has nothing else to serve; None: it has none.
+
+    Args:
+        folder: what was fetched; its files count where the hub cannot be asked.
+
+    Raises:
+        ModelNotFound: there are several.
+    """
+    files = _gguf_files(model_id, revision) or sorted(str(path.relative_to(folder)) for path in folder.rglob("*.[gG][gG][uU][fF]"))
+    if len(files) > 1:
+        raise ModelNotFound(f"{model_id} has several .gguf files: --model-id {model_id}/FILE names one of them{_told(files)}")
+    return files[0] if files else None
+
+
+def _gguf_files(model_id: str, revision: str | None) -> list[str]:
+    """Paths within a hub model; empty where the hub cannot be asked."""
+    from huggingface_hub import HfApi
+
+    try:
+        return sorted(file for file in HfApi().list_repo_files(model_id, revision=revision) if file.lower().endswith(".gguf"))
+    except Exception:  # of its HTTP library, which changes with its version; why the hub cannot be reached, fetch_model tells
+        return []
+
+
+def _told(files: list[str]) -> str:
+    return f" ({', '.join(files[:12])}{', ...' if len(files) > 12 else ''})" if files else ""
+
+
+def _download(model_id: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import constants, errors, snapshot_download
 
-    patterns = _SETTINGS + (_WEIGHTS if with_weights else [])
     try:
         return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns, ignore_patterns=_IGNORED))
     except errors.HFValidationError:
-        reason = "is neither a file, a folder nor a hub id"
+        reason = "is neither a file, a folder nor a hub id" + (
+            "; ORG/NAME/FILE.gguf names a .gguf file of the hub" if ":" in model_id else ""
+        )
     except errors.GatedRepoError:
         reason = "is a gated model: accept its terms on its page at the hub, then set HF_TOKEN to a token of that account"
     except errors.RepositoryNotFoundError:

@@ -7,7 +7,7 @@ from pathlib import Path
 from jaxserve.config import ModelOptions
 from jaxserve.errors import ModelNotFound
 from jaxserve.weights.demo import DEMO_MODEL_ID, ensure_demo_model
-from jaxserve.weights.hub import fetch_model
+from jaxserve.weights.hub import fetch_gguf, fetch_model, only_gguf
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ModelSource:
 
 
 def resolve_model(options: ModelOptions) -> ModelSource:
-    """Find a model, downloading it where need be: hub id, local folder or .gguf file; no id at all is the demo model.
+    """Find a model, downloading it where need be: hub id, local folder or .gguf file, of the hub too; no id at all is the demo model.
 
     Raises:
         ModelNotFound: one line.
@@ -66,10 +66,19 @@ def _find(options: ModelOptions) -> ModelSource:
         return ModelSource(model_id, "", path)
     if is_file:
         raise ModelNotFound(f"{model_id} is a file, but not a .gguf file")
-    if model_id.startswith((".", "/", "~")) or model_id.endswith(".gguf") or model_id.count("/") != 1:
+    organisation, name, *inside = model_id.split("/", 2) if "/" in model_id else (model_id, "")
+    in_hub = bool(inside) and _is_gguf(path)
+    if model_id.startswith((".", "/", "~")) or not name or (_is_gguf(path) and not inside) or (inside and not in_hub):
         raise ModelNotFound(f"there is no file or folder {model_id!r}")
-    folder = fetch_model(model_id, options.revision, with_weights=options.load_format != "dummy" and options.weights_cache_override is None)
-    return ModelSource(model_id, options.revision or "", folder)
+    revision = options.revision or ""
+    if in_hub:
+        return ModelSource(model_id, revision, fetch_gguf(f"{organisation}/{name}", options.revision, inside[0]))
+    with_weights = options.load_format != "dummy" and options.weights_cache_override is None
+    folder = fetch_model(model_id, options.revision, with_weights)
+    # Repositories of GGUF files often have a config.json too.
+    served = (folder / "config.json").is_file() and (not with_weights or any(folder.glob("*.safetensors")))
+    file = None if served else only_gguf(model_id, options.revision, folder)
+    return ModelSource(model_id, revision, folder if file is None else fetch_gguf(model_id, options.revision, file))
 
 
 def _is_gguf(path: Path) -> bool:
