@@ -6,6 +6,7 @@ this reader takes 0.05 s, and several processes start with it.
 
 import mmap
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,14 +66,24 @@ class _Reader:
         magic, version, num_tensors, num_pairs = self._unpack("4sIQQ")
         if magic != b"GGUF" or version not in (2, 3):
             raise ValueError(magic, version)
-        metadata = {self._string(): self._value(self._unpack("I")[0]) for _ in range(num_pairs)}
-        infos = {self._string(): self._tensor() for _ in range(num_tensors)}
+        metadata = self._entries(num_pairs, lambda: self._value(self._unpack("I")[0]))
+        infos = self._entries(num_tensors, self._tensor)
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(alignment)
         start = -(-self._offset // alignment) * alignment
         tensors = {name: GGUFTensor(shape, kind, start + offset) for name, (shape, kind, offset) in infos.items()}
         return GGUFHeader(metadata, tensors)
+
+    def _entries(self, count: int, read: Callable[[], Any]) -> dict[str, Any]:
+        """Values by the name before each; a name that comes twice is an error, as which one is meant nobody knows."""
+        entries: dict[str, Any] = {}
+        for _ in range(count):
+            name = self._string()
+            if name in entries:
+                raise ValueError(name)
+            entries[name] = read()
+        return entries
 
     def _unpack(self, layout: str) -> tuple[Any, ...]:
         values = struct.unpack_from("<" + layout, self._data, self._offset)

@@ -20,6 +20,7 @@ from jaxserve.errors import StartupError, UnsupportedModel, WeightsError
 from jaxserve.gguf_header import GGUFHeader, GGUFTensor
 from jaxserve.models import Model
 from jaxserve.weights import resolve_model
+from jaxserve.weights.gguf_config import config_of_gguf
 from jaxserve.weights.gguf_file import GGUFCheckpoint
 from jaxserve.weights.loader import load_model, read_config
 
@@ -128,6 +129,7 @@ def test_other_quantization_types_are_those_of_the_gguf_package(kind: str, tmp_p
         ({"rope.scaling.type": "yarn"}, "rope.scaling.factor is missing"),
         ({"embedding_length": "wide"}, "embedding_length"),
         ({"block_count": None}, "block_count is missing"),
+        ({"block_count": 2**31 - 1}, "2147483647 layers are not supported"),
     ],
 )
 def test_metadata_that_is_refused(metadata: dict[str, Any], message: str, tmp_path: Path, tensors: Tensors) -> None:
@@ -142,6 +144,8 @@ def test_architectures_and_tensors_that_are_not_known(tmp_path: Path, tensors: T
     whole.write_bytes(whole.read_bytes().replace(b"llama", b"bloom"))
     with pytest.raises(UnsupportedModel, match="GGUF architecture 'bloom' is not supported"):
         load(whole)
+    with pytest.raises(UnsupportedModel, match=r"GGUF architecture \['llama'\] is not supported"):
+        config_of_gguf(GGUFHeader({"general.architecture": ["llama"]}, {}), None)
     few = {name: tensor for name, tensor in tensors("llama").items() if "layers.1.mlp" not in name}
     with pytest.raises(WeightsError, match=r"missing: model\.layers\.1\.mlp"):
         load(write_gguf(tmp_path / "few.gguf", "llama", few))
@@ -157,6 +161,19 @@ def test_truncated_files(share: float, tmp_path: Path, tensors: Tensors) -> None
     with pytest.raises(WeightsError, match="damaged") as caught:
         load(path)
     assert "\n" not in str(caught.value)
+
+
+def test_what_comes_twice_is_damage(tmp_path: Path, tensors: Tensors) -> None:
+    """Which of two is meant nobody knows: tensors or keys of one name, and a tensor under two names."""
+    other = np.ones((64, 64), np.float32)
+    path = write_gguf(tmp_path / "model.gguf", "llama", tensors("llama"), extra={"model.layers.0.self_attn.q_proj.weight": other})
+    with pytest.raises(WeightsError, match="a tensor under two names"):
+        load(path)
+    for name, twin in ((b"blk.1.attn_q.weight", b"blk.0.attn_q.weight"), (b"llama.rope.freq_base", b"llama.context_length")):
+        path = write_gguf(tmp_path / "model.gguf", "llama", tensors("llama"))
+        path.write_bytes(path.read_bytes().replace(name, twin))
+        with pytest.raises(WeightsError, match="damaged"):
+            load(path)
 
 
 def test_damaged_headers_never_give_a_traceback(tmp_path: Path, tensors: Tensors) -> None:

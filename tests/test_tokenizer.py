@@ -170,11 +170,18 @@ def test_gguf_files_that_cannot_be_used_are_one_line(tmp_path: Path):
         ({"model": "bert"}, "'bert'"),
         ({"merges": None}, "merges"),
         ({"tokens": None}, "tokens"),
+        ({"tokens": 5}, "no usable tokenizer"),
+        ({"merges": ["abc"]}, "no usable tokenizer"),
+        ({"merges": ["zz qq"]}, "out of vocabulary"),
+        ({"token_type": [1, 1]}, "no usable tokenizer"),
+        ({"bos_token_id": "one"}, "'one' is no token id"),
+        ({"chat_templates": ["a"]}, "chat_template.a"),
     ):
         expected = UnsupportedModel if "pre" in fields or "model" in fields else StartupError
         bad = write_gguf(tmp_path / f"{message}.gguf", "gpt2", small_tokenizers.byte_level(), **fields)
-        with pytest.raises(expected, match=message):
+        with pytest.raises(expected, match=message) as caught:
             load_tokenizer(bad)
+        assert "\n" not in str(caught.value)
 
 
 def test_folders_that_cannot_be_used_are_one_line(tmp_path: Path):

@@ -93,6 +93,8 @@ class ModelConfig:
         fields = Fields({**family.defaults, **config}, "config.json")
         _refuse(fields)
         num_layers, num_heads = fields.integer("num_hidden_layers"), fields.integer("num_attention_heads")
+        if num_layers > _MOST_LAYERS:  # each is declared before a tensor is looked for
+            raise UnsupportedModel(f"config.json: {num_layers} layers are not supported (up to {_MOST_LAYERS} are)")
         num_kv_heads = fields.integer("num_key_value_heads", num_heads)
         if num_heads % num_kv_heads:
             raise UnsupportedModel(f"config.json: {num_heads} attention heads cannot share {num_kv_heads} KV heads")
@@ -128,6 +130,7 @@ class ModelConfig:
         )
 
 
+_MOST_LAYERS = 1024
 _SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 
 

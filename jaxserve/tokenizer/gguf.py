@@ -5,7 +5,8 @@ source (src/llama-vocab.cpp).
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,10 @@ def load_gguf_tokenizer(path: Path) -> Any:
         UnsupportedModel: a kind of tokenizer that no code here builds.
     """
     metadata = read_gguf_header(path).metadata
-    try:
+    with _told(path):
         backend = build_gguf_tokenizer(metadata)
         names = {
-            name: metadata["tokenizer.ggml.tokens"][metadata[key]]
+            name: metadata["tokenizer.ggml.tokens"][_index(metadata[key])]
             for name, key in {
                 "bos_token": "tokenizer.ggml.bos_token_id",
                 "eos_token": "tokenizer.ggml.eos_token_id",
@@ -62,29 +63,47 @@ def load_gguf_tokenizer(path: Path) -> Any:
             }.items()
             if key in metadata
         }
-    except (KeyError, IndexError) as error:
-        raise StartupError(f"{path} has no usable tokenizer: {error.args[0]}") from error
+        template = _chat_template(metadata)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, chat_template=_chat_template(metadata), clean_up_tokenization_spaces=False, **names
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, clean_up_tokenization_spaces=False, **names)
 
 
 def load_gguf_pipeline(path: Path) -> Tokenizer:
     """The `tokenizers` pipeline of a file. Raises as load_gguf_tokenizer."""
+    metadata = read_gguf_header(path).metadata
+    with _told(path):
+        return build_gguf_tokenizer(metadata)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Say in one line what is wrong with the file's tokenizer, whatever its values, of whatever type, make this code raise."""
     try:
-        return build_gguf_tokenizer(read_gguf_header(path).metadata)
-    except (KeyError, IndexError) as error:
-        raise StartupError(f"{path} has no usable tokenizer: {error.args[0]}") from error
+        yield
+    except UnsupportedModel:
+        raise
+    except Exception as error:
+        raise StartupError(f"{path} has no usable tokenizer: {' '.join(str(error).split())[:200] or type(error).__name__}") from error
+
+
+def _index(token_id: Any) -> int:
+    """A token's place in the list of all.
+
+    Raises:
+        IndexError: it is none.
+    """
+    if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
+        raise IndexError(f"{token_id!r:.80} is no token id")
+    return token_id
 
 
 def build_gguf_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
     """The `tokenizers` pipeline that a file's metadata describes.
 
     Raises:
-        KeyError: a key is missing.
+        KeyError: a key is missing; other exceptions where values are of the wrong kind.
         UnsupportedModel: `tokenizer.ggml.model` or `.pre` names one that no code here builds.
     """
     model = metadata["tokenizer.ggml.model"]
@@ -103,7 +122,7 @@ def build_gguf_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
     backend.add_special_tokens(special)
     backend.add_tokens(plain)
     added = {
-        name: (tokens[metadata[f"tokenizer.ggml.{name}_token_id"]], metadata[f"tokenizer.ggml.{name}_token_id"])
+        name: (tokens[_index(metadata[f"tokenizer.ggml.{name}_token_id"])], metadata[f"tokenizer.ggml.{name}_token_id"])
         for name, default in (("bos", add_bos), ("eos", False))
         if metadata.get(f"tokenizer.ggml.add_{name}_token", default)
     }
@@ -149,6 +168,8 @@ def _sentencepiece(metadata: dict[str, Any]) -> tuple[Tokenizer, bool]:
 def _chat_template(metadata: dict[str, Any]) -> str | dict[str, str] | None:
     """The file's template, or all of them by name if there are several."""
     default = metadata.get("tokenizer.chat_template")
+    if not isinstance(default, str | None):
+        raise TypeError(f"tokenizer.chat_template is {default!r:.80}")
     named = {name: metadata[f"tokenizer.chat_template.{name}"] for name in metadata.get("tokenizer.chat_templates", ())}
     if not named:
         return default

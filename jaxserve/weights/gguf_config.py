@@ -24,7 +24,7 @@ def config_of_gguf(header: GGUFHeader, rope_divisors: Sequence[float] | None) ->
     """
     metadata, tensors = header.metadata, header.tensors
     name = metadata.get("general.architecture")
-    if name not in _ARCHITECTURES:
+    if not isinstance(name, str) or name not in _ARCHITECTURES:
         raise UnsupportedModel(f"GGUF architecture {name!r:.80} is not supported. Supported: {', '.join(_ARCHITECTURES)}")
     prefix = f"{name}."
     fields = Fields({key.removeprefix(prefix): _common(key, value) for key, value in metadata.items() if key.startswith(prefix)}, "GGUF")

@@ -48,6 +48,8 @@ class GGUFCheckpoint:
         self.path = path
         self.header = read_gguf_header(path)
         self._tensors = {_hf_name(name): tensor for name, tensor in self.header.tensors.items() if name != _ROPE_DIVISORS}
+        if len(self._tensors) + (_ROPE_DIVISORS in self.header.tensors) != len(self.header.tensors):
+            raise WeightsError(f"{path} is damaged: it has a tensor under two names")
         self._check_extents()
         in_file_order = sorted(self._tensors.items(), key=lambda item: item[1].offset)
         self.shapes: Mapping[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in in_file_order}

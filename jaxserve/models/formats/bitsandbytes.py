@@ -18,6 +18,8 @@ from jaxserve.pallas_kernels import TABLES, Layout
 
 _BLOCK, _NESTED_BLOCK = 64, 256
 _BYTES = ("U8",)
+_OFTEN_ABSENT = ("quant_type", "nested_blocksize")
+_LARGEST_OFFSET = 1e30
 
 
 def bitsandbytes_scheme(fields: Fields) -> Scheme:
@@ -61,8 +63,8 @@ class BitsAndBytesStorage:
     def read(self, scheme: Scheme, tensors: Tensors, module: str, rows: slice, columns: slice) -> Unpacked:
         """As in `Storage`."""
         name = f"{module}.weight"
-        state = _state(tensors, f"{name}.quant_state.bitsandbytes__{scheme.layout.code}")
-        k = state["shape"][1]
+        state = _state(tensors, _state_name(scheme, module))
+        k = int(state["shape"][1])
         table = tensors.read(f"{name}.quant_map", (slice(0, 16),))
         if not np.array_equal(table, TABLES[scheme.layout.code]):
             raise WeightsError(f"{name}.quant_map is not that of {scheme.layout.code}")
@@ -81,18 +83,51 @@ class BitsAndBytesStorage:
         return {"codes": flat.reshape(-1, k)[:, columns].view(np.int8), "scales": scales[blocks - low]}
 
 
+def check_state(scheme: Scheme, tensors: Tensors, module: str, n: int, k: int) -> None:
+    """Compare the JSON object that goes with a matrix with the configuration.
+
+    Raises:
+        WeightsError: it is damaged, or tells of another shape, other blocks or another table.
+    """
+    name = _state_name(scheme, module)
+    state = _state(tensors, name)
+    wanted: dict[str, Any] = {"shape": [n, k], "blocksize": _BLOCK, "quant_type": scheme.layout.code}
+    if scheme.variant:
+        wanted["nested_blocksize"] = _NESTED_BLOCK
+        offset = state.get("nested_offset")
+        if isinstance(offset, bool) or not isinstance(offset, int | float) or not abs(offset) < _LARGEST_OFFSET:
+            raise WeightsError(f"{name}: nested_offset must be a number. Found: {offset!r:.80}")
+    for key, value in wanted.items():
+        if (found := state.get(key, value if key in _OFTEN_ABSENT else None)) != value:
+            raise WeightsError(f"{name}: {key} is {found!r:.80}, not {value!r}")
+
+
+def _state_name(scheme: Scheme, module: str) -> str:
+    return f"{module}.weight.quant_state.bitsandbytes__{scheme.layout.code}"
+
+
 def _state(tensors: Tensors, name: str) -> dict[str, Any]:
-    """The JSON object that goes with a matrix, checked."""
+    """The JSON object that goes with a matrix."""
     data = tensors.read(name, tuple(slice(0, size) for size in tensors.shapes[name]))
     try:
         state = json.loads(bytes(data.reshape(-1)))
-        nested = state.get("nested_blocksize", _NESTED_BLOCK)
-        if (state["blocksize"], nested, len(state["shape"])) != (_BLOCK, _NESTED_BLOCK, 2):
-            raise WeightsError(f"{name}: blocks of {state['blocksize']} and {nested} are not supported ({_BLOCK} and {_NESTED_BLOCK} are)")
-        float(state.get("nested_offset", 0.0))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise WeightsError(f"{name} is damaged") from None
+    except (ValueError, RecursionError):
+        state = None
+    if not isinstance(state, dict):
+        raise WeightsError(f"{name} is damaged")
     return state
+
+
+def check_weight_format(scheme: Scheme, tensors: Tensors, module: str, n: int, k: int) -> None:
+    """Refuse weights of 8 bits that lie in the order of a GPU's tiles.
+
+    Raises:
+        WeightsError: they do.
+    """
+    del scheme, n, k
+    name = f"{module}.weight_format"
+    if name in tensors.shapes and (kind := int(tensors.read(name, tuple(slice(0, 1) for _ in tensors.shapes[name])).reshape(()))) != 0:
+        raise WeightsError(f"{name} is {kind}, which is not supported (0, row after row, is)")
 
 
 class BitsAndBytesInt8Storage:

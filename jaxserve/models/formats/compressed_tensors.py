@@ -1,22 +1,28 @@
 """Checkpoints of compressed-tensors (llm-compressor): groups of modules, each with its format, and a list of modules left dense."""
 
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import regex
 
-from jaxserve.errors import UnsupportedModel
+from jaxserve.errors import UnsupportedModel, WeightsError
 from jaxserve.models.fields import Fields
 from jaxserve.models.formats.fp8 import read_scales, scale_tensors, stored_fp8
 from jaxserve.models.formats.mxfp4 import mxfp4_scheme
 from jaxserve.models.formats.packed_integers import read_packed, signed
-from jaxserve.models.formats.quantization import HEAD, LINEAR, Quantization, Rule, names_of
+from jaxserve.models.formats.quantization import HEAD, LINEAR, Quantization, Rule, compiled, names_of
 from jaxserve.models.formats.scheme import WORDS, Scheme, Tensors, Unpacked, cut_groups, sorted_columns
 from jaxserve.models.parameters import Stored
 from jaxserve.pallas_kernels import Layout
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mxfp4-pack-quantized")
+
+
+_MOST_REPEATED = 10_000
 
 
 def read_compressed_tensors(fields: Fields) -> Quantization:
@@ -46,11 +52,16 @@ def _pattern(target: str) -> str:
         return f"{LINEAR}|{HEAD}"
     if not target.startswith("re:"):
         return rf"(.*\.)?{re.escape(target)}"
+    pattern = f"(?:{target[3:]}).*"
+    # `regex` writes out what is counted, {1000} of {1000} too.
+    if math.prod(int((most or least or "1")[:9]) or 1 for least, most in re.findall(r"\{(\d*),?(\d*)\}", pattern)) > _MOST_REPEATED:
+        raise UnsupportedModel(f"config.json: quantization_config: {target[3:]!r:.80} repeats too much")
     try:
-        re.compile(target[3:])
-    except re.error as error:
+        compiled(target[3:])
+        compiled(pattern)
+    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
         raise UnsupportedModel(f"config.json: quantization_config: {target[3:]!r:.80} is no regular expression: {error}") from None
-    return f"(?:{target[3:]}).*"
+    return pattern
 
 
 def _scheme(group: Fields, form: str) -> Scheme:
@@ -135,6 +146,34 @@ class PackedStorage:
         return part
 
 
+def check_packed(scheme: Scheme, tensors: Tensors, module: str, n: int, k: int) -> None:
+    """Compare what the tensors of a module tell with the configuration.
+
+    Raises:
+        WeightsError: `weight_shape` is another one, or there are zero points that are not zero in spite of "symmetric".
+    """
+    name = f"{module}.weight_shape"
+    if name in tensors.shapes and (told := tensors.read(name, (slice(0, 2),)).tolist()) != [n, k]:
+        raise WeightsError(f"{name} is {told}, not {[n, k]}")
+    # A word of zero points that are zero: each is stored with half of the range added to it.
+    _check_zeros(scheme, tensors, f"{module}.weight_zero_point", -0x77777778 if scheme.layout.bits == 4 else -0x7F7F7F80)
+
+
+def check_int8(scheme: Scheme, tensors: Tensors, module: str, n: int, k: int) -> None:
+    """As `check_packed`; activations with a static scale have no zero point either."""
+    del n, k
+    _check_zeros(scheme, tensors, f"{module}.weight_zero_point", 0)
+    if scheme.layout.static:
+        _check_zeros(replace(scheme, layout=replace(scheme.layout, correction="none")), tensors, f"{module}.input_zero_point", 0)
+
+
+def _check_zeros(scheme: Scheme, tensors: Tensors, name: str, zero: int) -> None:
+    if scheme.layout.correction != "none" or name not in tensors.shapes:
+        return
+    if (tensors.read(name, tuple(slice(0, size) for size in tensors.shapes[name])) != zero).any():
+        raise WeightsError(f"{name} is not zero, though quantization_config says symmetric")
+
+
 class Int8Storage:
     """Integers of 8 bits: `weight` int8 [n, k], `weight_scale`, `weight_zero_point` int8 of the same shape."""
 
@@ -142,14 +181,18 @@ class Int8Storage:
         """As in `Storage`."""
         scales, *others = scale_tensors(scheme, module, n, k)
         zeros = Stored(f"{module}.weight_zero_point", scales.shape, ("I8",), optional=scheme.layout.correction == "none")
-        return (Stored(f"{module}.weight", (n, k), ("I8",)), scales, *others, zeros)
+        # Of static activations with zero points, which are not rounded here.
+        input_zeros = Stored(f"{module}.input_zero_point", (), ("I8",), optional=True)
+        return (Stored(f"{module}.weight", (n, k), ("I8",)), scales, *others, zeros, input_zeros)
 
     def read(self, scheme: Scheme, tensors: Tensors, module: str, rows: slice, columns: slice) -> Unpacked:
         """As in `Storage`."""
         part = {"codes": tensors.read(f"{module}.weight", (rows, columns)), **read_scales(scheme, tensors, module, rows, columns)}
         if scheme.layout.correction == "zero":
             name = f"{module}.weight_zero_point"
-            zeros = tensors.read(name, tuple(slice(0, size) for size in tensors.shapes[name])).reshape(-1, tensors.shapes[name][-1])
+            zeros = tensors.read(name, tuple(slice(0, size) for size in tensors.shapes[name])).reshape(
+                -1, (tensors.shapes[name] or (1,))[-1]
+            )
             whole = np.broadcast_to(zeros.astype(np.int16), (rows.stop, zeros.shape[1])) if zeros.shape[0] == 1 else zeros.astype(np.int16)
             part["zeros"] = cut_groups(whole[rows], columns, scheme)
         return part

@@ -4,6 +4,8 @@
 int32 [k] tells the group of each column. Version 1 stores each zero point less one.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from jaxserve.errors import UnsupportedModel, WeightsError
@@ -24,17 +26,33 @@ def gptq_scheme(fields: Fields) -> Scheme:
     """
     bits = fields.integer("bits")
     group = fields.integer("group_size", 128, low=-1)
-    kind = fields.values.get("checkpoint_format") or "gptq"
+    # GPTQModel has had both names.
+    kind = fields.values.get("checkpoint_format") or fields.values.get("format") or "gptq"
     if bits not in (4, 8):
         raise UnsupportedModel(f"{fields.file}: bits {bits} is not supported for GPTQ (4 and 8 are)")
     if group not in (-1, *GROUPS):
         raise UnsupportedModel(f"{fields.file}: group_size {group} is not supported (-1, 32, 64 and 128 are)")
     if kind not in ("gptq", "gptq_v2"):
         raise UnsupportedModel(f"{fields.file}: checkpoint_format {kind!r:.80} is not supported (gptq and gptq_v2 are)")
+    refuse(fields, {"format": kind, "pack_dtype": "int32", "is_marlin_format": False, "adapter": None, "rotation": None})
     symmetric = fields.boolean("sym", True)
     layout = Layout("int4" if bits == 4 else "int8", max(group, 0), "none" if symmetric else "zero", scale_dtype="float16")
     # With one group a row the order of columns changes nothing.
     return Scheme("gptq", layout, max(group, 0), ordered=group == -1 or not fields.boolean("desc_act", False), variant=kind)
+
+
+def refuse(fields: Fields, served: Mapping[str, object]) -> None:
+    """Name what a configuration asks for in another way than it is served.
+
+    Args:
+        served: by the name of the field, which may be absent, null or empty.
+
+    Raises:
+        UnsupportedModel: another value.
+    """
+    for name, value in served.items():
+        if (found := fields.values.get(name)) not in (None, "", [], {}) and found != value:
+            raise UnsupportedModel(f"{fields.file}: {name} {found!r:.80} is not supported" + ("" if value is None else f" ({value!r} is)"))
 
 
 class GPTQStorage:

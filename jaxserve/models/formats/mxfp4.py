@@ -34,8 +34,10 @@ class MXFP4Storage:
         codes, scales = _names(scheme, module)
         packed = tensors.read(codes, (rows, *(slice(0, size) for size in tensors.shapes[codes][1:])))
         halves = unpack_words(np.ascontiguousarray(packed.reshape(len(packed), -1)), 4)[:, columns]
-        exponents = tensors.read(scales, (rows, slice(0, tensors.shapes[scales][1]))).view(np.uint8).astype(np.int32) - 127
-        return {"codes": halves.view(np.int8), "scales": cut_groups(np.ldexp(np.float32(1), exponents), columns, scheme)}
+        exponents = tensors.read(scales, (rows, slice(0, tensors.shapes[scales][1]))).view(np.uint8)
+        powers = np.ldexp(np.float32(1), np.minimum(exponents, 254).astype(np.int32) - 127)
+        powers[exponents == 255] = np.nan  # as the format has it
+        return {"codes": halves.view(np.int8), "scales": cut_groups(powers, columns, scheme)}
 
 
 def _names(scheme: Scheme, module: str) -> tuple[str, str]:

@@ -1,8 +1,11 @@
 """Quantization: which matrices of a model are quantized, and how."""
 
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+
+import regex
 
 from jaxserve.errors import UnsupportedModel
 from jaxserve.models.fields import Fields
@@ -13,6 +16,7 @@ LINEAR = r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 HEAD = r"lm_head"
 # Storages that have scales in whichever dtype the checkpoint was made with.
 _SCALED = ("awq", "fp8", "gptq", "int8", "packed")
+_MATCH_SECONDS = 1.0  # a checkpoint's own regular expression may take for one name
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,17 @@ class Quantization:
     rules: tuple[Rule, ...] = ()
 
     def scheme(self, module: str) -> Scheme | None:
-        """Of the matrix of a module, by its name in the checkpoint; None: it is dense."""
+        """Of the matrix of a module, by its name in the checkpoint; None: it is dense.
+
+        Raises:
+            UnsupportedModel: a regular expression of the checkpoint does not come to an end.
+        """
         for rule in self.rules:
-            if re.fullmatch(rule.pattern, module):
+            try:
+                matches = compiled(rule.pattern).fullmatch(module, timeout=_MATCH_SECONDS)
+            except TimeoutError:
+                raise UnsupportedModel(f"config.json: quantization_config: {rule.pattern!r:.80} takes too long to match {module}") from None
+            if matches:
                 return None if rule.scheme < 0 else self.schemes[rule.scheme]
         return None
 
@@ -63,6 +75,12 @@ class Quantization:
 
     def __bool__(self) -> bool:
         return bool(self.method)
+
+
+@functools.cache  # that of `regex` forgets patterns where a list has many
+def compiled(pattern: str) -> "regex.Pattern[str]":
+    """Of a rule; checkpoints bring their own, so it must be possible to give up matching, which `re` does not offer."""
+    return regex.compile(pattern)
 
 
 def _with_scales(scheme: Scheme, dtype: ScaleDtype) -> Scheme:

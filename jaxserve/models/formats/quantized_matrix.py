@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from jaxserve.errors import WeightsError
 from jaxserve.models.formats.scheme import Scheme, Tensors, Unpacked
-from jaxserve.models.formats.storages import STORAGES
+from jaxserve.models.formats.storages import CHECKS, STORAGES
 from jaxserve.models.parameters import Axis, Parameter, Source, Stored
 from jaxserve.pallas_kernels import packed_shapes
 
@@ -86,10 +87,13 @@ class QuantizedMatrix:
         """Build one shard, reading little more than what it holds; in pieces of rows, on all cores.
 
         Raises:
-            WeightsError: the tensors contradict each other.
+            WeightsError: the tensors contradict each other or the configuration, or scales are not finite.
         """
         filled = {name: np.zeros(shape.shape, shape.dtype) for name, shape in self.unpacked_shapes(shards).items()}
         columns = self.columns.bounds(shard, shards)
+        if check := CHECKS.get(self.scheme.stored):
+            for source in self.sources:
+                check(self.scheme, tensors, _module(source), *source.shape)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda piece: self._fill(filled, tensors, columns, *piece), self._pieces(shard, shards)))
         return filled
@@ -115,10 +119,12 @@ class QuantizedMatrix:
             if name == "permutation":
                 filled[name][:] = values
             elif name == "input_scale":
+                _check_positive(_module(source), name, values)
                 # One scale serves all stacked modules: the largest, so that none of them overflows.
                 filled[name][:] = np.maximum(filled[name], values)
             else:
                 filled[name][first : first + len(values)] = values
+                _check_finite(_module(source), name, filled[name][first : first + len(values)])
 
 
 @dataclass(frozen=True)
@@ -173,3 +179,13 @@ def _of_columns(part: Unpacked, columns: slice, scheme: Scheme) -> Unpacked:
 
 def _module(source: Source) -> str:
     return source.name.removesuffix(".weight")
+
+
+def _check_finite(module: str, name: str, values: np.ndarray) -> None:
+    if name in ("scales", "minimums") and not np.isfinite(values).all():
+        raise WeightsError(f"{module} has {name} that are infinite or not numbers")
+
+
+def _check_positive(module: str, name: str, values: np.ndarray) -> None:
+    if not (np.isfinite(values).all() and (values > 0).all()):
+        raise WeightsError(f"{module}.{name} is not a number above zero")
