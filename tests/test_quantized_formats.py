@@ -254,7 +254,7 @@ def damages() -> Iterator[tuple[str, dict[str, np.ndarray], str]]:
     yield "bitsandbytes-nf4", {"weight.quant_map": np.zeros(16, np.float32)}, "not that of nf4"
     yield "bitsandbytes-nf4", {"weight.quant_state.bitsandbytes__nf4": np.zeros(9, np.uint8)}, "damaged"
     state = np.frombuffer(json.dumps({"blocksize": 128, "shape": [32, 128]}).encode(), np.uint8)
-    yield "bitsandbytes-nf4", {"weight.quant_state.bitsandbytes__nf4": state}, "blocks of 128"
+    yield "bitsandbytes-nf4", {"weight.quant_state.bitsandbytes__nf4": state}, "blocksize is 128, not 64"
 
 
 @pytest.mark.parametrize(("name", "changed", "message"), [*damages()])
