@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCKS = ("base", "test", "cuda12", "cuda13")
 # Needs packages of the machine that wrote the goldens or ran the peers; see there.
-OTHER_ENVIRONMENTS = {"write_goldens.py", "write_quantized_goldens.py", "cpu_peers.py"}
+OTHER_ENVIRONMENTS = {"write_goldens.py", "write_quantized_goldens.py", "write_calibrated_checkpoint.py", "cpu_peers.py"}
 
 # A namespace package belongs to whoever provides the part below it.
 NAMESPACES = {"google": ["protobuf"], "opentelemetry": ["opentelemetry-sdk"]}
