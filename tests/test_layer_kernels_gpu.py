@@ -96,6 +96,18 @@ def test_add_rms_norm_rounds_once_to_another_dtype_and_never_to_infinity(add):
     np.testing.assert_allclose(normed.astype(F32), np.clip(exact, -65504, 65504), rtol=2**-10, atol=1e-6)
 
 
+@IMPLEMENTATIONS
+def test_add_rms_norm_of_a_float32_residual_stream(add):
+    random = np.random.default_rng(1)
+    parts, residual, weight = normal(random, (2, 5, 96)), normal(random, (5, 96), F32), normal(random, (96,))
+    normed, total = jax.jit(functools.partial(add, eps=1e-5, dtype=F16))(parts, residual, weight)
+    assert (normed.dtype, total.dtype) == (F16, F32)
+    expected = np.asarray(parts[0], np.float32) + np.asarray(parts[1], np.float32) + np.asarray(residual)
+    np.testing.assert_array_equal(total, expected)
+    exact = expected / np.sqrt((expected**2).mean(axis=1, keepdims=True) + 1e-5) * np.asarray(weight, np.float32)
+    np.testing.assert_allclose(normed.astype(F32), exact, rtol=2**-10, atol=1e-6)
+
+
 @pytest.mark.parametrize(("num_tokens", "kernels"), [(64, 1), (65, 0)])
 def test_xla_norms_the_many_rows_of_a_gpu(num_tokens, kernels, monkeypatch):
     monkeypatch.setattr(sys.modules["jaxserve.pallas_kernels.add_rms_norm.api"], "local_gpu", lambda: Gpu(132, is_hopper=True))

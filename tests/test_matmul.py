@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from jaxserve.pallas_kernels import add_parts, gated_matmul, matmul, matmul_parts
+from jaxserve.pallas_kernels import add_parts, gated_matmul, matmul, matmul_parts, multiply_gated
 from jaxserve.pallas_kernels.gpu import Gpu
 from jaxserve.pallas_kernels.matmul import api
 from jaxserve.pallas_kernels.matmul.mosaic import MosaicMatmulConfig, matmul_mosaic
@@ -37,20 +37,22 @@ KERNEL_CASES = [
     (3, 192, 256, MosaicMatmulConfig(64, 2, 64, 2, 4), False, BF16),  # two partial sums, blocks with one chunk and with two, padded tokens
     (16, 256, 192, MosaicMatmulConfig(128, 1, 64, 2, 1), False, F16),  # one block walks all tiles
     (16, 256, 256, MosaicMatmulConfig(64, 2, 64, 2, 4, cluster=2), False, F16),
-    (5, 512, 128, MosaicMatmulConfig(128, 1, 64, 2, 4, cluster=2), True, BF16),
+    (5, 512, 128, MosaicMatmulConfig(128, 1, 64, 2, 4, cluster=2), True, F16),  # as in a bfloat16 model, which gets bfloat16
 ]
 
 
 @pytest.mark.parametrize("num_tokens, size, depth, config, gated, dtype", KERNEL_CASES)
 def test_the_kernel_for_few_tokens_multiplies(num_tokens, size, depth, config, gated, dtype):
     x, weight = (jnp.asarray(a, dtype) for a in normal(num_tokens, size, depth))
-    call = jax.jit(functools.partial(matmul_mosaic, config=config, gated=gated, interpret=True), compiler_options=UNOPTIMISED)
+    out_dtype = BF16 if gated else dtype
+    call = functools.partial(matmul_mosaic, config=config, gated=gated, out_dtype=out_dtype, interpret=True)
+    call = jax.jit(call, compiler_options=UNOPTIMISED)
     parts = call(x, weight)
     assert parts.shape == (1 if config.splits == 1 else 2 * config.splits, num_tokens, size // 2 if gated else size)
-    assert parts.dtype == x.dtype
+    assert parts.dtype == out_dtype
     out = parts.astype(jnp.float32).sum(axis=0)
     error = relative_error(out, np.asarray(x), np.asarray(weight))
-    assert error < (2.5e-3 if dtype == BF16 else 3e-4)  # half of the last bit
+    assert error < (2.5e-3 if out_dtype == BF16 else 3e-4)  # half of the last bit
 
 
 WIDE_CASES = [
@@ -63,10 +65,10 @@ WIDE_CASES = [
 
 @pytest.mark.parametrize("num_tokens, size, depth, config, gated", WIDE_CASES)
 def test_the_kernel_for_many_tokens_multiplies(num_tokens, size, depth, config, gated):
-    x, weight = (jnp.asarray(a, jnp.bfloat16) for a in normal(num_tokens, size, depth))
-    call = jax.jit(functools.partial(matmul_wide, config=config, gated=gated, interpret=True), compiler_options=UNOPTIMISED)
-    out = call(x, weight)
-    assert out.dtype == (jnp.float32 if config.splits > 1 else x.dtype)
+    x, weight = (jnp.asarray(a, F16 if gated else BF16) for a in normal(num_tokens, size, depth))
+    call = functools.partial(matmul_wide, config=config, gated=gated, out_dtype=BF16 if gated else None, interpret=True)
+    out = jax.jit(call, compiler_options=UNOPTIMISED)(x, weight)
+    assert out.dtype == (jnp.float32 if config.splits > 1 else BF16)
     out = out.astype(jnp.float32).reshape(-1, *out.shape[-2:]).sum(axis=0)
     assert out.shape == (num_tokens, size // 2 if gated else size)
     assert relative_error(out, np.asarray(x), np.asarray(weight)) < 2.5e-3
@@ -160,6 +162,16 @@ def test_a_hopper_gpu_takes_the_kernels_for_batches(monkeypatch):
         assert "mosaic_gpu_v2" not in lowered(*case)
     monkeypatch.setattr(api, "local_gpu", lambda: Gpu(108, False))
     assert "mosaic_gpu_v2" not in lowered(64, *down)
+
+
+def test_gated_in_another_dtype_is_finite():
+    """Gate and up that a product in float16 cannot hold, as a library gives them."""
+    gate = np.asarray([[np.inf, -np.inf, -np.inf, 1, 2, 60000]], np.float16)
+    up = np.asarray([[1, np.inf, 0, -np.inf, 3, 60000]], np.float16)
+    out = multiply_gated(jnp.asarray(np.concatenate([gate, up], axis=1)), jnp.dtype(BF16))
+    assert out.dtype == BF16
+    expected = [65504, 0, 0, -65504 / (1 + np.exp(-1)), 6 / (1 + np.exp(-2)), 3.6e9]
+    np.testing.assert_allclose(np.asarray(out, np.float32)[0], expected, rtol=2**-8)
 
 
 def test_parts_add_up_to_the_product():

@@ -95,7 +95,7 @@ def test_half_precision_checkpoints_are_widened_on_the_cpu(llama: Path) -> None:
     np.testing.assert_array_equal(by_name(model)[name], halves[name].astype(np.float32))
 
 
-def test_a_model_in_bfloat16_has_float16_where_attention_begins(llama: Path) -> None:
+def test_a_model_in_bfloat16_has_float16_behind_norms(llama: Path) -> None:
     halves = {name: array.astype(ml_dtypes.bfloat16) for name, array in load_file(llama / "model.safetensors").items()}
     save_file(halves, llama / "model.safetensors")
     source = ModelSource("m", "", llama)
@@ -104,11 +104,11 @@ def test_a_model_in_bfloat16_has_float16_where_attention_begins(llama: Path) -> 
         plain = load_model(source, ModelOptions(load_format=load_format), make_mesh(4), jnp.dtype(jnp.float32))
         assert model.kv_dtype == jnp.float16 and plain.kv_dtype == jnp.float32
         for name, leaf in by_name(model).items():
-            in_attention = name.endswith("self_attn.q_proj.weight")
-            assert leaf.dtype == (jnp.float16 if in_attention else jnp.bfloat16), name
+            after_norm = name.endswith(("self_attn.q_proj.weight", "mlp.gate_proj.weight"))
+            assert leaf.dtype == (jnp.float16 if after_norm else jnp.bfloat16), name
             # The numbers of a bfloat16 model, whatever they are kept in.
             expected = np.asarray(by_name(plain)[name]).astype(ml_dtypes.bfloat16).astype(np.float32)
-            np.testing.assert_allclose(np.asarray(leaf, np.float32), expected, atol=2**-25 if in_attention else 0, rtol=0, err_msg=name)
+            np.testing.assert_allclose(np.asarray(leaf, np.float32), expected, atol=2**-25 if after_norm else 0, rtol=0, err_msg=name)
 
 
 def test_dtype_follows_platform_and_checkpoint() -> None:

@@ -27,7 +27,7 @@ class Attention(nnx.Module):
         self.window = window
         self.implementation = implementation
         names = tuple(f"self_attn.{name}_proj" for name in "qkv")
-        self.qkv = Linear(names, (heads, kv_heads, kv_heads), hidden, traits.qkv_bias, place, in_attention=True)
+        self.qkv = Linear(names, (heads, kv_heads, kv_heads), hidden, traits.qkv_bias, place, after_norm=True)
         self.output = Linear(("self_attn.o_proj",), (hidden,), heads, traits.output_bias, place)
         self.norms = nnx.List([norm_weight(f"self_attn.{name}_norm", head_dim) for name in "qk"]) if traits.qk_norm else None
         self.norm_eps = config.norm_eps
@@ -36,15 +36,23 @@ class Attention(nnx.Module):
         self.kv_scales = nnx.List(scales) if scales else None
 
     def __call__(
-        self, x: jax.Array, rotation: Rotation, kv: LayerKV, metadata: AttentionMetadata, shards: Shards, dtype: jnp.dtype
+        self,
+        x: jax.Array,
+        rotation: Rotation,
+        kv: LayerKV,
+        metadata: AttentionMetadata,
+        shards: Shards,
+        dtype: jnp.dtype,
+        residual_dtype: jnp.dtype,
     ) -> tuple[Branch, LayerKV]:
-        """x [T, hidden] -> what is to be added to it, and the layer's cache with this step's keys and values in it.
+        """x [T, hidden] -> what is to be added to the residual stream, and the layer's cache with this step's keys and values in it.
 
         Args:
             dtype: of activations. x is of the dtype that the projection's matrix takes.
+            residual_dtype: of the residual stream.
         """
         mixed, kv = self.mix(x, rotation, kv, metadata, dtype)
-        return self.output.branch(mixed, shards), kv
+        return self.output.branch(mixed, shards, residual_dtype), kv
 
     def mix(
         self, x: jax.Array, rotation: Rotation, kv: LayerKV, metadata: AttentionMetadata, dtype: jnp.dtype
@@ -76,12 +84,12 @@ class GatedMLP(nnx.Module):
     def __init__(self, config: ModelConfig, place: Place):
         hidden = Axis("hidden", config.hidden_size)
         inner = Axis("feed-forward units", config.intermediate_size, units=config.intermediate_size)
-        self.gate_up = Linear(("mlp.gate_proj", "mlp.up_proj"), (inner, inner), hidden, config.traits.mlp_bias, place)
+        self.gate_up = Linear(("mlp.gate_proj", "mlp.up_proj"), (inner, inner), hidden, config.traits.mlp_bias, place, after_norm=True)
         self.down = Linear(("mlp.down_proj",), (hidden,), inner, config.traits.mlp_bias, place)
 
-    def __call__(self, x: jax.Array, shards: Shards) -> Branch:
-        """x [T, hidden] -> what is to be added to it."""
-        return self.down.branch(self.gate_up.gated(x), shards)
+    def __call__(self, x: jax.Array, shards: Shards, dtype: jnp.dtype, residual_dtype: jnp.dtype) -> Branch:
+        """x [T, hidden] -> what is to be added to the residual stream, of `residual_dtype`; `dtype` as in `Attention`."""
+        return self.down.branch(self.gate_up.gated(x, dtype), shards, residual_dtype)
 
 
 class DecoderLayer(nnx.Module):
@@ -102,12 +110,12 @@ class DecoderLayer(nnx.Module):
             x of the feed-forward network, still to be added; the residual stream; the cache with this step's keys and values in it.
         """
         with jax.named_scope("attention"):
-            dtype = self.attention.qkv.matrix.input_dtype(residual.dtype)
-            normed, residual = self.attention_norm(x, residual, shards, dtype)
-            x, kv = self.attention(normed, rotation, kv, metadata, shards, residual.dtype)
+            dtype = self.attention_norm.weight[...].dtype
+            normed, residual = self.attention_norm(x, residual, shards, self.attention.qkv.matrix.input_dtype(dtype))
+            x, kv = self.attention(normed, rotation, kv, metadata, shards, dtype, residual.dtype)
         with jax.named_scope("mlp"):
-            normed, residual = self.mlp_norm(x, residual, shards)
-            return self.mlp(normed, shards), residual, kv
+            normed, residual = self.mlp_norm(x, residual, shards, self.mlp.gate_up.matrix.input_dtype(dtype))
+            return self.mlp(normed, shards, dtype, residual.dtype), residual, kv
 
 
 @partial(jax.jit, static_argnums=0)
@@ -167,7 +175,8 @@ class Decoder(nnx.Module):
             Logits, float32 [R, vocab_size], the same on every shard; the caches with this step's keys and values; what the last layer
             gives, [T, hidden], from which `logits` makes those of any other token.
         """
-        x = self.embedding(token_ids, self.norm.weight[...].dtype)
+        dtype = self.norm.weight[...].dtype
+        x = self.embedding(token_ids, self.residual_dtype(dtype, shards))
         residual = jnp.zeros_like(x.parts)
         rotation = self.config.rope(positions)
         caches = []
@@ -176,13 +185,21 @@ class Decoder(nnx.Module):
             x, residual, cache = _call_layer(graphdef, state, x, residual, rotation, cache, metadata[group], shards)
             caches.append(cache)
         hidden = x.added_to(residual, shards)
-        return self.logits(hidden.at[last].get(mode="promise_in_bounds"), shards), tuple(caches), hidden
+        return self.logits(hidden.at[last].get(mode="promise_in_bounds"), shards), tuple(caches), hidden.astype(dtype)
 
     def logits(self, x: jax.Array, shards: Shards) -> jax.Array:
         """Logits, float32 [T, vocab_size], of what the last layer gives, [T, hidden]."""
         with jax.named_scope("logits"):
-            normed, _ = self.norm(Branch(x), jnp.zeros_like(x), Shards())
+            normed, _ = self.norm(Branch(x), jnp.zeros_like(x), Shards(), self.norm.weight[...].dtype)
             return (self.head or self.embedding).logits(normed, shards)
+
+    def residual_dtype(self, dtype: jnp.dtype, shards: Shards) -> jnp.dtype:
+        """Of the residual stream, where activations are of `dtype`: float32 for bfloat16, but where a sum is rounded before it is added.
+
+        That is over several shards, since sums are sent in 16 bits, and in quantized models, whose kernels give 16 bits.
+        """
+        wide = dtype == jnp.bfloat16 and shards.count == 1 and not self.config.quantization.schemes
+        return jnp.dtype(jnp.float32) if wide else dtype
 
 
 def layer_prefix(path: Sequence[object]) -> str:

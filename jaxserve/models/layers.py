@@ -86,15 +86,13 @@ class Linear(nnx.Module):
         inputs: the columns.
         bias: whether each has one.
         place: whose matrices are kept how.
-        in_attention: as in Parameter.
+        after_norm: as in Parameter.
     """
 
-    def __init__(
-        self, names: tuple[str, ...], outputs: tuple[Axis, ...], inputs: Axis, bias: bool, place: Place, in_attention: bool = False
-    ):
+    def __init__(self, names: tuple[str, ...], outputs: tuple[Axis, ...], inputs: Axis, bias: bool, place: Place, after_norm: bool = False):
         self.reduce = inputs.units > 0
         weights = tuple(Source(f"{name}.weight", (axis, inputs)) for name, axis in zip(names, outputs, strict=True))
-        self.matrix = make_format(place.quantization, weights, place.prefix, in_attention)
+        self.matrix = make_format(place.quantization, weights, place.prefix, after_norm)
         sources = tuple(Source(f"{name}.bias", (axis,)) for name, axis in zip(names, outputs, strict=True))
         self.bias = nnx.Param(Parameter(sources)) if bias else None
 
@@ -105,17 +103,18 @@ class Linear(nnx.Module):
             y = all_reduce(y, x.dtype, shards)
         return y if self.bias is None else y + self.bias[...][None, :]
 
-    def branch(self, x: jax.Array, shards: Shards) -> Branch:
-        """The same, still to be added up where nothing follows but the residual stream."""
+    def branch(self, x: jax.Array, shards: Shards, dtype: jnp.dtype | None = None) -> Branch:
+        """The same, still to be added up where nothing follows but the residual stream, which is of `dtype` (None: x's)."""
         if self.bias is not None:
             return Branch(self(x, shards))
-        return Branch(self.matrix.matmul_parts(x), self.reduce and shards.count > 1)
+        return Branch(self.matrix.matmul_parts(x, dtype), self.reduce and shards.count > 1)
 
-    def gated(self, x: jax.Array) -> jax.Array:
-        """silu(gate) * up, [T, N / 2], where the first half of the outputs is a gate's and nothing is cut by columns."""
+    def gated(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """silu(gate) * up, [T, N / 2] in a dtype, where the first half of the outputs is a gate's and nothing is cut by columns."""
         if self.bias is None:
-            return self.matrix.gated(x)
-        return multiply_gated(self.matrix.matmul(x) + self.bias[...][None, :])
+            return self.matrix.gated(x, dtype)
+        gate_up = self.matrix.matmul(x)
+        return multiply_gated(gate_up + self.bias[...][None, :].astype(gate_up.dtype), dtype)
 
 
 class Embedding(nnx.Module):

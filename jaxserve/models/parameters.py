@@ -101,12 +101,12 @@ class Parameter:
     Attributes:
         sources: what it is made of, in order; they are cut along the same axis.
         initializer: of random weights.
-        in_attention: it is of the dtype that attention has (`attention_dtype`).
+        after_norm: a matrix that takes what a norm in a layer gives, in `attention_dtype`.
     """
 
     sources: tuple[Source, ...]
     initializer: Literal["normal", "ones"] = "normal"
-    in_attention: bool = False
+    after_norm: bool = False
 
     @property
     def sharded_axis(self) -> int | None:
@@ -125,7 +125,7 @@ class Parameter:
 
     def dtype(self, activations: jnp.dtype) -> jnp.dtype:
         """Of the array, where the model computes in `activations`."""
-        return attention_dtype(activations) if self.in_attention else activations
+        return attention_dtype(activations) if self.after_norm else activations
 
     def prefixed(self, prefix: str) -> "Parameter":
         """The same with `prefix` before the names of its sources."""

@@ -10,7 +10,7 @@ _MOST = float(jnp.finfo(jnp.float16).max)
 
 
 def attention_dtype(activations: jnp.dtype) -> jnp.dtype:
-    """Of queries, keys, values and the products they come from, where all else is of the dtype `activations`."""
+    """Of what norms in a layer give, the matrices behind them, queries, keys and values, where all else is of the dtype `activations`."""
     return jnp.dtype(jnp.float16) if activations == jnp.bfloat16 else jnp.dtype(activations)
 
 

@@ -97,12 +97,15 @@ def _compute(key: tuple[Any, ...], mesh: Mesh, config: ModelConfig) -> Callable[
             write_pages=places // _PAGE_SIZE,
             write_offsets=places % _PAGE_SIZE,
         )
+        gate_up = layer.mlp.gate_up
         of_heads, shards = jnp.zeros(shape, attention_dtype(hidden.dtype)), Shards()
         dtype = layer.attention.qkv.matrix.input_dtype(hidden.dtype)
         outer, residual = layer.attention_norm(Branch(hidden), jnp.zeros_like(hidden), shards, dtype)
         mixed, _ = layer.attention.mix(outer, config.rope(places), (of_heads, of_heads), metadata, hidden.dtype)
-        inner, residual = layer.mlp_norm(layer.attention.output.branch(mixed, shards), residual, shards)
-        gated = layer.mlp.gate_up.gated(inner)
+        inner, residual = layer.mlp_norm(
+            layer.attention.output.branch(mixed, shards), residual, shards, gate_up.matrix.input_dtype(hidden.dtype)
+        )
+        gated = gate_up.gated(inner, hidden.dtype)
         hidden = layer.mlp.down.branch(gated, shards).added_to(residual, shards)
         return hidden, tuple((x.astype(jnp.float32) ** 2).mean(axis=0) for x in (outer, mixed, inner, gated))
 

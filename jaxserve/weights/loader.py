@@ -75,7 +75,7 @@ class OpenModel:
         return Model(self.architecture, tuple(arrays[parameter] for parameter in parameters), self.dtype)
 
     def _load(self, parameter: Parameter, mesh: Mesh) -> jax.Array:
-        if not parameter.in_attention:
+        if not parameter.after_norm:
             return self._read(parameter, mesh, parameter.dtype(self.dtype))
         # Rounded as all weights are, and then converted on the devices: bfloat16 to float16 takes a CPU core ten seconds for an 8B model.
         array = self._read(parameter, mesh, self.dtype)

@@ -28,12 +28,12 @@ class Format(Protocol):
         """x [T, K] times the transposed matrix: [T, N], in x's dtype if not in another one."""
         ...
 
-    def matmul_parts(self, x: jax.Array) -> jax.Array:
-        """The same in x's dtype, or parts of it [P, T, N] that are still to be added up (`add_parts`)."""
+    def matmul_parts(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+        """The same, or parts of it [P, T, N] that are still to be added up (`add_parts`); in x's dtype, or float32 if `dtype` says so."""
         ...
 
-    def gated(self, x: jax.Array) -> jax.Array:
-        """silu(gate) * up, [T, N / 2], where the upper half of the matrix is a gate's."""
+    def gated(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """silu(gate) * up, [T, N / 2] in a dtype, where the upper half of the matrix is a gate's."""
         ...
 
     def rows(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -45,16 +45,16 @@ class Format(Protocol):
         ...
 
 
-def make_format(quantization: Quantization, sources: tuple[Source, ...], prefix: str = "", in_attention: bool = False) -> Format:
+def make_format(quantization: Quantization, sources: tuple[Source, ...], prefix: str = "", after_norm: bool = False) -> Format:
     """Declare a matrix made of the stacked rows of `sources`.
 
     Args:
         prefix: what the checkpoint has before the names of the sources.
-        in_attention: as in Parameter, where nothing is quantized.
+        after_norm: as in Parameter, where nothing is quantized.
     """
     schemes = [quantization.scheme((prefix + source.name).removesuffix(".weight")) for source in sources]
     if not any(schemes):
-        return DenseFormat(sources, in_attention)
+        return DenseFormat(sources, after_norm)
     if len(set(schemes)) > 1 or (len(sources) > 1 and schemes[0] and not schemes[0].ordered):
         return StackedFormat([make_format(quantization, (source,), prefix) for source in sources])
     assert schemes[0] is not None
@@ -64,20 +64,20 @@ def make_format(quantization: Quantization, sources: tuple[Source, ...], prefix:
 class DenseFormat(nnx.Module):
     """A matrix kept as [N, K] in the dtype of the activations, or in attention's."""
 
-    def __init__(self, sources: tuple[Source, ...], in_attention: bool = False):
-        self.weight = nnx.Param(Parameter(sources, in_attention=in_attention))
+    def __init__(self, sources: tuple[Source, ...], after_norm: bool = False):
+        self.weight = nnx.Param(Parameter(sources, after_norm=after_norm))
 
     def matmul(self, x: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
         """As in `Format`."""
         return matmul(x, self.weight[...], out_dtype or x.dtype)
 
-    def matmul_parts(self, x: jax.Array) -> jax.Array:
+    def matmul_parts(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
         """As in `Format`."""
-        return matmul_parts(x, self.weight[...])
+        return matmul_parts(x, self.weight[...], dtype)
 
-    def gated(self, x: jax.Array) -> jax.Array:
+    def gated(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """As in `Format`."""
-        return gated_matmul(x, self.weight[...])
+        return gated_matmul(x, self.weight[...], dtype)
 
     def rows(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """As in `Format`."""
@@ -103,8 +103,9 @@ class QuantizedFormat(nnx.Module):
         x, arrays = self._operands(x)
         return quantized_matmul(x, weight_of(arrays, self.layout, x.shape[1]), out_dtype or x.dtype)
 
-    def matmul_parts(self, x: jax.Array) -> jax.Array:
+    def matmul_parts(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
         """As in `Format`."""
+        del dtype
         x, arrays = self._operands(x)
         return quantized_matmul_parts(x, weight_of(arrays, self.layout, x.shape[1]))
 
@@ -117,10 +118,10 @@ class QuantizedFormat(nnx.Module):
             x = everything.at[:, arrays.pop("permutation")].get(mode="promise_in_bounds")
         return x, arrays
 
-    def gated(self, x: jax.Array) -> jax.Array:
+    def gated(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """As in `Format`."""
         x, arrays = self._operands(x)
-        return quantized_gated_matmul(x, weight_of(arrays, self.layout, x.shape[1]))
+        return quantized_gated_matmul(x, weight_of(arrays, self.layout, x.shape[1])).astype(dtype)
 
     def rows(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """As in `Format`."""
@@ -145,13 +146,13 @@ class StackedFormat(nnx.Module):
         """As in `Format`."""
         return jnp.concatenate([part.matmul(x, out_dtype) for part in self.formats], axis=1)
 
-    def matmul_parts(self, x: jax.Array) -> jax.Array:
+    def matmul_parts(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
         """As in `Format`."""
-        return self.matmul(x)
+        return self.matmul(x, dtype)
 
-    def gated(self, x: jax.Array) -> jax.Array:
+    def gated(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """As in `Format`."""
-        return multiply_gated(self.matmul(x))
+        return multiply_gated(self.matmul(x), dtype)
 
     def rows(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Nobody looks up rows of stacked matrices."""

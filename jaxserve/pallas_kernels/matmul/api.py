@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxserve.pallas_kernels.float16 import narrowed
 from jaxserve.pallas_kernels.gpu import local_gpu
 
 # XLA's CPU threads share the rows of the left operand: with few tokens the matrix belongs there (up to 1.4 times faster on 2 cores).
@@ -22,40 +23,46 @@ def matmul(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
     return _matmul_xla(x, weight, out_dtype)
 
 
-def matmul_parts(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """As `matmul` in x's dtype, but the sum of partial results is left to the reader where there are any.
+def matmul_parts(x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """As `matmul`, but the sum of partial results is left to the reader where there are any.
+
+    Args:
+        dtype: of what XLA multiplies, x's (None) or float32.
 
     Returns:
         [T, N], or parts [P, T, N] for `add_parts` or `add_rms_norm`, in x's dtype or float32.
     """
     kernel = _kernel(x, weight, gated=False)
     if kernel is None:
-        return _matmul_xla(x, weight, x.dtype)
+        return _matmul_xla(x, weight, dtype or x.dtype)
     parts = kernel(x, weight)
     return parts[0] if parts.shape[0] == 1 else parts
 
 
 def add_parts(parts: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """What `matmul_parts` gives, added up in float32 in the order of the parts: [T, N] in a dtype."""
-    return parts if parts.ndim == 2 else parts.astype(jnp.float32).sum(axis=0).astype(dtype)
+    return parts.astype(dtype) if parts.ndim == 2 else parts.astype(jnp.float32).sum(axis=0).astype(dtype)
 
 
-def gated_matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """silu(gate) * up (Shazeer 2020, arXiv 2002.05202) of x [T, K] and a weight [2 N, K] of gate rows and up rows: [T, N] in x's dtype.
+def gated_matmul(x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """silu(gate) * up (Shazeer 2020, arXiv 2002.05202) of x [T, K] and a weight [2 N, K] of gate rows and up rows: [T, N].
 
-    A kernel of our own rounds the result alone; elsewhere gate and up are rounded to x's dtype first.
+    The result is in `dtype`, x's if None. A kernel of our own rounds it alone; elsewhere gate and up are rounded to x's dtype first.
     """
     kernel = _kernel(x, weight, gated=True)
-    return multiply_gated(matmul(x, weight, x.dtype)) if kernel is None else kernel(x, weight)[0]
+    return multiply_gated(matmul(x, weight, x.dtype), dtype) if kernel is None else kernel(x, weight, out_dtype=dtype)[0]
 
 
-def multiply_gated(gate_up: jax.Array) -> jax.Array:
-    """silu(gate) * up of [T, 2 N], gate columns first: [T, N]."""
+def multiply_gated(gate_up: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """silu(gate) * up of [T, 2 N], gate columns first: [T, N] in a dtype; in float32 before it, where it is not gate_up's."""
+    if dtype is not None and dtype != gate_up.dtype:
+        # What a library's product in float16 cannot hold is infinite: no infinity may meet a zero.
+        gate_up = narrowed(gate_up, gate_up.dtype).astype(jnp.float32)
     gate, up = jnp.split(gate_up, 2, axis=1)
-    return jax.nn.silu(gate) * up
+    return (jax.nn.silu(gate) * up).astype(dtype or gate_up.dtype)
 
 
-def _kernel(x: jax.Array, weight: jax.Array, gated: bool) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+def _kernel(x: jax.Array, weight: jax.Array, gated: bool) -> Callable[..., jax.Array] | None:
     """What computes [P, T, N], parts of the product, on this GPU; None: XLA is to."""
     gpu = local_gpu()
     if gpu is None or not gpu.is_hopper:

@@ -81,18 +81,24 @@ def _lanes(num_tokens: int) -> int:
     return pl.cdiv(num_tokens, 8) * 8
 
 
-@functools.partial(jax.jit, static_argnames=("config", "gated", "interpret"))
+@functools.partial(jax.jit, static_argnames=("config", "gated", "out_dtype", "interpret"))
 def matmul_mosaic(
-    x: jax.Array, weight: jax.Array, *, config: MosaicMatmulConfig, gated: bool = False, interpret: bool = False
+    x: jax.Array,
+    weight: jax.Array,
+    *,
+    config: MosaicMatmulConfig,
+    gated: bool = False,
+    out_dtype: jnp.dtype | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """x [T, K] times the transposed weight [N, K], both bfloat16 or float16; the same bits in every run.
 
     Returns:
-        [P, T, N] in x's dtype, parts whose sum is the product: one, or two for each split. A partial sum leaves the kernel as two
+        [P, T, N] in out_dtype (None: x's), parts whose sum is the product: one, or two for each split. A partial sum leaves it as two
         numbers, itself and what rounding it left over (in bfloat16 16 bits of its float32's 24): only 16-bit numbers go transposed to
         SMEM. Gated: silu(gate) * up, [1, T, N / 2], of the weight's gate rows and the up rows after them; a tile is half of each.
     """
-    num_tokens = x.shape[0]
+    num_tokens, out_dtype = x.shape[0], jnp.dtype(out_dtype or x.dtype)
     size = weight.shape[0] // (2 if gated else 1)
     width = config.tile // (2 if gated else 1)
     lanes = _lanes(num_tokens)
@@ -105,11 +111,11 @@ def matmul_mosaic(
         emptied = plgpu.ClusterBarrier(collective_axes=("member",), num_barriers=config.num_stages)
     parts = plgpu.kernel(
         functools.partial(_matmul_kernel, config=config, gated=gated, chunks=chunks, workers=workers),
-        out_type=jax.ShapeDtypeStruct((config.splits * planes, lanes, size), x.dtype),
+        out_type=jax.ShapeDtypeStruct((config.splits * planes, lanes, size), out_dtype),
         scratch_types=(
             plgpu.SMEM((config.num_stages, config.tile, config.block_k), x.dtype, transforms=tiled),
             plgpu.SMEM((config.num_stages, lanes, config.block_k), x.dtype, transforms=tiled),
-            plgpu.SMEM((planes, lanes, HEIGHT), x.dtype, transforms=swizzled(HEIGHT // 2, x.dtype)),
+            plgpu.SMEM((planes, lanes, HEIGHT), out_dtype, transforms=swizzled(HEIGHT // 2, out_dtype)),
             plgpu.Barrier(num_arrivals=3 if gated else 2, num_barriers=config.num_stages),
             emptied,
         ),

@@ -93,7 +93,7 @@ class WideMatmulConfig:
         return self.warpgroups * self.tokens
 
 
-@functools.partial(jax.jit, static_argnames=("config", "gated", "interpret"))
+@functools.partial(jax.jit, static_argnames=("config", "gated", "out_dtype", "interpret"))
 def matmul_wide(
     x: jax.Array,
     weight: jax.Array,
@@ -101,15 +101,17 @@ def matmul_wide(
     *,
     config: WideMatmulConfig,
     gated: bool = False,
+    out_dtype: jnp.dtype | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """x [T, K] times the transposed weight [N, K], both bfloat16, float16 or float8_e4m3fn, with sums in float32; the same in every run.
 
     Args:
         scales: float32 [T] and [N], what a token's and a row's sums are multiplied by; with float8, and one split, alone.
+        out_dtype: of what is not a partial sum; None: x's, with scales bfloat16.
 
     Returns:
-        [1, T, N] in x's dtype, with scales in bfloat16; gated: silu(gate) * up, [1, T, N / 2], of the weight's gate rows and the up rows
+        [1, T, N] in out_dtype; gated: silu(gate) * up, [1, T, N / 2], of the weight's gate rows and the up rows
         after them; with several splits: their partial sums, float32 [splits, T, N].
 
     Raises:
@@ -124,7 +126,7 @@ def matmul_wide(
         raise ValueError(f"a weight {weight.shape} cannot be cut by {config}")
     if (scales is not None) != (x.dtype == jnp.float8_e4m3fn) or (scales is not None and config.splits > 1):
         raise ValueError(f"{x.dtype} in {config.splits} splits {'without' if scales is None else 'with'} scales")
-    out_dtype = x.dtype if scales is None else jnp.dtype(jnp.bfloat16)
+    out_dtype = jnp.dtype(out_dtype or (x.dtype if scales is None else jnp.bfloat16))
     padded = pl.cdiv(num_tokens, config.token_tile * config.token_cluster) * config.token_tile * config.token_cluster
     chunks = units // (width * config.row_cluster) * (padded // (config.token_tile * config.token_cluster)) * config.splits
     most = config.num_blocks // math.prod(cluster)
