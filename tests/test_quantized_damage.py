@@ -46,9 +46,9 @@ STATE = "weight.quant_state.bitsandbytes__nf4"
         ("gptq", "scales", np.full((2, 64), np.nan, np.float16), "q_proj has scales that are infinite or not numbers"),
         ("w8a8", "weight_scale", np.full((64, 1), np.inf, np.float32), "q_proj has scales that are infinite"),
         ("mxfp4", "_scales", np.full((64, 2), 255, np.uint8), "q_proj has scales that are infinite or not numbers"),
-        ("w8a8-static", "input_scale", np.float32([0.0]), "q_proj.input_scale is not a number above zero"),
-        ("w8a8-static", "input_scale", np.float32([np.nan]), "q_proj.input_scale is not a number above zero"),
-        ("w8a8-static", "input_zero_point", np.int8([3]), "q_proj.input_zero_point is not zero"),
+        ("w8a8-static", "input_scale", np.array([0.0], np.float32), "q_proj.input_scale is not a number above zero"),
+        ("w8a8-static", "input_scale", np.array([np.nan], np.float32), "q_proj.input_scale is not a number above zero"),
+        ("w8a8-static", "input_zero_point", np.array([3], np.int8), "q_proj.input_zero_point is not zero"),
         ("w8a8", "weight_zero_point", np.full((64, 1), 3, np.int8), "q_proj.weight_zero_point is not zero"),
         ("w4a16-sym", "weight_zero_point", np.full((8, 2), 0x12345678, np.int32), "q_proj.weight_zero_point is not zero"),
         ("w4a16-sym", "weight_shape", np.array([64, 48]), r"q_proj.weight_shape is \[64, 48\], not \[64, 64\]"),
@@ -73,7 +73,7 @@ def test_tensors(tensors_of: Any, form: str, name: str, tensor: np.ndarray, mess
 
 def test_zero_points_that_are_zero_do_no_harm(tensors_of: Any) -> None:
     zeros = {
-        "w8a8-static": {f"{Q}.weight_zero_point": np.zeros((64, 1), np.int8), f"{Q}.input_zero_point": np.int8([0])},
+        "w8a8-static": {f"{Q}.weight_zero_point": np.zeros((64, 1), np.int8), f"{Q}.input_zero_point": np.array([0], np.int8)},
         "w4a16-sym": {f"{Q}.weight_zero_point": np.full((8, 2), -0x77777778, np.int32)},
     }
     for form, added in zeros.items():
