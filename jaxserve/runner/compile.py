@@ -46,38 +46,10 @@ class CompileEvents:
         self.count += event == COMPILE_EVENT
 
 
-class CacheMisses:
-    """Counts what was looked for in XLA's persistent cache and was not there, from start() to stop().
-
-    Args:
-        threads: how the names of the threads begin that count.
-    """
-
-    def __init__(self, threads: str) -> None:
-        self.count = 0
-        self._threads = threads
-        self._listening = False
-
-    def start(self) -> None:
-        """Begin to count."""
-        monitoring.register_event_listener(self._listen)
-        self._listening = True
-
-    def stop(self) -> None:
-        """End it, where it has begun."""
-        if self._listening:
-            monitoring.unregister_event_listener(self._listen)
-            self._listening = False
-
-    def _listen(self, event: str, **kwargs: str | int) -> None:
-        self.count += event == CACHE_MISS_EVENT and threading.current_thread().name.startswith(self._threads)
-
-
-class CacheHits:
-    """Knows which threads XLA's persistent cache gave a program, from start() to stop()."""
+class CacheListener:
+    """Hears of events in XLA's persistent cache, from start() to stop()."""
 
     def __init__(self) -> None:
-        self._threads: set[int] = set()
         self._listening = False
 
     def start(self) -> None:
@@ -90,6 +62,33 @@ class CacheHits:
         if self._listening:
             monitoring.unregister_event_listener(self._listen)
             self._listening = False
+
+    def _listen(self, event: str, **kwargs: str | int) -> None:
+        raise NotImplementedError
+
+
+class CacheMisses(CacheListener):
+    """Counts what was looked for in XLA's persistent cache and was not there, from start() to stop().
+
+    Args:
+        threads: how the names of the threads begin that count.
+    """
+
+    def __init__(self, threads: str) -> None:
+        super().__init__()
+        self.count = 0
+        self._threads = threads
+
+    def _listen(self, event: str, **kwargs: str | int) -> None:
+        self.count += event == CACHE_MISS_EVENT and threading.current_thread().name.startswith(self._threads)
+
+
+class CacheHits(CacheListener):
+    """Knows which threads XLA's persistent cache gave a program, from start() to stop()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._threads: set[int] = set()
 
     def take(self) -> bool:
         """Whether this thread was given one since it asked last."""
