@@ -78,9 +78,12 @@ class Terminal:
 def _control_terminal() -> None:
     """Make the terminal the child's controlling one, so that ctrl-c becomes SIGINT."""
     import fcntl
+    import signal
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    # As a terminal's own shell would start it: where the tests run in the background, SIGINT is ignored and children inherit that.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture
