@@ -5,14 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from quantized_models import write_quantized
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from test_quantized_models import CONFIGS, INT4, INT8, TOKEN, compressed, load
 
 from jaxserve.errors import StartupError, UnsupportedModel
 from jaxserve.models.formats import read_quantization
+from jaxserve.weights.safetensors_folder import SafetensorsCheckpoint
 
 Q = "model.layers.0.self_attn.q_proj"
 FORMS = CONFIGS | {
@@ -27,7 +29,8 @@ def tensors_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tupl
 
     def make(form: str) -> tuple[Path, dict[str, np.ndarray]]:
         folder = write_quantized(tmp_path_factory.mktemp(form), FORMS[form])
-        return folder, load_file(folder / "model.safetensors")
+        checkpoint = SafetensorsCheckpoint(folder)
+        return folder, {name: checkpoint.read(name, tuple(map(slice, shape))) for name, shape in checkpoint.shapes.items()}
 
     return make
 
@@ -45,6 +48,7 @@ STATE = "weight.quant_state.bitsandbytes__nf4"
     [
         ("gptq", "scales", np.full((2, 64), np.nan, np.float16), "q_proj has scales that are infinite or not numbers"),
         ("w8a8", "weight_scale", np.full((64, 1), np.inf, np.float32), "q_proj has scales that are infinite"),
+        ("fp8", "weight", np.full((64, 64), -np.nan, ml_dtypes.float8_e4m3fn), "q_proj has codes that are infinite or not numbers"),
         ("mxfp4", "_scales", np.full((64, 2), 255, np.uint8), "q_proj has scales that are infinite or not numbers"),
         ("w8a8-static", "input_scale", np.array([0.0], np.float32), "q_proj.input_scale is not a number above zero"),
         ("w8a8-static", "input_scale", np.array([np.nan], np.float32), "q_proj.input_scale is not a number above zero"),

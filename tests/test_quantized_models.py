@@ -134,6 +134,8 @@ def test_older_files_beside_config_json(tmp_path: Path) -> None:
         load(folder)
     (folder / "quantize_config.json").write_text(json.dumps(declared))
     assert load(folder).config.quantization.method == "gptq"
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
+    assert load(folder).config.quantization.method == "gptq"
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,59 @@ def test_a_model_in_bfloat16_has_float16_behind_norms(llama: Path) -> None:
             np.testing.assert_allclose(np.asarray(leaf, np.float32), expected, atol=2**-25 if after_norm else 0, rtol=0, err_msg=name)
 
 
+def changed(folder: Path, name: str, value: float) -> None:
+    """Write a number into the middle of a tensor."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].reshape(-1)[tensors[name].size // 2 + 1] = value
+    save_file(tensors, folder / "model.safetensors")
+
+
+BROKEN = "the checkpoint has elements that are infinite or not numbers (NaN), in "
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_numbers_that_are_none_are_refused_by_the_name_of_their_tensor(dtype: str, llama: Path) -> None:
+    """Matrices that are converted on the devices, others, norms, and the head."""
+    names = [f"model.layers.1.{name}.weight" for name in ("self_attn.k_proj", "mlp.down_proj", "input_layernorm")]
+    options = ModelOptions(model_id=str(llama), dtype=dtype)
+    changed(llama, "lm_head.weight", -np.inf)
+    with pytest.raises(WeightsError) as caught:
+        load_model(resolve_model(options), options, make_mesh(4))
+    assert str(caught.value) == BROKEN + "lm_head.weight"
+    for name in names:
+        changed(llama, name, -np.nan)
+    with pytest.raises(WeightsError) as caught:
+        load_model(resolve_model(options), options, make_mesh(1))
+    message = str(caught.value)
+    assert message.startswith(BROKEN) and message.endswith(" and 1 more")
+    assert sum(name in message for name in (*names, "lm_head.weight")) == 3
+
+
+def test_embeddings_that_are_no_numbers_are_told(llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Checkpoints have such rows for tokens that no text has; where the embeddings are the head, every token meets them."""
+    name = "model.embed_tokens.weight"
+    changed(llama, name, np.nan)
+    load(llama)
+    assert f"{name} has elements that are infinite or not numbers" in caplog.text
+    tied = write_checkpoint(tmp_path / "tied", "qwen2")
+    changed(tied, name, np.nan)
+    with pytest.raises(WeightsError, match=f"in {name}"):
+        load(tied)
+
+
+def test_numbers_that_a_dtype_cannot_hold(llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Matrices behind norms are float16 in a bfloat16 model: what it cannot hold is its largest, and told. --dtype float16 is refused."""
+    gate, down = (f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "down"))
+    changed(llama, gate, -1e5)
+    source = ModelSource("m", "", llama)
+    leaves = by_name(load_model(source, ModelOptions(), make_mesh(2), jnp.dtype(jnp.bfloat16)))
+    assert leaves[gate].min() == -65504
+    assert f"elements beyond its 65504 became that: up to 100000, in {gate}. --dtype float32 keeps them" in caplog.text
+    changed(llama, down, 7e4)
+    with pytest.raises(WeightsError, match=rf"has elements that float16 cannot hold: up to 100000, in .*({gate}|{down})"):
+        load_model(source, ModelOptions(), make_mesh(1), jnp.dtype(jnp.float16))
+
+
 def test_dtype_follows_platform_and_checkpoint() -> None:
     config = ModelConfig.from_hf({**CONFIGS["llama"], "torch_dtype": "float16"})
     assert resolve_dtype("auto", config, "cpu") == jnp.float32

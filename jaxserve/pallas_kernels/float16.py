@@ -16,4 +16,7 @@ def attention_dtype(activations: jnp.dtype) -> jnp.dtype:
 
 def narrowed(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """x in a dtype, inside kernels too; in float16 without infinities."""
-    return (jnp.minimum(jnp.maximum(x, -_MOST), _MOST) if dtype == jnp.float16 else x).astype(dtype)
+    if dtype != jnp.float16:
+        return x.astype(dtype)
+    wide = x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x  # which would round the largest number up
+    return jnp.minimum(jnp.maximum(wide, -_MOST), _MOST).astype(dtype)

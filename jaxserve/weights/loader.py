@@ -19,18 +19,18 @@ from jaxserve.models import Architecture, Model, ModelConfig
 from jaxserve.models.formats import QuantizedMatrix, QuantizedPart, by_moments
 from jaxserve.models.kv_scaling import KVScaling, is_kv_scale
 from jaxserve.models.parameters import Parameter, Source
-from jaxserve.pallas_kernels import ScaleDtype, narrowed
+from jaxserve.pallas_kernels import ScaleDtype
 from jaxserve.weights.checkpoint import HEAD, Checkpoint, check_tensors, embeddings_are_tied
 from jaxserve.weights.dummy import random_array
 from jaxserve.weights.gguf_file import GGUFCheckpoint
 from jaxserve.weights.input_moments import input_moments
+from jaxserve.weights.magnitudes import Magnitudes
 from jaxserve.weights.quantized import load_and_quantize, load_stored, random_matrix
 from jaxserve.weights.safetensors_folder import SafetensorsCheckpoint
 from jaxserve.weights.source import ModelSource
 
 logger = logging.getLogger(__name__)
 
-_narrowed = jax.jit(narrowed, static_argnums=1)
 _SCALES = (".scales", ".weight_scale", ".weight_scale_inv")
 
 
@@ -57,29 +57,32 @@ class OpenModel:
         """Put the weights on the devices of a mesh with an axis "tensor".
 
         Raises:
-            WeightsError: a file cannot be read; one line.
+            WeightsError: a file cannot be read, or weights are infinite or not numbers; one line.
         """
         parameters, checkpoint = self.architecture.parameters, self.checkpoint
         order = {name: i for i, name in enumerate(checkpoint.shapes if checkpoint else ())}
         by_file = sorted(parameters, key=lambda parameter: order.get(parameter.tensors[0].name, 0))
         matrices: dict[QuantizedMatrix, dict[str, jax.Array]] = {}
-        moments = self._input_moments(mesh)
+        magnitudes = Magnitudes(mesh)
+        moments = self._input_moments(magnitudes, mesh)
         arrays: dict[Parameter | QuantizedPart, jax.Array] = {}
         for parameter in by_file:
             if isinstance(parameter, Parameter):
-                arrays[parameter] = self._load(parameter, mesh)
+                arrays[parameter] = self._load(parameter, magnitudes, mesh)
                 continue
             if parameter.matrix not in matrices:
-                matrices[parameter.matrix] = self._load_matrix(parameter.matrix, moments, mesh)
+                matrices[parameter.matrix] = self._load_matrix(parameter.matrix, moments, magnitudes, mesh)
             arrays[parameter] = matrices[parameter.matrix][parameter.name]
+        if checkpoint is not None:
+            magnitudes.check(checkpoint, self.dtype, tied=self.architecture.config.tie_embeddings)
         return Model(self.architecture, tuple(arrays[parameter] for parameter in parameters), self.dtype)
 
-    def _load(self, parameter: Parameter, mesh: Mesh) -> jax.Array:
-        if not parameter.after_norm:
-            return self._read(parameter, mesh, parameter.dtype(self.dtype))
+    def _load(self, parameter: Parameter, magnitudes: Magnitudes, mesh: Mesh) -> jax.Array:
         # Rounded as all weights are, and then converted on the devices: bfloat16 to float16 takes a CPU core ten seconds for an 8B model.
-        array = self._read(parameter, mesh, self.dtype)
-        return array if array.dtype == parameter.dtype(self.dtype) else _narrowed(array, parameter.dtype(self.dtype))
+        dtype = parameter.dtype(self.dtype)
+        array = self._read(parameter, mesh, self.dtype if parameter.after_norm else dtype)
+        made_up = self.checkpoint is None and array.dtype == dtype
+        return array if made_up else magnitudes.noted(parameter, array, dtype)
 
     def _read(self, parameter: Parameter, mesh: Mesh, dtype: jnp.dtype) -> jax.Array:
         checkpoint, shards, axis = self.checkpoint, mesh.shape["tensor"], parameter.sharded_axis
@@ -89,23 +92,26 @@ class OpenModel:
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
             start = 0 if axis is None or index is None else index[axis].start or 0
-            return parameter.read(checkpoint.read, 0 if axis is None else start // local[axis], shards, dtype)
+            with np.errstate(over="ignore"):  # Magnitudes.check tells which tensor it is
+                return parameter.read(checkpoint.read, 0 if axis is None else start // local[axis], shards, dtype)
 
         return jax.make_array_from_callback(parameter.shape(shards), NamedSharding(mesh, parameter.spec), shard)
 
-    def _input_moments(self, mesh: Mesh) -> dict[tuple[Source, ...], jax.Array]:
+    def _input_moments(self, magnitudes: Magnitudes, mesh: Mesh) -> dict[tuple[Source, ...], jax.Array]:
         """Of the matrices whose quantization on load asks for it."""
         schemes = self.architecture.config.quantization.schemes
         if self.checkpoint is None or not any(scheme.stored == "dense" and by_moments(scheme.layout) for scheme in schemes):
             return {}
-        return input_moments(self.architecture.config, lambda parameter: self._load(parameter, mesh), mesh, self.dtype)
+        return input_moments(self.architecture.config, lambda parameter: self._load(parameter, magnitudes, mesh), mesh, self.dtype)
 
-    def _load_matrix(self, matrix: QuantizedMatrix, moments: Mapping[tuple[Source, ...], jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
+    def _load_matrix(
+        self, matrix: QuantizedMatrix, moments: Mapping[tuple[Source, ...], jax.Array], magnitudes: Magnitudes, mesh: Mesh
+    ) -> dict[str, jax.Array]:
         if self.checkpoint is None:
             return random_matrix(matrix, mesh)
         if matrix.scheme.stored == "dense":
             inputs = moments[matrix.sources] if by_moments(matrix.scheme.layout) else None
-            return load_and_quantize(matrix, self._load(matrix.dense, mesh), inputs, mesh)
+            return load_and_quantize(matrix, self._load(matrix.dense, magnitudes, mesh), inputs, mesh)
         return load_stored(matrix, self.checkpoint, mesh)
 
 
@@ -185,7 +191,9 @@ def read_config(source: ModelSource) -> ModelConfig:
     config = _read_json(source.path / "config.json")
     if config is None:
         raise ModelNotFound(f"{source.path} has no config.json")
-    config = _scaled({**_quantization_beside(source.path), **config}, source)
+    if not any(config.get(name) for name in ("quantization_config", "compression_config")):  # null or absent
+        config = {**config, **_quantization_beside(source.path)}
+    config = _scaled(config, source)
     return ModelConfig.from_hf(config, _read_json(source.path / "generation_config.json"), source.quantize)
 
 

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxserve.errors import WeightsError
 from jaxserve.models.formats.scheme import Scheme, Tensors, Unpacked
 from jaxserve.models.formats.storages import CHECKS, STORAGES
+from jaxserve.models.magnitude import largest_magnitude
 from jaxserve.models.parameters import Axis, Parameter, Source, Stored
 from jaxserve.pallas_kernels import packed_shapes
 
@@ -124,7 +125,7 @@ class QuantizedMatrix:
                 filled[name][:] = np.maximum(filled[name], values)
             else:
                 filled[name][first : first + len(values)] = values
-                _check_finite(_module(source), name, filled[name][first : first + len(values)])
+                _check_finite(_module(source), name, values)
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,8 @@ def _module(source: Source) -> str:
 
 
 def _check_finite(module: str, name: str, values: np.ndarray) -> None:
-    if name in ("scales", "minimums") and not np.isfinite(values).all():
+    of_floats = name in ("scales", "minimums") or values.dtype == jnp.float8_e4m3fn
+    if of_floats and not np.isfinite(largest_magnitude(values)):
         raise WeightsError(f"{module} has {name} that are infinite or not numbers")
 
 
