@@ -171,6 +171,8 @@ def abstract(weight, size, depth):
 
     def scaled(leaf):
         rows = {weight.shape[0]: size, weight.shape[1]: depth, weight.shape[1] // 128: depth // 128}
+        if (groups := len(weight.scales)) > 1:
+            rows[groups] = groups * depth // weight.shape[1]
         return jax.ShapeDtypeStruct(tuple(rows.get(length, length) for length in leaf.shape), leaf.dtype)
 
     return jax.tree.map(scaled, weight)
@@ -232,6 +234,18 @@ def test_what_is_lowered_for_gpus(monkeypatch):
     integers = abstract(eight_bit(64, 256, 1, jnp.int8, quantized_activations=True), 6144, 4096)
     text = lowered(monkeypatch, AMPERE, 2048, integers, product=quantized_matmul_parts)
     assert "(tensor<2048x4096xi8>, tensor<6144x4096xi8>)" in text and TRITON in text
+
+
+@pytest.mark.parametrize(("group", "zeros"), [(32, False), (64, True), (128, True)])
+def test_zeros_and_small_groups_lower_for_a_hopper_gpu(monkeypatch, group, zeros):
+    """Their bytes are few for a copy to SMEM, and an odd number of warpgroups' may be too few."""
+    weight = four_bit(64, 256, group, zeros=zeros)
+    for num_tokens in (64, 2048):
+        tall, odd = (abstract(weight, size, 4096) for size in (28672, 960))
+        text = lowered(monkeypatch, HOPPER, num_tokens, tall, product=quantized_gated_matmul)
+        assert text.count("custom_call @mosaic_gpu_v2") == 1 and TRITON not in text
+        text = lowered(monkeypatch, HOPPER, num_tokens, odd, product=quantized_matmul_parts)
+        assert text.count("custom_call @mosaic_gpu_v2") == (group < 128) and (TRITON in text) == (group == 128)
 
 
 @pytest.mark.parametrize(("size", "depth"), [(28672, 4096), (4096, 14336), (6144, 4096), (128256, 4096), (1000, 512), (24, 128)])

@@ -21,6 +21,7 @@ _ENOUGH_BLOCKS = 0.8  # for each multiprocessor, of a gated product, whose colum
 _BUSY_SHARE = 0.85  # of the multiprocessors draw all that the memory gives
 _LEAST_STAGES = 3
 _SMEM_BYTES = 225 * 1024  # of a block of Mosaic's, but for its barriers
+_LEAST_COPY_BYTES = 128  # of a copy to SMEM, and what its bytes are a multiple of
 # From so many on, 8-bit products win where activations may be rounded and Mosaic does not take the weight; where it does, beyond so many.
 _LEAST_EIGHT_BIT_TOKENS = 33
 _MOST_UNROUNDED_TOKENS = 64, 32  # the latter of weights whose rows fill all multiprocessors in tiles of 128
@@ -111,8 +112,8 @@ def mosaic_config(
         return None
     lanes, tiles = token_tiles(num_tokens)
     # With more tokens deep stages are worth more than shared tokens.
-    teams = (4, 3, 2, 1) if lanes <= 32 else (2, 1)
-    cuts = _row_cuts(size, depth, tuple(t for t in teams if not gated or t % 2 == 0), (1,) if gated else (1, 2, 4, 8))
+    teams = tuple(t for t in ((4, 3, 2, 1) if lanes <= 32 else (2, 1)) if (t % 2 == 0 or not gated) and _copies_zeros(weight, t))
+    cuts = _row_cuts(size, depth, teams, (1,) if gated else (1, 2, 4, 8))
 
     code_bytes = HEIGHT * BLOCK // (2 if isinstance(weight, FourBitWeight) else 1)
 
@@ -147,7 +148,7 @@ def wide_four_bit_config(
         for splits in (1, 2, 4)
         for cluster in (2, 1)
         if size % (teams * cluster * HEIGHT) == 0 and depth % (splits * BLOCK) == 0 and depth >= splits * BLOCK * _LEAST_SPLIT_BLOCKS
-        if not gated or (teams, splits) == (2, 1)
+        if ((teams, splits) == (2, 1) or not gated) and _copies_zeros(weight, teams)
     ]
 
     def cost(cut: tuple[int, int, int, int]) -> float:
@@ -178,6 +179,13 @@ def _mosaic_takes(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtyp
     tabled = isinstance(weight, FourBitWeight) and weight.values not in (None, tuple(range(16)))
     plain = x.dtype in (jnp.bfloat16, jnp.float16) and out_dtype == x.dtype and not tabled
     return gpu.is_hopper and plain and size % HEIGHT == 0 and depth % BLOCK == 0
+
+
+def _copies_zeros(weight: FourBitWeight | EightBitWeight, teams: int) -> bool:
+    """Whether the zeros that so many warpgroups need for a block of columns are a number of bytes that Mosaic copies to SMEM."""
+    if not isinstance(weight, FourBitWeight) or weight.zeros is None:
+        return True
+    return teams * HEIGHT * max(1, BLOCK // weight.group) * weight.zeros.dtype.itemsize % _LEAST_COPY_BYTES == 0
 
 
 def _is_large(weight: FourBitWeight | EightBitWeight, gpu: Gpu) -> bool:

@@ -77,8 +77,11 @@ def quantized_matmul_mosaic(
             x = x.reshape(-1, depth // 16, 4, 2, 2).swapaxes(2, 3).reshape(-1, depth)
         codes_smem = plgpu.SMEM((config.num_stages, teams, HEIGHT, BLOCK), codes.dtype, transforms=swizzled(BLOCK, codes.dtype))
     parts = max(1, BLOCK // weight.group)
-    scales = weight.scales.reshape(-1, heights, HEIGHT)
-    scales_smem = plgpu.SMEM((config.num_stages, parts, teams, HEIGHT), scales.dtype)
+    # Of a gated product those of gate and up rows are fetched at once: of one half alone they may be too few bytes for a copy.
+    tall, wide = ((2, heights // 2), (2, teams // 2)) if gated else ((heights,), (teams,))
+    scales = weight.scales.reshape(-1, *tall, HEIGHT)
+    zeros = None if zeros is None else zeros.reshape(-1, *tall, HEIGHT)
+    of_groups = functools.partial(plgpu.SMEM, (config.num_stages, parts, *wide, HEIGHT))
     sums = plgpu.kernel(
         functools.partial(
             _quantized_matmul_kernel,
@@ -92,10 +95,10 @@ def quantized_matmul_mosaic(
         scratch_types=(
             codes_smem,
             plgpu.SMEM((config.num_stages, lanes, BLOCK), x.dtype, transforms=swizzled(_PIECE, x.dtype)),
-            scales_smem,
-            None if zeros is None else plgpu.SMEM((config.num_stages, parts, teams, HEIGHT), zeros.dtype),
+            of_groups(scales.dtype),
+            None if zeros is None else of_groups(zeros.dtype),
             plgpu.SMEM((teams // halves, planes, lanes, HEIGHT), x.dtype, transforms=swizzled(HEIGHT // 2, x.dtype)),
-            plgpu.Barrier(num_arrivals=1 + halves * (2 + (zeros is not None)), num_barriers=config.num_stages),
+            plgpu.Barrier(num_arrivals=2 + halves + (zeros is not None), num_barriers=config.num_stages),
             plgpu.Barrier(num_arrivals=teams, num_barriers=config.num_stages),
             plgpu.Barrier(num_barriers=teams) if gated else None,
         ),
@@ -106,7 +109,7 @@ def quantized_matmul_mosaic(
         # Lane semantics lower in half the time of the default's, which infers layouts first.
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(x, codes, scales, None if zeros is None else zeros.reshape(-1, heights, HEIGHT), jnp.full((1,), zero, jnp.int32))
+    )(x, codes, scales, zeros, jnp.full((1,), zero, jnp.int32))
     return sums[:, :num_tokens]
 
 
@@ -160,9 +163,11 @@ def _quantized_matmul_kernel(
                     heights, into = pl.ds(first + half * units, pairs), pl.ds(half * pairs, pairs)
                     codes = codes_ref.at[block, heights] if four_bit else codes_ref.at[heights, :, columns]
                     plgpu.copy_gmem_to_smem(codes, codes_smem.at[slot, into], filled.at[slot])
-                    plgpu.copy_gmem_to_smem(scales_ref.at[groups, heights], scales_smem.at[slot, :, into], filled.at[slot])
-                    if zeros_ref is not None:
-                        plgpu.copy_gmem_to_smem(zeros_ref.at[groups, heights], zeros_smem.at[slot, :, into], filled.at[slot])
+                heights = pl.ds(first, pairs)
+                for ref, smem in ((scales_ref, scales_smem), (zeros_ref, zeros_smem)):
+                    if ref is not None:
+                        source = ref.at[groups, :, heights] if gated else ref.at[groups, heights]
+                        plgpu.copy_gmem_to_smem(source, smem.at[slot], filled.at[slot])
                 return count + 1
 
             return lax.fori_loop(0, steps, step, count)
@@ -177,12 +182,13 @@ def _quantized_matmul_kernel(
     @pl.when(warpgroup < teams)
     def _compute():
         one_zero = plgpu.layout_cast(lax.broadcast_in_dim(one_zero_ref[0], (HEIGHT,), ()), _ROW)
+        height = (lax.div(warpgroup, jnp.int32(pairs)), lax.rem(warpgroup, jnp.int32(pairs))) if gated else (warpgroup,)
 
         def multiply(sums, slot, part, codes):
             """Adds a group's product to sums, wgmma's accumulator; in the interpreter returns it, whose wgmma takes no registers."""
             products = []
             for piece in range(part * 4 // parts, (part + 1) * 4 // parts):
-                zeros = one_zero if zeros_ref is None else plgpu.load(zeros_smem.at[slot, part, warpgroup], layout=_ROW).astype(jnp.int32)
+                zeros = one_zero if zeros_ref is None else plgpu.load(zeros_smem.at[slot, part, *height], layout=_ROW).astype(jnp.int32)
                 numbers = _numbers(codes, piece, zeros, x_ref.dtype, interpret)
                 tokens = x_smem.at[slot, :, pl.ds(piece * _PIECE, _PIECE)]
                 if interpret:
@@ -219,7 +225,7 @@ def _quantized_matmul_kernel(
 
                     sums = multiply(None, slot, part, codes) if interpret else in_accumulator(product)
                     assert sums is not None
-                    total = total + sums * across(plgpu.load(scales_smem.at[slot, part, warpgroup], layout=_ROW))
+                    total = total + sums * across(plgpu.load(scales_smem.at[slot, part, *height], layout=_ROW))
                 plgpu.barrier_arrive(emptied.at[slot])
                 return count + 1, total
 

@@ -92,9 +92,10 @@ def quantized_matmul_wide(
     workers = pl.cdiv(chunks, pl.cdiv(chunks, config.num_blocks // cluster))
     parts = max(1, BLOCK // weight.group)
     codes = weight.codes.reshape(-1, heights, HEIGHT, BLOCK // 4)
-    scales = weight.scales.reshape(-1, heights, HEIGHT)
-    zeros = None if weight.zeros is None else weight.zeros.reshape(-1, heights, HEIGHT)
-    copies = 2 if gated else 1  # of codes, and of what belongs to them
+    # Of a gated product those of gate and up rows are fetched at once: of one half alone they may be too few bytes for a copy.
+    tall = (2, heights // 2) if gated else (heights,)
+    scales = weight.scales.reshape(-1, *tall, HEIGHT)
+    zeros = None if weight.zeros is None else weight.zeros.reshape(-1, *tall, HEIGHT)
     scales_smem = functools.partial(plgpu.SMEM, (config.code_stages, parts, teams, HEIGHT))
     piece = _HALF if lanes % _HALF == 0 else _LANES_STEP  # tokens that are stored at once
     emptied = plgpu.Barrier(num_arrivals=teams, num_barriers=config.num_stages)
@@ -119,7 +120,7 @@ def quantized_matmul_wide(
             plgpu.SMEM((max(2 * teams, lanes // piece), piece, HEIGHT), x.dtype, transforms=swizzled(HEIGHT // 2, x.dtype)),
             plgpu.Barrier(num_arrivals=1, num_barriers=config.num_stages),
             emptied,
-            plgpu.Barrier(num_arrivals=copies * (2 + (zeros is not None)), num_barriers=config.code_stages),
+            plgpu.Barrier(num_arrivals=(3 if gated else 2) + (zeros is not None), num_barriers=config.code_stages),
             plgpu.Barrier(num_arrivals=teams, num_barriers=config.code_stages),
             plgpu.Barrier(num_arrivals=1, num_barriers=2),
             plgpu.Barrier(num_arrivals=1, num_barriers=teams) if config.takes_turns else None,
@@ -195,9 +196,10 @@ def _wide_kernel(
                 for half in range(teams // rows):
                     source, place = pl.ds(first + half * (heights // 2), rows), pl.ds(half * rows, rows)
                     plgpu.copy_gmem_to_smem(codes_ref.at[block, source], codes_smem.at[slot, place], codes_filled.at[slot])
-                    for ref, smem in ((scales_ref, scales_smem), (zeros_ref, zeros_smem)):
-                        if ref is not None:
-                            plgpu.copy_gmem_to_smem(ref.at[groups, source], smem.at[slot, :, place], codes_filled.at[slot])
+                for ref, smem in ((scales_ref, scales_smem), (zeros_ref, zeros_smem)):
+                    if ref is not None:
+                        source = ref.at[groups, :, first] if gated else ref.at[groups, pl.ds(first, teams)]
+                        plgpu.copy_gmem_to_smem(source, smem.at[slot], codes_filled.at[slot])
                 for half in range(2):
                     fetch = 2 * count + half
                     x_slot = lax.rem(fetch, jnp.int32(stages))
