@@ -17,6 +17,9 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _DEFAULT_ALIGNMENT = 32
 _MAX_DIMENSIONS = 4
+# Many times what any model's tokenizer takes: a header is read into Python's objects, and a damaged one must not fill the memory.
+_MOST_BYTES = 1 << 28
+_MOST_ELEMENTS = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,13 @@ class GGUFTensor:
         shape: outermost dimension first (the file has it the other way round).
         type: ggml's number of its quantization type.
         offset: of its first byte in the file.
+        file: which one it is in.
     """
 
     shape: tuple[int, ...]
     type: int
     offset: int
+    file: Path
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ def read_gguf_header(path: Path) -> GGUFHeader:
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Reader(data).header()
+            return _Reader(data, path).header()
     except OSError as error:
         raise WeightsError(f"{path}: {error.strerror}") from None
     except (struct.error, ValueError, KeyError, RecursionError, MemoryError, OverflowError):
@@ -58,9 +63,12 @@ def read_gguf_header(path: Path) -> GGUFHeader:
 
 
 class _Reader:
-    def __init__(self, data: mmap.mmap):
+    def __init__(self, data: mmap.mmap, path: Path):
         self._data = data
+        self._path = path
+        self._end = min(len(data), _MOST_BYTES)
         self._offset = 0
+        self._elements = 0
 
     def header(self) -> GGUFHeader:
         magic, version, num_tensors, num_pairs = self._unpack("4sIQQ")
@@ -72,7 +80,7 @@ class _Reader:
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(alignment)
         start = -(-self._offset // alignment) * alignment
-        tensors = {name: GGUFTensor(shape, kind, start + offset) for name, (shape, kind, offset) in infos.items()}
+        tensors = {name: GGUFTensor(shape, kind, start + offset, self._path) for name, (shape, kind, offset) in infos.items()}
         return GGUFHeader(metadata, tensors)
 
     def _entries(self, count: int, read: Callable[[], Any]) -> dict[str, Any]:
@@ -88,13 +96,15 @@ class _Reader:
     def _unpack(self, layout: str) -> tuple[Any, ...]:
         values = struct.unpack_from("<" + layout, self._data, self._offset)
         self._offset += struct.calcsize("<" + layout)
+        if self._offset > self._end:
+            raise ValueError(layout)
         return values
 
     def _string(self) -> str:
         (length,) = self._unpack("Q")
         start = self._offset
         self._offset += length
-        if self._offset > len(self._data):
+        if self._offset > self._end:
             raise ValueError(length)
         # Vocabularies of damaged files hold broken UTF-8; such a token is never matched.
         return self._data[start : self._offset].decode(errors="replace")
@@ -105,7 +115,8 @@ class _Reader:
         if kind != _ARRAY:
             return self._unpack(_NUMBERS[kind])[0]
         element, count = self._unpack("IQ")
-        if count > len(self._data):
+        self._elements += count
+        if self._elements > _MOST_ELEMENTS:
             raise ValueError(count)
         if element in _NUMBERS:
             return list(self._unpack(f"{count}{_NUMBERS[element]}"))

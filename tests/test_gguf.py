@@ -1,13 +1,15 @@
 """GGUF files: names, row order, quantization types, metadata, and what is said of a damaged file."""
 
+import os
 import random
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.quants import dequantize, quantize
 from plain_forward import make_mesh
 from quantized_models import dense_leaves
@@ -16,10 +18,11 @@ from tiny_gguf import write_gguf
 from tiny_models import CONFIGS, END_OF_TURN, EOS
 
 from jaxserve.config import ModelOptions
-from jaxserve.errors import StartupError, UnsupportedModel, WeightsError
-from jaxserve.gguf_header import GGUFHeader, GGUFTensor
+from jaxserve.errors import ModelNotFound, StartupError, UnsupportedModel, WeightsError
+from jaxserve.gguf_header import GGUFHeader, GGUFTensor, read_gguf_header
 from jaxserve.models import Model
 from jaxserve.weights import resolve_model
+from jaxserve.weights.fingerprint import fingerprint
 from jaxserve.weights.gguf_config import config_of_gguf
 from jaxserve.weights.gguf_file import GGUFCheckpoint
 from jaxserve.weights.loader import load_model, read_config
@@ -110,11 +113,11 @@ def test_other_quantization_types_are_those_of_the_gguf_package(kind: str, tmp_p
     block, size = GGML_QUANT_SIZES[number]
     packed = np.random.default_rng(0).integers(1, 60, (5, 512 // block * size), np.uint8)
     checkpoint = GGUFCheckpoint.__new__(GGUFCheckpoint)
-    checkpoint.path = tmp_path / "blocks"
-    checkpoint.path.write_bytes(b"x" * 7 + packed.tobytes())
-    checkpoint.header = GGUFHeader({"general.architecture": "qwen2"}, {"output.weight": GGUFTensor((5, 512), int(number), 7)})
+    path = tmp_path / "blocks"
+    path.write_bytes(b"x" * 7 + packed.tobytes())
+    tensor = GGUFTensor((5, 512), int(number), 7, path)
     whole = dequantize(packed, number)
-    np.testing.assert_array_equal(checkpoint._rows(checkpoint.header.tensors["output.weight"], 1, 5), whole[1:5])
+    np.testing.assert_array_equal(checkpoint._rows(tensor, 1, 5), whole[1:5])
 
 
 @pytest.mark.parametrize(
@@ -194,3 +197,86 @@ def test_damaged_headers_never_give_a_traceback(tmp_path: Path, tensors: Tensors
             assert "\n" not in str(error)
             errors += 1
     assert errors > 100
+
+
+def split(folder: Path, name: str, tensors: dict[str, np.ndarray], count: int = 3) -> list[Path]:
+    """The files of a model as gguf-split --no-tensor-first-split cuts it."""
+    (folder / "whole").mkdir()
+    whole = write_gguf(folder / "whole" / "model.gguf", name, tensors)
+    reader = GGUFReader(whole)
+    parts = np.array_split(np.arange(len(reader.tensors)), count - 1)
+    paths = [folder / f"Tiny Q4-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
+    for number, path in enumerate(paths):
+        writer = GGUFWriter(path, "llama")
+        if number == 0:
+            for key, field in reader.fields.items():
+                if not key.startswith(("GGUF.", "general.architecture")):
+                    writer.add_key_value(key, field.contents(), field.types[0])
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", count)
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for i in parts[number - 1] if number else ():
+            writer.add_tensor(reader.tensors[i].name, np.array(reader.tensors[i].data))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return paths
+
+
+def test_a_model_in_several_files(tmp_path: Path, tensors: Tensors) -> None:
+    """The folder, and each file, mean the whole model; a file that is missing, cut off or of another model is named."""
+    first, second, third = split(tmp_path, "llama", tensors("llama"))
+    whole = load(tmp_path / "whole" / "model.gguf")
+    for path in (tmp_path, third):
+        for leaf, other in zip(load(path).leaves, whole.leaves, strict=True):
+            np.testing.assert_array_equal(leaf, other)
+    source = resolve_model(ModelOptions(model_id=str(tmp_path)))
+    assert source.path == first
+    before = fingerprint(source)
+
+    good = third.read_bytes()
+    for damaged, message in (
+        (good[:-2000], "00003-of-00003.gguf is truncated or damaged: "),
+        (second.read_bytes(), "00003-of-00003.gguf says that it is file 1 of 3, counted from 0, not 2 of 3"),
+        (good.replace(b"split.count", b"split.coun_"), "says that it is file 2 of None"),
+        (good.replace(b"blk.1.ffn_up", b"blk.0.ffn_up"), "a tensor is in two of its 3 files"),
+        (None, "is the first of 3 files of a model; beside it lacks Tiny Q4-00003-of-00003.gguf"),
+    ):
+        third.write_bytes(damaged) if damaged is not None else third.unlink()
+        with pytest.raises(WeightsError, match=message):
+            load(first)
+    third.write_bytes(good[:-1] + b"x")
+    assert fingerprint(source) != before
+    first.write_bytes(first.read_bytes().replace(b"split.tensors.count", b"split.tensors.coun_"))
+    load(first)
+    first.rename(tmp_path / "other.gguf")
+    with pytest.raises(WeightsError, match=r"is one of 3 files of a model, and its name does not end in -00001-of-00003\.gguf"):
+        load(tmp_path / "other.gguf")
+    with pytest.raises(ModelNotFound, match=r"lacks Tiny Q4-00001-of-00003\.gguf, the first file"):
+        load(second)
+
+
+def test_what_is_counted_in_a_header_is_bounded(tmp_path: Path) -> None:
+    """A list of Python's numbers takes many times what it takes in a file."""
+    key = struct.pack("<Q", 1) + b"k"
+    for element, count in ((0, 1 << 24), (8, 1 << 24), (9, 1 << 60)):
+        head = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + key + struct.pack("<IIQ", 9, element, count)
+        path = tmp_path / "model.gguf"
+        path.write_bytes(head)
+        os.truncate(path, 1 << 30)
+        with pytest.raises(WeightsError, match="damaged"):
+            read_gguf_header(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [(9, "Q8_1 is not supported"), (24, "I8 is not supported"), (99, "unknown quantization type 99")]
+)
+def test_types_that_cannot_be_read_are_named_at_once(kind: int, message: str, tmp_path: Path, tensors: Tensors) -> None:
+    path = write_gguf(tmp_path / "model.gguf", "llama", tensors("llama"))
+    name = b"blk.1.ffn_up.weight"
+    data = path.read_bytes()
+    place = data.index(name) + len(name) + 4 + 2 * 8
+    path.write_bytes(data[:place] + struct.pack("<I", kind) + data[place + 4 :])
+    with pytest.raises(WeightsError, match=rf"GGUF: blk\.1\.ffn_up\.weight: .*{message}"):
+        read_config(resolve_model(ModelOptions(model_id=str(path))))

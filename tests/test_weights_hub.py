@@ -45,10 +45,14 @@ def resolve(lines: list[str], cache: Path, **environment: str) -> list[str]:
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """tiny/llama asks for a token, and tiny/one and tiny/two, which have GGUF files; tiny/gated is gated, the rest is not there."""
+    """tiny/llama asks for a token, and tiny/one, two and parts, which have GGUF files; tiny/gated is gated, the rest is not there."""
 
     folder: Path
-    gguf: ClassVar = {"one": ["config.json", "q4/Tiny.Q4_0.gguf"], "two": ["README.md", "Tiny.Q4_0.gguf", "Tiny.Q8_0.gguf"]}
+    gguf: ClassVar = {
+        "one": ["config.json", "q4/Tiny.Q4_0.gguf"],
+        "two": ["README.md", "Tiny.Q4_0.gguf", "Tiny.Q8_0.gguf"],
+        "parts": [f"q4/Tiny-0000{i}-of-00002.gguf" for i in (1, 2)],
+    }
 
     def do_HEAD(self) -> None:
         self.respond()
@@ -127,7 +131,7 @@ def test_hub_models(hub: str, tmp_path: Path) -> None:
 
 
 def test_gguf_files_of_the_hub(hub: str, tmp_path: Path) -> None:
-    """A repository's only one is its model; of several one is named."""
+    """A repository's only one is its model; of several one is named. A model in several files is fetched whole, whichever is named."""
     asked = [
         "tiny/one -",
         "tiny/one/q4/Tiny.Q4_0.gguf main",
@@ -135,13 +139,17 @@ def test_gguf_files_of_the_hub(hub: str, tmp_path: Path) -> None:
         "tiny/two -",
         "tiny/two/x.gguf -",
         "tiny/two:8 -",
+        "tiny/parts -",
+        "tiny/parts/q4/Tiny-00002-of-00002.gguf -",
     ]
-    only, named, other, several, absent, colon = resolve(asked, tmp_path / "cache", HF_ENDPOINT=hub, HF_TOKEN="secret")
+    only, named, other, several, absent, colon, *parts = resolve(asked, tmp_path / "cache", HF_ENDPOINT=hub, HF_TOKEN="secret")
     assert (only, named, other) == ("- Tiny.Q4_0.gguf", "main Tiny.Q4_0.gguf", "- Tiny.Q8_0.gguf")
     told = "(Tiny.Q4_0.gguf, Tiny.Q8_0.gguf)"
     assert several == f"ModelNotFound: tiny/two has several .gguf files: --model-id tiny/two/FILE names one of them {told}"
     assert absent == f"ModelNotFound: tiny/two has no file x.gguf {told}"
     assert colon.endswith("ORG/NAME/FILE.gguf names a .gguf file of the hub")
+    assert parts == ["- Tiny-00001-of-00002.gguf"] * 2
+    assert len(list((tmp_path / "cache").rglob("*-of-00002.gguf"))) == 2
     assert resolve(["tiny/two/Tiny.Q8_0.gguf -", "tiny/one -"], tmp_path / "cache", HF_HUB_OFFLINE="1") == [other, only]
 
 

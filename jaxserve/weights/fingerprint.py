@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from jaxserve.errors import ModelNotFound
+from jaxserve.weights.gguf_parts import part_names
 from jaxserve.weights.source import ModelSource
 
 _CONFIGS = ("config.json", "generation_config.json", "quantize_config.json", "quant_config.json")
@@ -29,7 +30,8 @@ def fingerprint(source: ModelSource, with_weights: bool = True) -> str:
     digest = hashlib.sha256(repr(source.rope_scaling).encode())
     try:
         if source.is_gguf:
-            _add_blocks(digest, source.path)
+            for name in part_names(source.path.name):
+                _add_blocks(digest, source.path.with_name(name))
         else:
             for path in (source.path / name for name in _CONFIGS):
                 if path.is_file():

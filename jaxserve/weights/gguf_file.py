@@ -1,18 +1,24 @@
-"""Reading the tensors of a GGUF file under their Hugging Face names, dequantized as they are asked for, or as blocks."""
+"""Reading the tensors of a GGUF model under their Hugging Face names, dequantized as they are asked for, or as blocks."""
 
 import math
 import os
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxserve.errors import WeightsError
-from jaxserve.gguf_header import GGUFTensor, read_gguf_header
+from jaxserve.gguf_header import GGUFTensor
 from jaxserve.models.formats import BLOCK_TYPES, BLOCKS
 from jaxserve.weights.gguf_config import config_of_gguf
+from jaxserve.weights.gguf_parts import read_gguf
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
 
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _INNER = {
@@ -33,7 +39,7 @@ _CHUNK_ELEMENTS = 1 << 20
 
 
 class GGUFCheckpoint:
-    """The tensors and the configuration of one file.
+    """The tensors and the configuration of one file, or of several (`gguf_parts`).
 
     Attributes:
         shapes: by Hugging Face name.
@@ -46,12 +52,12 @@ class GGUFCheckpoint:
 
     def __init__(self, path: Path):
         self.path = path
-        self.header = read_gguf_header(path)
+        self.header = read_gguf(path)
         self._tensors = {_hf_name(name): tensor for name, tensor in self.header.tensors.items() if name != _ROPE_DIVISORS}
         if len(self._tensors) + (_ROPE_DIVISORS in self.header.tensors) != len(self.header.tensors):
             raise WeightsError(f"{path} is damaged: it has a tensor under two names")
-        self._check_extents()
-        in_file_order = sorted(self._tensors.items(), key=lambda item: item[1].offset)
+        self._check_tensors()
+        in_file_order = sorted(self._tensors.items(), key=lambda item: (item[1].file, item[1].offset))
         self.shapes: Mapping[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in in_file_order}
         self.dtypes: Mapping[str, str] = dict.fromkeys(self.shapes, "F32")  # which all become
         divisors = self.header.tensors.get(_ROPE_DIVISORS)
@@ -106,40 +112,59 @@ class GGUFCheckpoint:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 list(pool.map(fill, range(0, len(rows), step)))
         except (OSError, ValueError, NotImplementedError) as error:
-            raise WeightsError(f"{self.path} cannot be read: {error}") from None
+            raise WeightsError(f"{tensor.file} cannot be read: {error}") from None
         return rows
 
     def _bytes(self, tensor: GGUFTensor, start: int, stop: int) -> np.ndarray:
         """Rows of a tensor as they are, uint8 [stop - start, bytes]."""
         row_bytes = _num_bytes(tensor.type, tensor.shape[-1])
         try:
-            data = np.fromfile(self.path, np.uint8, (stop - start) * row_bytes, offset=tensor.offset + start * row_bytes)
+            data = np.fromfile(tensor.file, np.uint8, (stop - start) * row_bytes, offset=tensor.offset + start * row_bytes)
             return data.reshape(stop - start, row_bytes)
         except (OSError, ValueError) as error:
-            raise WeightsError(f"{self.path} cannot be read: {error}") from None
+            raise WeightsError(f"{tensor.file} cannot be read: {error}") from None
 
-    def _check_extents(self) -> None:
-        """Every tensor must lie within the file, so that no size read from it is believed before."""
-        size = self.path.stat().st_size
+    def _check_tensors(self) -> None:
+        """Every tensor must lie within its file, so that no size read from it is believed before, and be of a type that can be read."""
+        sizes = {file: file.stat().st_size for file in {tensor.file for tensor in self.header.tensors.values()}}
         for name, tensor in self.header.tensors.items():
             if 0 in tensor.shape:
-                raise WeightsError(f"{self.path} is damaged: {name} is empty")
-            if tensor.offset + math.prod(tensor.shape[:-1]) * _num_bytes(tensor.type, tensor.shape[-1]) > size:
-                raise WeightsError(f"{self.path} is truncated or damaged: {name} goes beyond its end")
+                raise WeightsError(f"{tensor.file} is damaged: {name} is empty")
+            _check_type(name, tensor)
+            if tensor.offset + math.prod(tensor.shape[:-1]) * _num_bytes(tensor.type, tensor.shape[-1]) > sizes[tensor.file]:
+                raise WeightsError(f"{tensor.file} is truncated or damaged: {name} goes beyond its end")
 
 
 def _num_bytes(type_number: int, columns: int) -> int:
-    """Bytes of a row."""
+    """Bytes of a row of a type that is known."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(type_number)]
+    return columns // block * block_bytes
+
+
+def _check_type(name: str, tensor: GGUFTensor) -> None:
+    """Whether rows of a tensor can be made of its type's blocks, and dequantized."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     try:
-        kind = GGMLQuantizationType(type_number)
+        kind = GGMLQuantizationType(tensor.type)
+        _zeros(kind)
     except ValueError:
-        raise WeightsError(f"GGUF: unknown quantization type {type_number}") from None
-    block, block_bytes = GGML_QUANT_SIZES[kind]
-    if columns % block:
-        raise WeightsError(f"GGUF: rows of {columns} are not made of {kind.name} blocks of {block}")
-    return columns // block * block_bytes
+        raise WeightsError(f"GGUF: {name}: unknown quantization type {tensor.type}") from None
+    except NotImplementedError:
+        raise WeightsError(f"GGUF: {name}: quantization type {kind.name} is not supported") from None
+    if tensor.shape[-1] % (block := GGML_QUANT_SIZES[kind][0]):
+        raise WeightsError(f"GGUF: {name}: rows of {tensor.shape[-1]} are not made of {kind.name} blocks of {block}")
+
+
+@cache
+def _zeros(kind: "GGMLQuantizationType") -> np.ndarray:
+    """One block; NotImplementedError where the `gguf` package does not dequantize the type."""
+    from gguf import GGML_QUANT_SIZES
+    from gguf.quants import dequantize
+
+    return dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
 
 
 def _hf_name(name: str) -> str:

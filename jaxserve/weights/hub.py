@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from jaxserve.errors import ModelNotFound
+from jaxserve.weights.gguf_parts import models_of, part_names
 
 _SETTINGS = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 _WEIGHTS = ["*.safetensors"]
@@ -25,19 +26,21 @@ def fetch_model(model_id: str, revision: str | None, with_weights: bool) -> Path
 
 
 def fetch_gguf(model_id: str, revision: str | None, file: str) -> Path:
-    """One .gguf file of a hub model, as `fetch_model` fetches folders.
+    """One .gguf file of a hub model, as `fetch_model` fetches folders; the first, of a model in several, of which all are fetched.
 
     Raises:
         ModelNotFound: one line saying why.
     """
-    path = _download(model_id, revision, [file]) / file
-    if not path.is_file():
-        raise ModelNotFound(f"{model_id} has no file {file}{_told(_gguf_files(model_id, revision))}")
-    return path
+    files = part_names(file)
+    folder = _download(model_id, revision, files)
+    for name in files:
+        if not (folder / name).is_file():
+            raise ModelNotFound(f"{model_id} has no file {name}{_told(_gguf_files(model_id, revision))}")
+    return folder / files[0]
 
 
 def only_gguf(model_id: str, revision: str | None, folder: Path) -> str | None:
-    """The .gguf file of a hub model that has nothing else to serve; None: it has none.
+    """The .gguf file (the first, of a model in several) of a hub model that has nothing else to serve; None: it has none.
 
     Args:
         folder: what was fetched; its files count where the hub cannot be asked.
@@ -45,7 +48,7 @@ def only_gguf(model_id: str, revision: str | None, folder: Path) -> str | None:
     Raises:
         ModelNotFound: there are several.
     """
-    files = _gguf_files(model_id, revision) or sorted(str(path.relative_to(folder)) for path in folder.rglob("*.[gG][gG][uU][fF]"))
+    files = models_of(_gguf_files(model_id, revision) or (str(path.relative_to(folder)) for path in folder.rglob("*.[gG][gG][uU][fF]")))
     if len(files) > 1:
         raise ModelNotFound(f"{model_id} has several .gguf files: --model-id {model_id}/FILE names one of them{_told(files)}")
     return files[0] if files else None

@@ -7,6 +7,7 @@ from pathlib import Path
 from jaxserve.config import ModelOptions
 from jaxserve.errors import ModelNotFound
 from jaxserve.weights.demo import DEMO_MODEL_ID, ensure_demo_model
+from jaxserve.weights.gguf_parts import models_of, part_names
 from jaxserve.weights.hub import fetch_gguf, fetch_model, only_gguf
 
 
@@ -17,7 +18,7 @@ class ModelSource:
     Attributes:
         model_id: as given by the user; the demo model's own where none was given.
         revision: of a hub id, "" if none.
-        path: local folder, or .gguf file.
+        path: local folder, or .gguf file; of a model in several files the first.
         weights: folder of the safetensors files; None: `path`.
         rope_scaling: (type, factor) in place of config.json's; None: that.
         quantize: value of --quantize; None: weights are kept as they are stored.
@@ -63,7 +64,7 @@ def _find(options: ModelOptions) -> ModelSource:
     if os.path.isdir(path):
         return ModelSource(model_id, "", _gguf_inside(path) or path)
     if is_file and _is_gguf(path):
-        return ModelSource(model_id, "", path)
+        return ModelSource(model_id, "", _first_part(path))
     if is_file:
         raise ModelNotFound(f"{model_id} is a file, but not a .gguf file")
     organisation, name, *inside = model_id.split("/", 2) if "/" in model_id else (model_id, "")
@@ -93,8 +94,20 @@ def _gguf_inside(folder: Path) -> Path | None:
     """
     if (folder / "config.json").exists():
         return None
-    files = sorted(path for path in folder.iterdir() if _is_gguf(path))
+    files = models_of(path.name for path in folder.iterdir() if _is_gguf(path))
     if len(files) > 1:
-        names = ", ".join(path.name for path in files[:8])
+        names = ", ".join(files[:8])
         raise ModelNotFound(f"{folder} has {len(files)} .gguf files and no config.json: --model-id must name one of them ({names})")
-    return files[0] if files else None
+    return _first_part(folder / files[0]) if files else None
+
+
+def _first_part(path: Path) -> Path:
+    """The first of the .gguf files of a model, whichever of them is named.
+
+    Raises:
+        ModelNotFound: it is not there.
+    """
+    first = path.with_name(part_names(path.name)[0])
+    if not first.exists():
+        raise ModelNotFound(f"{first.parent} lacks {first.name}, the first file of the model")
+    return first
