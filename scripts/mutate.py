@@ -218,7 +218,7 @@ MUTATIONS = (
     ),
     Mutation(
         "steps not cut to a compiled size",
-        "scheduler/scheduler.py",
+        "scheduler/prefill_budget.py",
         "return smaller if padding > most_padding",
         "return smaller if padding > 10**9",
         ("test_scheduler.py",),

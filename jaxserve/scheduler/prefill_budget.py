@@ -1,10 +1,41 @@
-"""PrefillBudget: how prompts share the tokens of a step that are left beside decodes."""
+"""PrefillBudget: how many tokens of a step are for prompts, and how these share them."""
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from itertools import islice
 
+from jaxserve.scheduler.config import SchedulerConfig
+
+MOST_PADDING_ALONE = 128  # tokens; computing them costs about as much as a step of a few tokens
 SHORT_SHARE = 4  # one part of so many of the budget is held for short prompts; those are short that fit into it
 MAX_LOOKED_AT = 256  # prompts, in the search for short ones
+
+
+def tokens_for_prompts(config: SchedulerConfig, num_decodes: int, wanted: Iterable[int]) -> int:
+    """Most tokens that prompts get in a step: what is left beside its decodes, fewer where their streams must not wait long.
+
+    Where what there is to compute would leave much padding in the next larger size of a step, it is what fills a smaller one. What is
+    left over joins the next step, which costs little beside decodes that run anyway; prompts alone would wait for it.
+
+    Args:
+        num_decodes: tokens of the step that are not of prompts.
+        wanted: tokens that each prompt still needs, looked at until they use up the budget.
+    """
+    budget, bound = config.max_batch_tokens - num_decodes, config.max_prefill_tokens_while_decoding
+    if bound is not None and num_decodes:
+        budget = min(budget, max(1, bound() if callable(bound) else bound))
+    num_wanted = 0
+    for num_behind in wanted:
+        if num_wanted >= budget:
+            break
+        num_wanted += num_behind
+    total, sizes = num_decodes + min(budget, num_wanted), config.step_sizes
+    above = bisect_left(sizes, total)
+    if above in (0, len(sizes)):
+        return budget
+    padding, smaller = sizes[above] - total, sizes[above - 1] - num_decodes
+    most_padding = total // 16 if num_decodes else MOST_PADDING_ALONE
+    return smaller if padding > most_padding and smaller > (total - num_decodes) // 2 else budget
 
 
 class PrefillBudget:

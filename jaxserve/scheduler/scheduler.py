@@ -1,10 +1,10 @@
 """Scheduler: which samples run, and which of their tokens the next step computes."""
 
 import time
-from bisect import bisect_left, insort
+from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from operator import attrgetter
 
 from jaxserve.errors import ContextTooLong, InvalidRequest
@@ -14,12 +14,11 @@ from jaxserve.scheduler.config import KVGroupPages, SchedulerConfig
 from jaxserve.scheduler.outputs import error_output, receive
 from jaxserve.scheduler.page_pool import PageEvent
 from jaxserve.scheduler.page_tables import PageTables
-from jaxserve.scheduler.prefill_budget import MAX_LOOKED_AT, PrefillBudget
+from jaxserve.scheduler.prefill_budget import MAX_LOOKED_AT, PrefillBudget, tokens_for_prompts
 from jaxserve.scheduler.sample import NEVER, Sample, SampleState
 from jaxserve.step import StepResult
 
 MAX_PASSED = 64  # steps in which later samples may pass one that lacks memory; then it blocks them
-MOST_PADDING_ALONE = 128  # tokens; computing them costs about as much as a step of a few tokens
 MAX_SKIPPED = 8  # samples skipped for lack of memory before the search for a smaller one ends
 
 WAITING, RUNNING, FINISHED = SampleState.WAITING, SampleState.RUNNING, SampleState.FINISHED
@@ -128,8 +127,9 @@ class Scheduler:
         self._step += 1
         rows, behind = self._schedule_decodes()
         num_decodes = len(rows)
-        budget = self._without_padding(self._prefill_budget(num_decodes), num_decodes, behind)
-        shared = PrefillBudget(budget, self._needs(behind) if self._num_scoring else ())
+        wanted = (sample.num_behind for sample in chain(behind, islice(self._waiting, len(self._free_slots))))
+        num_tokens = tokens_for_prompts(self._config, num_decodes, wanted)
+        shared = PrefillBudget(num_tokens, self._needs(behind) if self._num_scoring else ())
         chunks = self._schedule_chunks(behind, shared)
         admitted, page_copies = self._admit_waiting(shared)
         chunks += admitted
@@ -241,32 +241,6 @@ class Scheduler:
             elif sample.state is RUNNING and (sample.num_computed_tokens < sample.room or self._make_room(sample, 1)):
                 rows.append(self._take(sample, 1))
         return rows, behind
-
-    def _prefill_budget(self, num_decodes: int) -> int:
-        """Return how many tokens are left beside the decodes, fewer where their streams must not wait long."""
-        budget = self._config.max_batch_tokens - num_decodes
-        bound = self._config.max_prefill_tokens_while_decoding
-        if bound is None or num_decodes == 0:
-            return budget
-        return min(budget, max(1, bound() if callable(bound) else bound))
-
-    def _without_padding(self, budget: int, num_decodes: int, behind: list[Sample]) -> int:
-        """Return a budget that fills a step of one of the sizes, where what there is to compute would leave much padding in the next one.
-
-        What is left over joins the next step, which costs little beside decodes that run anyway; prompts alone would wait for it.
-        """
-        wanted = sum(sample.num_behind for sample in behind)
-        for sample in islice(self._waiting, len(self._free_slots)):
-            if wanted >= budget:
-                break
-            wanted += sample.num_behind
-        total, sizes = num_decodes + min(budget, wanted), self._config.step_sizes
-        above = bisect_left(sizes, total)
-        if above in (0, len(sizes)):
-            return budget
-        padding, smaller = sizes[above] - total, sizes[above - 1] - num_decodes
-        most_padding = total // 16 if num_decodes else MOST_PADDING_ALONE
-        return smaller if padding > most_padding and smaller > (total - num_decodes) // 2 else budget
 
     def _needs(self, behind: list[Sample]) -> Iterator[tuple[int, bool]]:
         """Yield what PrefillBudget must know of each prompt: of those that run, then of those that may be admitted."""
