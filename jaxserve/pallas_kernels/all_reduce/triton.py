@@ -7,7 +7,7 @@ mean square norm that follow can be in the same kernel, one-shot. What is only p
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,17 +82,8 @@ def all_reduce_two_shot_triton(parts: jax.Array, table: jax.Array, dtype: Any, *
     config = AllReduceConfig.two_shot()
     shards, _, size = parts.shape
     step = config.elements(dtype) * (table.shape[1] - 1)
-    num_rows = pl.cdiv(size, step)
-    num_blocks = min(num_rows, blocks)
-    return pl.pallas_call(
-        functools.partial(_two_shot_kernel, config=config, num_rounds=pl.cdiv(num_rows, num_blocks), num_blocks=num_blocks),
-        grid=(num_blocks, shards),
-        in_specs=[pl.no_block_spec] * 2,
-        out_specs=pl.no_block_spec,
-        out_shape=jax.ShapeDtypeStruct((shards, size), dtype),
-        compiler_params=plt.CompilerParams(num_warps=config.threads // 32, num_stages=1),
-        name="all_reduce_two_shot",
-    )(parts, table)
+    out = jax.ShapeDtypeStruct((shards, size), dtype)
+    return _call_in_rounds(_two_shot_kernel, "all_reduce_two_shot", parts, table, out, config, pl.cdiv(size, step), blocks)
 
 
 def all_gather_triton(part: jax.Array, table: jax.Array, *, blocks: int = BLOCKS) -> jax.Array:
@@ -101,16 +92,31 @@ def all_gather_triton(part: jax.Array, table: jax.Array, *, blocks: int = BLOCKS
     shards, num_tokens, size = part.shape
     config = AllReduceConfig.for_elements(num_tokens * size, part.dtype, layout)
     num_pieces = num_tokens * pl.cdiv(size, config.elements(part.dtype))
+    out = jax.ShapeDtypeStruct((shards, num_tokens, layout.shards * size), part.dtype)
+    return _call_in_rounds(_all_gather_kernel, "all_gather", part, table, out, config, num_pieces, blocks)
+
+
+def _call_in_rounds(
+    kernel: Callable[..., None],
+    name: str,
+    parts: jax.Array,
+    table: jax.Array,
+    out: jax.ShapeDtypeStruct,
+    config: AllReduceConfig,
+    num_pieces: int,
+    blocks: int,
+) -> jax.Array:
+    """Have at most so many blocks a shard do a kernel's pieces, one a block in each round."""
     num_blocks = min(num_pieces, blocks)
     return pl.pallas_call(
-        functools.partial(_all_gather_kernel, config=config, num_rounds=pl.cdiv(num_pieces, num_blocks), num_blocks=num_blocks),
-        grid=(num_blocks, shards),
+        functools.partial(kernel, config=config, num_rounds=pl.cdiv(num_pieces, num_blocks), num_blocks=num_blocks),
+        grid=(num_blocks, out.shape[0]),
         in_specs=[pl.no_block_spec] * 2,
         out_specs=pl.no_block_spec,
-        out_shape=jax.ShapeDtypeStruct((shards, num_tokens, layout.shards * size), part.dtype),
+        out_shape=out,
         compiler_params=plt.CompilerParams(num_warps=config.threads // 32, num_stages=1),
-        name="all_gather",
-    )(part, table)
+        name=name,
+    )(parts, table)
 
 
 def all_reduce_add_rms_norm_triton(

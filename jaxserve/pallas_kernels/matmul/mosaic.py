@@ -17,9 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxserve.pallas_kernels.float16 import narrowed
-from jaxserve.pallas_kernels.paged_attention.mosaic_decode import swizzled
+from jaxserve.pallas_kernels.mosaic import HEIGHT, empty_slot, even_workers, filled_slot, lane_semantics, see_out, swizzled
 
-HEIGHT = 64  # of a wgmma
 _SMEM_BYTES = 226 * 1024  # of a block, but for its barriers
 _MOST_TOKENS = 128
 _FEW_TOKENS = 32
@@ -103,7 +102,7 @@ def matmul_mosaic(
     width = config.tile // (2 if gated else 1)
     lanes = _lanes(num_tokens)
     chunks = size // (width * config.cluster) * config.splits
-    workers = pl.cdiv(chunks, pl.cdiv(chunks, config.num_blocks // config.cluster))
+    workers = even_workers(chunks, config.num_blocks // config.cluster)
     planes = 1 if config.splits == 1 else 2
     tiled = swizzled(config.block_k, x.dtype)
     emptied = plgpu.Barrier(num_barriers=config.num_stages)
@@ -125,8 +124,7 @@ def matmul_mosaic(
         cluster_names=("member",) if config.cluster > 1 else (),
         num_threads=2,
         thread_name="warpgroup",
-        # Lane semantics lower in half the time of the default's, which infers layouts first.
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=lane_semantics(),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(jnp.pad(x, ((0, lanes - num_tokens), (0, 0))), weight)
     return parts[:, :num_tokens]
@@ -138,7 +136,7 @@ def _matmul_kernel(
 ):  # fmt: skip
     halves = 2 if gated else 1
     width, size = config.tile // halves, parts_ref.shape[2]
-    tile, block_k, stages = config.tile, config.block_k, config.num_stages
+    tile, block_k = config.tile, config.block_k
     splits, planes = jnp.int32(config.splits), out_smem.shape[0]
     lanes, depth = x_ref.shape
     steps = depth // config.splits // block_k
@@ -159,12 +157,7 @@ def _matmul_kernel(
             share = lax.rem(chunk, splits) * (steps * block_k)
 
             def step(i, count):
-                slot = lax.rem(count, jnp.int32(stages))
-
-                @pl.when(count >= stages)
-                def _():
-                    plgpu.barrier_wait(emptied.at[slot])
-
+                slot = empty_slot(emptied, count)
                 # Blocks start at different columns: together at the same ones they would crowd some of the memory's channels.
                 column = share + lax.rem(i + worker, jnp.int32(steps)) * block_k
                 columns = pl.ds(pl.multiple_of(column, block_k), block_k)
@@ -177,11 +170,7 @@ def _matmul_kernel(
             return lax.fori_loop(0, steps, step, count)
 
         count = lax.fori_loop(begin, end, fetch_chunk, jnp.int32(0))
-        for slot in range(stages):  # see every phase of a barrier out, as the interpreter demands, and clusters too
-
-            @pl.when(slot < count)
-            def _(slot=slot):
-                plgpu.barrier_wait(emptied.at[slot])
+        see_out(emptied, count)
 
     @pl.when(warpgroup == 0)
     def _compute():
@@ -189,8 +178,7 @@ def _matmul_kernel(
             def accumulate(*sums):
                 def step(i, count):
                     del i
-                    slot = lax.rem(count, jnp.int32(stages))
-                    plgpu.barrier_wait(filled.at[slot])
+                    slot = filled_slot(filled, count)
                     for total, top in zip(sums, tops, strict=True):
                         plgpu.wgmma(total, weight_smem.at[slot, pl.ds(top, HEIGHT)], x_smem.at[slot].transpose((1, 0)))
                     plgpu.wgmma_wait(0)

@@ -18,17 +18,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxserve.pallas_kernels.float16 import narrowed
-from jaxserve.pallas_kernels.paged_attention.mosaic_decode import swizzled
+from jaxserve.pallas_kernels.mosaic import (
+    COMPUTE_REGISTERS,
+    FETCH_REGISTERS,
+    HEIGHT,
+    empty_slot,
+    even_workers,
+    filled_slot,
+    lane_semantics,
+    place_in_panel,
+    see_out,
+    swizzled,
+)
 
-HEIGHT = 64  # of a wgmma
 BLOCK_BYTES = 128  # of columns fetched at once: the widest swizzle
 BLOCK_K = BLOCK_BYTES // 2  # so many columns of 16 bits
 _TOKENS = range(193, 257)
 _FEWEST_PROMPT_TOKENS = 1024  # of a gated product
 _FEWEST_BYTES = 32 * 2**20
 _LEAST_DEPTH = 3072  # of a share of the columns: below it partial sums weigh too much
-_FETCH_REGISTERS = 40
-_COMPUTE_REGISTERS = {2: 232, 3: 152}  # of 512 a thread of four warpgroups' place
 
 
 @dataclass(frozen=True)
@@ -129,8 +137,7 @@ def matmul_wide(
     out_dtype = jnp.dtype(out_dtype or (x.dtype if scales is None else jnp.bfloat16))
     padded = pl.cdiv(num_tokens, config.token_tile * config.token_cluster) * config.token_tile * config.token_cluster
     chunks = units // (width * config.row_cluster) * (padded // (config.token_tile * config.token_cluster)) * config.splits
-    most = config.num_blocks // math.prod(cluster)
-    workers = pl.cdiv(chunks, pl.cdiv(chunks, most))
+    workers = even_workers(chunks, config.num_blocks // math.prod(cluster))
     tiled = swizzled(block, x.dtype)
     stages, warpgroups = config.num_stages, config.warpgroups
     sharing = tuple(name for name, blocks in zip(("row_member", "token_member"), cluster, strict=True) if blocks > 1)
@@ -157,8 +164,7 @@ def matmul_wide(
         cluster_names=("row_member", "token_member") if sharing else (),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
-        # Lane semantics lower in half the time of the default's, which infers layouts first.
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True),
+        compiler_params=lane_semantics(approx_math=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(
         jnp.pad(x, ((0, padded - num_tokens), (0, 0))),
@@ -192,28 +198,20 @@ def _wide_kernel(
 
     def place(i):
         """Of this block's i-th chunk: its first token, its first unit, its share of the columns."""
-        chunk = worker + i * workers
-        first = lax.div(chunk, panel * row_groups) * panel
-        within, across = chunk - first * row_groups, jnp.minimum(panel, token_groups - first)
-        rest = lax.div(within, across)
-        token = ((first + lax.rem(within, across)) * config.token_cluster + token_member) * config.token_tile
+        group, rest = place_in_panel(worker + i * workers, panel, row_groups, token_groups)
+        token = (group * config.token_cluster + token_member) * config.token_tile
         unit = (lax.div(rest, splits) * config.row_cluster + row_member) * width
         return pl.multiple_of(token, config.token_tile), pl.multiple_of(unit, width), lax.rem(rest, splits)
 
     @pl.when(warpgroup == warpgroups)
     def _fetch():
-        plgpu.set_max_registers(_FETCH_REGISTERS, action="decrease")
+        plgpu.set_max_registers(FETCH_REGISTERS, action="decrease")
 
         def fetch_chunk(i, count):
             token, unit, share = place(i)
 
             def step(k, count):
-                slot = lax.rem(count, jnp.int32(stages))
-
-                @pl.when(count >= stages)
-                def _():
-                    plgpu.barrier_wait(emptied.at[slot])
-
+                slot = empty_slot(emptied, count)
                 columns = pl.ds(pl.multiple_of((share * steps + k) * block, block), block)
                 for group in range(warpgroups):
                     plgpu.copy_gmem_to_smem(
@@ -230,21 +228,16 @@ def _wide_kernel(
             return lax.fori_loop(0, steps, step, count)
 
         count = lax.fori_loop(0, num_chunks, fetch_chunk, jnp.int32(0))
-        for slot in range(stages):  # see every phase of a barrier out, as the interpreter demands, and clusters too
-
-            @pl.when(slot < count)
-            def _(slot=slot):
-                plgpu.barrier_wait(emptied.at[slot])
+        see_out(emptied, count)
 
     @pl.when(warpgroup < warpgroups)
     def _compute():
-        plgpu.set_max_registers(_COMPUTE_REGISTERS[warpgroups], action="increase")
+        plgpu.set_max_registers(COMPUTE_REGISTERS[warpgroups], action="increase")
 
         def compute_chunk(i, count):
             def accumulate(total):
                 def step(k, count):
-                    slot = lax.rem(count, jnp.int32(stages))
-                    plgpu.barrier_wait(filled.at[slot])
+                    slot = filled_slot(filled, count)
                     plgpu.wgmma(total, x_smem.at[slot, warpgroup], weight_smem.at[slot].transpose((1, 0)))
                     plgpu.wgmma_wait(1)  # so the step before is done, while the tensor cores are at this one
 

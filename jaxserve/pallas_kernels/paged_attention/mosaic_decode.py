@@ -16,11 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxserve.pallas_kernels.layer_kv import LayerKV
+from jaxserve.pallas_kernels.mosaic import HEIGHT, see_out, swizzled
 from jaxserve.pallas_kernels.paged_attention.combine import MASKED, combine_transposed
 from jaxserve.pallas_kernels.paged_attention.decode_plan import plan_decode
 from jaxserve.pallas_kernels.paged_attention.triton_decode import soft_capped
-
-HEIGHT = 64  # of a wgmma
 
 
 @dataclass(frozen=True)
@@ -113,13 +112,6 @@ def decode_attention_mosaic(
     return combine_transposed(out, sums, maxima, weights, plan, pairs_per_tile=pairs_per_tile, interpret=interpret).reshape(q.shape)
 
 
-def swizzled(columns: int, dtype) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
-    """Transforms of a tile in SMEM of rows of `columns` elements (a multiple of 64 bytes), as wgmma and TMA want them."""
-    width = min(128, columns * jnp.dtype(dtype).itemsize)
-    tiling = plgpu.TilingTransform((8, width // jnp.dtype(dtype).itemsize))  # pyright: ignore[reportAbstractUsage]
-    return tiling, plgpu.SwizzleTransform(width)  # pyright: ignore[reportAbstractUsage]
-
-
 def _query_tiles(q: jax.Array, group: int, num_pairs: int) -> jax.Array:
     """[tiles, lanes, D]: a tile holds the query heads of one (row, KV head) pair, or of several where they fill it exactly."""
     if 8 % group == 0 and num_pairs * group % 8 == 0:
@@ -198,11 +190,7 @@ def _decode_kernel(
 
         count, pairs = walk_pairs(visit, (jnp.int32(0), jnp.int32(0)))
         for barriers, used in ((q_free, pairs), (keys_free, count), (values_free, count)):
-            for slot in range(barriers.shape[0]):  # see every phase of a barrier out, as the interpreter demands
-
-                @pl.when(slot < used)
-                def _(barrier=barriers.at[slot]):
-                    plgpu.barrier_wait(barrier)
+            see_out(barriers, used)
 
     @pl.when(warpgroup == 0)
     def _compute():

@@ -19,12 +19,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxserve.pallas_kernels.layer_kv import LayerKV
 from jaxserve.pallas_kernels.metadata import AttentionMetadata
+from jaxserve.pallas_kernels.mosaic import COMPUTE_REGISTERS, FETCH_REGISTERS, HEIGHT, swizzled
 from jaxserve.pallas_kernels.paged_attention.combine import MASKED
-from jaxserve.pallas_kernels.paged_attention.mosaic_decode import swizzled
 from jaxserve.pallas_kernels.paged_attention.prefill_plan import RowSpan, plan_prefill, span_of_row
 from jaxserve.pallas_kernels.paged_attention.triton_decode import soft_capped
 
-HALF = 64  # tokens of a warpgroup: the height of a wgmma
+HALF = HEIGHT  # tokens of a warpgroup
 BLOCK_Q = 2 * HALF
 
 
@@ -125,7 +125,7 @@ def _prefill_kernel(
 
     @pl.when(warpgroup == 2)
     def _fetch():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(FETCH_REGISTERS, action="decrease")
         kv_head = lax.div(head, jnp.int32(num_heads // num_kv_heads))
 
         def fetch_row(row, count):
@@ -161,7 +161,7 @@ def _prefill_kernel(
 
     @pl.when(warpgroup < 2)
     def _compute():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(COMPUTE_REGISTERS[2], action="increase")
         wgmma = plgpu.Layout.WGMMA
         by_token = wgmma.reduce(1)
         token_start = tile_start + warpgroup * HALF

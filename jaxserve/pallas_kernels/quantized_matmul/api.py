@@ -33,13 +33,18 @@ def _gated_kernel(x: jax.Array, weight: FourBitWeight | EightBitWeight | PlainWe
     """The gated product by a kernel of our own; None: there is none for it."""
     # Pallas takes over a second to import: not where there is no GPU.
     from jaxserve.pallas_kernels.matmul.mosaic_wide import matmul_wide
-    from jaxserve.pallas_kernels.quantized_matmul.dispatch import eight_bit_config, mosaic_config, wide_config, wide_four_bit_config
+    from jaxserve.pallas_kernels.quantized_matmul.dispatch import (
+        eight_bit_config,
+        mosaic_config,
+        wide_eight_bit_config,
+        wide_four_bit_config,
+    )
     from jaxserve.pallas_kernels.quantized_matmul.mosaic import quantized_matmul_mosaic
     from jaxserve.pallas_kernels.quantized_matmul.mosaic_eight_bit import eight_bit_matmul_mosaic
     from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import quantized_matmul_wide
 
     if isinstance(weight, EightBitWeight):
-        config, few = wide_config(x, weight, gpu), eight_bit_config(x, weight, x.dtype, gpu, gated=True)
+        config, few = wide_eight_bit_config(x, weight, gpu), eight_bit_config(x, weight, x.dtype, gpu, gated=True)
         if config is not None:
             codes, scales = _round(x, weight, after_kernel=False)
             return matmul_wide(codes, weight.codes, (scales[:, 0], weight.scales[0].astype(jnp.float32)), config=config, gated=True)[0]

@@ -6,7 +6,8 @@ from jax.experimental import pallas as pl
 
 from jaxserve.pallas_kernels.gpu import Gpu
 from jaxserve.pallas_kernels.matmul.mosaic_wide import WideMatmulConfig
-from jaxserve.pallas_kernels.quantized_matmul.mosaic import HEIGHT, MosaicQuantizedConfig, token_tiles
+from jaxserve.pallas_kernels.mosaic import HEIGHT
+from jaxserve.pallas_kernels.quantized_matmul.mosaic import MosaicQuantizedConfig, token_tiles
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_eight_bit import MosaicEightBitConfig
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import WideQuantizedConfig, wide_token_tiles
 from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfig
@@ -45,7 +46,7 @@ def takes_eight_bit_products(x: jax.Array, weight: EightBitWeight, gpu: Gpu) -> 
     return fits and x.shape[0] >= _LEAST_EIGHT_BIT_TOKENS and (gpu.is_hopper or weight.codes.dtype == jnp.int8)
 
 
-def wide_config(x: jax.Array, weight: EightBitWeight, gpu: Gpu) -> WideMatmulConfig | None:
+def wide_eight_bit_config(x: jax.Array, weight: EightBitWeight, gpu: Gpu) -> WideMatmulConfig | None:
     """The cut of Hopper's kernel for many tokens for a gated product of x [T, K] in 8 bits; None where a library's goes."""
     (num_tokens, depth), size = x.shape, weight.shape[0]
     fits = num_tokens % 256 == size % 256 == depth % BLOCK == 0 and x.dtype == jnp.bfloat16 and weight.codes.dtype == jnp.float8_e4m3fn

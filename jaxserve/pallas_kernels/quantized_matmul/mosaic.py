@@ -20,11 +20,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from jaxserve.pallas_kernels.paged_attention.mosaic_decode import swizzled
+from jaxserve.pallas_kernels.mosaic import BY_ROW, HEIGHT, empty_slot, even_workers, filled_slot, lane_semantics, see_out, swizzled
 from jaxserve.pallas_kernels.quantized_matmul.upcast import addend_pair_asm, eight_bit_asm, four_bit_asm
 from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, EightBitWeight, FourBitWeight
 
-HEIGHT = 64  # of a wgmma
 MOST_LANES = 128  # tokens of a tile; more are cut into equal tiles
 _PIECE = 32  # columns that are widened and multiplied at once
 
@@ -63,7 +62,7 @@ def quantized_matmul_mosaic(
     blocks = depth // BLOCK
     heights, teams = size // HEIGHT, config.warpgroups
     chunks = heights // teams * config.splits * tiles
-    workers = pl.cdiv(chunks, pl.cdiv(chunks, config.num_blocks))
+    workers = even_workers(chunks, config.num_blocks)
     planes = 1 if config.splits == 1 else 2
     halves = 2 if gated else 1
     zero = 0 if isinstance(weight, FourBitWeight) and weight.values else 8
@@ -106,8 +105,7 @@ def quantized_matmul_mosaic(
         grid_names=("worker",),
         num_threads=teams + 1,
         thread_name="warpgroup",
-        # Lane semantics lower in half the time of the default's, which infers layouts first.
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=lane_semantics(),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(x, codes, scales, zeros, jnp.full((1,), zero, jnp.int32))
     return sums[:, :num_tokens]
@@ -123,7 +121,7 @@ def _quantized_matmul_kernel(
     x_ref, codes_ref, scales_ref, zeros_ref, one_zero_ref, sums_ref, codes_smem, x_smem, scales_smem, zeros_smem, out_smem, filled, emptied,
     handed_over, *, config: MosaicQuantizedConfig, group: int, chunks: int, workers: int, interpret: bool,
 ):  # fmt: skip
-    teams, stages, splits, planes = config.warpgroups, config.num_stages, jnp.int32(config.splits), out_smem.shape[1]
+    teams, splits, planes = config.warpgroups, jnp.int32(config.splits), out_smem.shape[1]
     depth, lanes = x_ref.shape[1], x_smem.shape[1]
     tiles = jnp.int32(x_ref.shape[0] // lanes)
     four_bit = codes_ref.dtype == jnp.uint16
@@ -148,12 +146,7 @@ def _quantized_matmul_kernel(
             first, share, tokens = place(chunk)
 
             def step(i, count):
-                slot = lax.rem(count, jnp.int32(stages))
-
-                @pl.when(count >= stages)
-                def _():
-                    plgpu.barrier_wait(emptied.at[slot])
-
+                slot = empty_slot(emptied, count)
                 # Blocks of threads start at different columns: together at the same ones they would crowd some of the memory's channels.
                 block = share * steps + lax.rem(i + worker, jnp.int32(steps))
                 columns = pl.ds(pl.multiple_of(block * BLOCK, BLOCK), BLOCK)
@@ -173,22 +166,18 @@ def _quantized_matmul_kernel(
             return lax.fori_loop(0, steps, step, count)
 
         count = lax.fori_loop(begin, end, fetch_chunk, jnp.int32(0))
-        for slot in range(stages):  # see every phase of a barrier out, as the interpreter demands
-
-            @pl.when(slot < count)
-            def _(slot=slot):
-                plgpu.barrier_wait(emptied.at[slot])
+        see_out(emptied, count)
 
     @pl.when(warpgroup < teams)
     def _compute():
-        one_zero = plgpu.layout_cast(lax.broadcast_in_dim(one_zero_ref[0], (HEIGHT,), ()), _ROW)
+        one_zero = plgpu.layout_cast(lax.broadcast_in_dim(one_zero_ref[0], (HEIGHT,), ()), BY_ROW)
         height = (lax.div(warpgroup, jnp.int32(pairs)), lax.rem(warpgroup, jnp.int32(pairs))) if gated else (warpgroup,)
 
         def multiply(sums, slot, part, codes):
             """Adds a group's product to sums, wgmma's accumulator; in the interpreter returns it, whose wgmma takes no registers."""
             products = []
             for piece in range(part * 4 // parts, (part + 1) * 4 // parts):
-                zeros = one_zero if zeros_ref is None else plgpu.load(zeros_smem.at[slot, part, *height], layout=_ROW).astype(jnp.int32)
+                zeros = one_zero if zeros_ref is None else plgpu.load(zeros_smem.at[slot, part, *height], layout=BY_ROW).astype(jnp.int32)
                 numbers = _numbers(codes, piece, zeros, x_ref.dtype, interpret)
                 tokens = x_smem.at[slot, :, pl.ds(piece * _PIECE, _PIECE)]
                 if interpret:
@@ -205,8 +194,7 @@ def _quantized_matmul_kernel(
             return pl.run_scoped(body, plgpu.WGMMAAccumulatorRef((HEIGHT, lanes), jnp.float32))
 
         def read(count):
-            slot = lax.rem(count, jnp.int32(stages))
-            plgpu.barrier_wait(filled.at[slot])
+            slot = filled_slot(filled, count)
             return slot, plgpu.load(codes_smem.at[slot, warpgroup], layout=plgpu.Layout.WGMMA if four_bit else plgpu.Layout.WGMMA_8BIT)
 
         def across(scales):
@@ -225,7 +213,7 @@ def _quantized_matmul_kernel(
 
                     sums = multiply(None, slot, part, codes) if interpret else in_accumulator(product)
                     assert sums is not None
-                    total = total + sums * across(plgpu.load(scales_smem.at[slot, part, *height], layout=_ROW))
+                    total = total + sums * across(plgpu.load(scales_smem.at[slot, part, *height], layout=BY_ROW))
                 plgpu.barrier_arrive(emptied.at[slot])
                 return count + 1, total
 
@@ -286,9 +274,6 @@ def _quantized_matmul_kernel(
         plgpu.wait_smem_to_gmem(0)
 
 
-_ROW = plgpu.Layout.WGMMA.reduce(1)
-
-
 def _numbers(codes: jax.Array, piece: int, zeros: jax.Array, dtype: jnp.dtype, interpret: bool) -> jax.Array:
     """Numbers [64, 32] in dtype of a block's codes, uint16 [64, 32] less their zeros, int32 [64], or of 8 bits [64, 128]."""
     codes_dtype, four_bit = codes.dtype, codes.dtype == jnp.uint16
@@ -304,7 +289,7 @@ def _numbers(codes: jax.Array, piece: int, zeros: jax.Array, dtype: jnp.dtype, i
         return ir.VectorType.get((2,), ir.BF16Type.get() if dtype == jnp.bfloat16 else ir.F16Type.get())
 
     # The second axis of the registers are tiles of 8 columns (16, if of 8 bits), the fifth the upper and the lower 8 rows.
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, _ROW), return_type=result)
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, BY_ROW), return_type=result)
     def four_bit_numbers(ctx, codes, zeros):
         del ctx
         added = [llvm.inline_asm(word(), [bitcast(zero, word())], addend_pair_asm(dtype), "=r,r") for zero in zeros.registers.flat]

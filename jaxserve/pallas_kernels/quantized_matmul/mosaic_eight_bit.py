@@ -21,15 +21,25 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from jaxserve.pallas_kernels.paged_attention.mosaic_decode import swizzled
-from jaxserve.pallas_kernels.quantized_matmul.mosaic import HEIGHT, token_tiles
+from jaxserve.pallas_kernels.mosaic import (
+    BY_ROW,
+    FETCH_REGISTERS,
+    HEIGHT,
+    empty_slot,
+    even_workers,
+    filled_slot,
+    lane_semantics,
+    see_out,
+    swizzled,
+)
+from jaxserve.pallas_kernels.quantized_matmul.mosaic import token_tiles
 from jaxserve.pallas_kernels.quantized_matmul.upcast import eight_bit_half_asm
 from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, EightBitWeight
 
 HALF_FACTOR = 16.0  # bfloat16 tokens are divided by it: float16 then holds up to a million, and is 5e-7 from what is small
 _PIECE = 32  # columns that are widened and multiplied at once
 _FEW_LANES = 32
-_FETCH_REGISTERS, _CONVERT_REGISTERS = 40, 56
+_CONVERT_REGISTERS = 56
 _RUN = 32  # bytes of 16 columns, in which the order of columns changes
 
 
@@ -70,7 +80,7 @@ def eight_bit_matmul_mosaic(
     size, teams = weight.shape[0] // halves, config.warpgroups
     lanes, tiles = token_tiles(num_tokens)
     chunks = size // (teams * HEIGHT) * config.splits * tiles
-    workers = pl.cdiv(chunks, pl.cdiv(chunks, config.num_blocks))
+    workers = even_workers(chunks, config.num_blocks)
     planes, width = 1 if config.splits == 1 else 2, config.columns
     x = jnp.pad(x, ((0, lanes * tiles - num_tokens), (0, 0)))
     factor = 1.0 if dtype == jnp.float16 else HALF_FACTOR
@@ -93,8 +103,7 @@ def eight_bit_matmul_mosaic(
         grid_names=("worker",),
         num_threads=teams + 2,
         thread_name="warpgroup",
-        # Lane semantics lower in half the time of the default's, which infers layouts first.
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=lane_semantics(),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(
         # Tokens are fetched as they are: their bits alone are float16's until they are converted.
@@ -110,7 +119,7 @@ def _eight_bit_kernel(
     *, config: MosaicEightBitConfig, gated: bool, factor: float, chunks: int, workers: int, dtype, interpret: bool,
 ):  # fmt: skip
     halves = 2 if gated else 1
-    teams, stages, splits, planes = config.warpgroups, config.num_stages, jnp.int32(config.splits), out_smem.shape[1]
+    teams, splits, planes = config.warpgroups, jnp.int32(config.splits), out_smem.shape[1]
     lanes, width = x_smem.shape[1:]
     tiles = jnp.int32(x_ref.shape[0] // lanes)
     steps = x_ref.shape[1] // width // config.splits
@@ -131,18 +140,13 @@ def _eight_bit_kernel(
 
     @pl.when(warpgroup == teams)
     def _fetch():
-        share_registers(_FETCH_REGISTERS, "decrease")
+        share_registers(FETCH_REGISTERS, "decrease")
 
         def fetch_chunk(chunk, count):
             first, share, tokens = place(chunk)
 
             def step(i, count):
-                slot = lax.rem(count, jnp.int32(stages))
-
-                @pl.when(count >= stages)
-                def _():
-                    plgpu.barrier_wait(emptied.at[slot])
-
+                slot = empty_slot(emptied, count)
                 # Blocks of threads start at different columns: together at the same ones they would crowd some of the memory's channels.
                 block = share * steps + lax.rem(i + worker, jnp.int32(steps))
                 columns = pl.ds(pl.multiple_of(block * width, width), width)
@@ -155,19 +159,14 @@ def _eight_bit_kernel(
             return lax.fori_loop(0, steps, step, count)
 
         count = lax.fori_loop(begin, end, fetch_chunk, jnp.int32(0))
-        for slot in range(stages):  # see every phase of a barrier out, as the interpreter demands
-
-            @pl.when(slot < count)
-            def _(slot=slot):
-                plgpu.barrier_wait(emptied.at[slot])
+        see_out(emptied, count)
 
     @pl.when(warpgroup == teams + 1)
     def _convert():
         share_registers(_CONVERT_REGISTERS, "decrease")
 
         def step(count, carry):
-            slot = lax.rem(count, jnp.int32(stages))
-            plgpu.barrier_wait(filled.at[slot])
+            slot = filled_slot(filled, count)
             if not interpret:
                 _convert_tokens(x_smem.at[slot], dtype)
                 plgpu.commit_smem()
@@ -179,17 +178,16 @@ def _eight_bit_kernel(
     @pl.when(warpgroup < teams)
     def _compute():
         # Of what the block was started with: more would be waited for forever.
-        registers = 512 // (teams + 2) // 8 * 8 * (teams + 2) - _FETCH_REGISTERS - _CONVERT_REGISTERS
+        registers = 512 // (teams + 2) // 8 * 8 * (teams + 2) - FETCH_REGISTERS - _CONVERT_REGISTERS
         share_registers(min(240, registers // teams // 8 * 8), "increase")
 
         def read(count):
-            slot = lax.rem(count, jnp.int32(stages))
-            plgpu.barrier_wait(filled.at[slot])
+            slot = filled_slot(filled, count)
             return slot, [codes_smem.at[slot, half * teams + warpgroup] for half in range(halves)]
 
         def scales_of(chunk):
             heights = [place(chunk)[0] + warpgroup + half * units for half in range(halves)]
-            return [plgpu.load(scales_ref.at[height], layout=_ROW, optimized=False).astype(jnp.float32) for height in heights]
+            return [plgpu.load(scales_ref.at[height], layout=BY_ROW, optimized=False).astype(jnp.float32) for height in heights]
 
         def sum_all(count):
             """Columns times tokens, wgmma's accumulators; where it is interpreted, whose wgmma takes no registers, plain sums."""
@@ -247,9 +245,6 @@ def _eight_bit_kernel(
 
         lax.fori_loop(begin, end, compute_chunk, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
-
-
-_ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
 def _numbers(codes: jax.Array, piece: int) -> jax.Array:

@@ -21,16 +21,24 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from jaxserve.pallas_kernels.paged_attention.mosaic_decode import swizzled
+from jaxserve.pallas_kernels.mosaic import (
+    BY_ROW,
+    COMPUTE_REGISTERS,
+    FETCH_REGISTERS,
+    HEIGHT,
+    empty_slot,
+    even_workers,
+    filled_slot,
+    lane_semantics,
+    place_in_panel,
+    see_out,
+    swizzled,
+)
 from jaxserve.pallas_kernels.quantized_matmul.upcast import addend_pair_asm, scale_pair_asm, scaled_four_bit_asm
 from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, FourBitWeight
 
-HEIGHT = 64  # of a wgmma
 _LANES_STEP = 32
 _HALF = BLOCK // 2  # columns that are multiplied at once: 128 bytes, the widest swizzle
-_FETCH_REGISTERS = 40
-_COMPUTE_REGISTERS = {2: 232, 3: 152}  # of 512 a thread of four warpgroups' place
-_ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ def quantized_matmul_wide(
         raise ValueError(f"a weight {weight.shape} cannot be cut by {config}")
     heights = size // HEIGHT
     chunks = heights // (teams * cluster) * splits * tiles
-    workers = pl.cdiv(chunks, pl.cdiv(chunks, config.num_blocks // cluster))
+    workers = even_workers(chunks, config.num_blocks // cluster)
     parts = max(1, BLOCK // weight.group)
     codes = weight.codes.reshape(-1, heights, HEIGHT, BLOCK // 4)
     # Of a gated product those of gate and up rows are fetched at once: of one half alone they may be too few bytes for a copy.
@@ -131,8 +139,7 @@ def quantized_matmul_wide(
         cluster_names=("member",) if cluster > 1 else (),
         num_threads=teams + 1,
         thread_name="warpgroup",
-        # Lane semantics lower in half the time of the default's, which infers layouts first.
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True),
+        compiler_params=lane_semantics(approx_math=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(
         jnp.pad(x, ((0, lanes * tiles - num_tokens), (0, 0))), codes, scales, zeros,
@@ -146,7 +153,7 @@ def _wide_kernel(
     filled, emptied, codes_filled, codes_emptied, handed_over, turns,
     *, config: WideQuantizedConfig, gated: bool, chunks: int, workers: int, exact: bool, interpret: bool,
 ):  # fmt: skip
-    teams, stages, code_stages, cluster = config.warpgroups, config.num_stages, config.code_stages, config.cluster
+    teams, stages, cluster = config.warpgroups, config.num_stages, config.cluster
     splits, planes = jnp.int32(config.splits), sums_ref.shape[0] // config.splits
     lanes, parts, piece = x_smem.shape[1], scales_smem.shape[1], out_smem.shape[1]
     dtype, heights = x_ref.dtype, codes_ref.shape[1]
@@ -162,36 +169,19 @@ def _wide_kernel(
 
     def place(i):
         """Of this block's i-th chunk: its first token, its first row (or gate row) in units of 64, its share of the columns."""
-        chunk = worker + i * workers
-        first = lax.div(chunk, panel * row_groups) * panel
-        within, across = chunk - first * row_groups, jnp.minimum(panel, tiles - first)
-        rest = lax.div(within, across)
-        token = (first + lax.rem(within, across)) * lanes
-        return pl.multiple_of(token, _LANES_STEP), (lax.div(rest, splits) * cluster + member) * rows, lax.rem(rest, splits)
-
-    def drain(barriers, slots, count):
-        """Sees every phase of the barriers out, as the interpreter demands, and clusters too."""
-        for slot in range(slots):
-
-            @pl.when(slot < count)
-            def _(slot=slot):
-                plgpu.barrier_wait(barriers.at[slot])
+        tile, rest = place_in_panel(worker + i * workers, panel, row_groups, tiles)
+        return pl.multiple_of(tile * lanes, _LANES_STEP), (lax.div(rest, splits) * cluster + member) * rows, lax.rem(rest, splits)
 
     @pl.when(warpgroup == teams)
     def _fetch():
-        plgpu.set_max_registers(_FETCH_REGISTERS, action="decrease")
+        plgpu.set_max_registers(FETCH_REGISTERS, action="decrease")
 
         def fetch_chunk(i, count):
             token, first, share = place(i)
 
             def step(k, count):
                 block = share * steps + k
-                slot = lax.rem(count, jnp.int32(code_stages))
-
-                @pl.when(count >= code_stages)
-                def _():
-                    plgpu.barrier_wait(codes_emptied.at[slot])
-
+                slot = empty_slot(codes_emptied, count)
                 groups = pl.ds(block * parts if groups_a_block >= 1 else lax.div(block, jnp.int32(round(1 / groups_a_block))), parts)
                 for half in range(teams // rows):
                     source, place = pl.ds(first + half * (heights // 2), rows), pl.ds(half * rows, rows)
@@ -201,13 +191,7 @@ def _wide_kernel(
                         source = ref.at[groups, :, first] if gated else ref.at[groups, pl.ds(first, teams)]
                         plgpu.copy_gmem_to_smem(source, smem.at[slot], codes_filled.at[slot])
                 for half in range(2):
-                    fetch = 2 * count + half
-                    x_slot = lax.rem(fetch, jnp.int32(stages))
-
-                    @pl.when(fetch >= stages)
-                    def _(x_slot=x_slot):
-                        plgpu.barrier_wait(emptied.at[x_slot])
-
+                    x_slot = empty_slot(emptied, 2 * count + half)
                     columns = pl.ds(pl.multiple_of(block * BLOCK + half * _HALF, _HALF), _HALF)
                     plgpu.copy_gmem_to_smem(
                         x_ref.at[pl.ds(token, lanes), columns], x_smem.at[x_slot], filled.at[x_slot],
@@ -218,23 +202,22 @@ def _wide_kernel(
             return lax.fori_loop(0, steps, step, count)
 
         count = lax.fori_loop(0, num_chunks, fetch_chunk, jnp.int32(0))
-        drain(codes_emptied, code_stages, count)
-        drain(emptied, stages, 2 * count)
+        see_out(codes_emptied, count)
+        see_out(emptied, 2 * count)
 
     @pl.when(warpgroup < teams)
     def _compute():
-        plgpu.set_max_registers(_COMPUTE_REGISTERS[teams], action="increase")
-        one_zero = plgpu.layout_cast(lax.broadcast_in_dim(one_zero_ref[0], (HEIGHT,), ()), _ROW)
+        plgpu.set_max_registers(COMPUTE_REGISTERS[teams], action="increase")
+        one_zero = plgpu.layout_cast(lax.broadcast_in_dim(one_zero_ref[0], (HEIGHT,), ()), BY_ROW)
 
         def step(k, carry, sums=None):
             """Adds a block's product to sums, wgmma's accumulator; in the interpreter to the carry, whose wgmma takes no registers."""
             count, total = carry
-            slot = lax.rem(count, jnp.int32(code_stages))
-            plgpu.barrier_wait(codes_filled.at[slot])
+            slot = filled_slot(codes_filled, count)
             codes = plgpu.load(codes_smem.at[slot, warpgroup], layout=plgpu.Layout.WGMMA)
 
             def of_rows(smem, part):
-                return plgpu.load(smem.at[slot, part, warpgroup], layout=_ROW)
+                return plgpu.load(smem.at[slot, part, warpgroup], layout=BY_ROW)
 
             scales = [of_rows(scales_smem, part).astype(jnp.float32) for part in range(parts)]
             zeros = [one_zero if zeros_ref is None else of_rows(zeros_smem, part).astype(jnp.int32) for part in range(parts)]
@@ -353,7 +336,7 @@ def _scaled_numbers(codes, half: int, zeros: list[jax.Array], scales: list[jax.A
 
     # The second axis of the registers are tiles of 8 columns, the fifth the upper and the lower 8 rows.
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA, *[_ROW] * 4),
+        arg_types=(plgpu.Layout.WGMMA, *[BY_ROW] * 4),
         return_type=plgpu.ShapeDtypeStruct((HEIGHT, _HALF), dtype, layout=plgpu.Layout.WGMMA),
     )
     def scaled_numbers(ctx, codes, *of_rows):
