@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from safetensors import safe_open
+from tiny_gguf import random_blocks
 
 from jaxserve.errors import StartupError, UnsupportedModel, WeightsError
 from jaxserve.models.formats import BLOCKS, Quantization, QuantizedMatrix, read_quantization
@@ -103,6 +105,69 @@ def test_weights_are_those_of_the_library_to_the_bit(name: str) -> None:
     assert np.unique(expected).size > 8 and expected.shape == (n, k)
 
 
+def test_awq_with_a_group_a_row_is_that_of_128_where_rows_are_as_long() -> None:
+    case = Case("awq-128")
+    (scheme,) = read_quantization({"quantization_config": CONFIGS["awq-128"] | {"group_size": -1}}, None).schemes
+    matrix = QuantizedMatrix(case.matrix().sources, scheme)
+    check_tensors([*matrix.parts().values()], case)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(dequantized(matrix, case)[0].astype(np.float16), case.dequantized)
+
+
+class Arrays:
+    """A checkpoint of one module in arrays."""
+
+    def __init__(self, **arrays: np.ndarray):
+        self.arrays = {f"{MODULE}.{name}": array for name, array in arrays.items()}
+        self.shapes = {name: array.shape for name, array in self.arrays.items()}
+        names = {"int8": "I8", "float32": "F32", "float8_e4m3fn": "F8_E4M3"}
+        self.dtypes = {name: names[array.dtype.name] for name, array in self.arrays.items()}
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        return self.arrays[name][index]
+
+
+@pytest.mark.parametrize(
+    ("weights", "scales"),
+    [
+        ({"type": "int", "strategy": "tensor"}, (1,)),
+        ({"type": "int", "strategy": "tensor", "symmetric": False}, (1,)),
+        ({"type": "int", "strategy": "channel", "symmetric": False}, (16, 1)),
+        ({"type": "int", "strategy": "group", "group_size": 32, "symmetric": False}, (16, 4)),
+        ({"type": "float", "strategy": "tensor"}, (1,)),
+        ({"type": "float", "strategy": "group", "group_size": 64}, (16, 2)),
+        ({"type": "float", "strategy": "block", "block_structure": [8, 32]}, (2, 4)),
+    ],
+)
+def test_strategies_of_compressed_tensors_by_their_definition(weights: dict[str, Any], scales: tuple[int, ...]) -> None:
+    """(code - zero point) * scale; by columns on 4 devices the blocks of 64 and more are cut."""
+    random = np.random.default_rng(0)
+    kind = weights["type"]
+    codes = random.integers(-128, 128, (16, 128)).astype(np.int8 if kind == "int" else ml_dtypes.float8_e4m3fn)
+    arrays = {"weight": codes, "weight_scale": random.uniform(0.01, 0.1, scales).astype(np.float32)}
+    if not weights.get("symmetric", True):
+        arrays["weight_zero_point"] = random.integers(-128, 128, scales).astype(np.int8)
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, **weights}}
+    config = {"quant_method": "compressed-tensors", "format": f"{kind}-quantized", "config_groups": {"group_0": group}}
+    scheme = read_quantization({"quantization_config": config}, None).with_scales("float32").scheme(MODULE)
+    assert scheme is not None
+
+    def spread(values: np.ndarray) -> np.ndarray:
+        blocks = values.astype(np.float32).reshape(-1, scales[-1])
+        return np.repeat(np.repeat(blocks, 16 // blocks.shape[0], axis=0), 128 // blocks.shape[1], axis=1)
+
+    expected = codes.astype(np.float32) - spread(arrays.get("weight_zero_point", np.zeros(scales, np.int8)))
+    expected *= spread(arrays["weight_scale"])
+    checkpoint = Arrays(**arrays)
+
+    def matrix(columns: int) -> QuantizedMatrix:
+        return QuantizedMatrix((Source(f"{MODULE}.weight", (Axis("outputs", 16), Axis("inputs", 128, columns))),), scheme)
+
+    check_tensors([*matrix(0).parts().values()], checkpoint)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(dequantized(matrix(0), checkpoint)[0], expected)
+    parts = [dequantized(matrix(4), checkpoint, shard, 4)[0] for shard in range(4)]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), expected)
+
+
 class Blocks:
     """A checkpoint of one GGUF matrix."""
 
@@ -118,13 +183,7 @@ class Blocks:
 def test_gguf_blocks_are_dequantized_as_by_the_gguf_package(kind: str) -> None:
     """Random bytes but for the scales, which are small; 4 devices have parts of blocks of 256."""
     number = GGMLQuantizationType[kind]
-    block, size = GGML_QUANT_SIZES[number]
-    random = np.random.default_rng(0)
-    packed = random.integers(0, 256, (8, 512 // block, size), np.uint8)
-    halves = {"Q4_0": [0], "Q4_1": [0, 2], "Q8_0": [0], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}[kind]
-    for place in halves:
-        packed[:, :, place : place + 2] = random.uniform(-0.01, 0.01, packed.shape[:2]).astype(np.float16)[:, :, None].view(np.uint8)
-    checkpoint = Blocks(packed.reshape(8, -1), 512)
+    checkpoint = Blocks(random_blocks(kind, 8, 512, np.random.default_rng(0)), 512)
     expected = dequantize(checkpoint.packed, number)
 
     def matrix(columns: int) -> QuantizedMatrix:
@@ -173,6 +232,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "weight_block_size"),
     ({"quant_method": "bitsandbytes"}, "neither load_in_4bit"),
     ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"}, "bnb_4bit_quant_storage"),
+    ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo 'NVFP4' is not supported"),
+    ({"quant_method": "modelopt", "quantization": {"quant_algo": "W4A8_AWQ"}}, "quantization: quant_algo 'W4A8_AWQ'"),
+    ({"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": "lm_head"}, "exclude_modules must be a list"),
+    ({"quant_method": "awq", "bits": 4, "version": "gemv_fast"}, "version gemv_fast"),
     ({"quant_method": "compressed-tensors"}, "config_groups"),
     ({"quant_method": "compressed-tensors", "config_groups": {"a": {}}, "format": "nvfp4-pack-quantized"}, "nvfp4-pack-quantized"),
     ({"quant_method": "compressed-tensors", "config_groups": {"a": {}}, "format": "pack-quantized"}, "weights must be an object"),
@@ -234,6 +297,10 @@ def test_lists_of_dense_modules() -> None:
     for names in (["layers.1"], ["q_proj"], [q], ["model.layers.1.self_attn"]):
         awq = {"quant_method": "awq", "bits": 4, "modules_to_not_convert": names}
         found = schemes(read_quantization({"quantization_config": awq}, None), q, "model.layers.11.mlp.up_proj")
+        assert found == [False, True], names
+    for names in (["model.layers.1*"], ["*.q_proj", "lm_head"], ["model.layers.1"]):
+        modelopt = {"quant_method": "modelopt", "quantization": {"quant_algo": "FP8", "exclude_modules": names}}
+        found = schemes(read_quantization({"quantization_config": modelopt}, None), q, "model.layers.0.mlp.up_proj")
         assert found == [False, True], names
     compressed = CONFIGS["compressed-tensors-w4a16-group"]
     for ignored in ([head, q], ["re:.*q_proj", head], ["re:.*self_attn", head]):

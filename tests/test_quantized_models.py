@@ -8,17 +8,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 from plain_forward import logits_of, make_mesh
 from quantized_models import made_dense, write_quantized
 from safetensors.numpy import load_file, save_file
-from tiny_models import write_checkpoint
+from tiny_gguf import random_blocks, write_gguf
+from tiny_models import CONFIGS as TINY
+from tiny_models import make_tensors, write_checkpoint
 
 from jaxserve.config import ModelOptions
 from jaxserve.errors import StartupError, WeightsError
 from jaxserve.models import Model
 from jaxserve.models.formats import read_quantization
+from jaxserve.models.kv_scaling import KVScaling
 from jaxserve.weights import resolve_model
 from jaxserve.weights.loader import load_model
+from jaxserve.weights.safetensors_folder import SafetensorsCheckpoint
 
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
@@ -33,6 +38,10 @@ def compressed(
     return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}, "ignore": ignored}
 
 
+MIXED = {
+    "attention": {"targets": ["re:.*self_attn.*"], "weights": INT4 | {"symmetric": False}},
+    "network": {"targets": ["re:.*mlp.*"], "weights": INT8 | {"strategy": "group", "group_size": 32}},
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "lm_head": True},
     "gptq-8-desc_act": {"quant_method": "gptq", "bits": 8, "group_size": 32, "sym": False, "desc_act": True},
@@ -42,9 +51,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "nf4-double": {
         "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
     },
+    "fp4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     "bnb-int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
     "mxfp4": {"quant_method": "mxfp4"},
-    "w4a16": compressed("pack-quantized", INT4 | {"symmetric": False}, ignore=("model.layers.0.self_attn.k_proj",)),
+    "w4a16-w8a16": compressed("pack-quantized", INT4, ignore=("model.layers.0.self_attn.k_proj",)) | {"config_groups": MIXED},
     "w8a8": compressed("int-quantized", INT8, TOKEN),
 }  # fmt: skip
 TOKENS = list(range(5, 21))
@@ -73,6 +83,22 @@ def test_logits_of_a_quantized_checkpoint(name: str, tmp_path: Path) -> None:
     check(quantized, load(folder, 4))
 
 
+def test_logits_of_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every type that stays quantized. On a 1x4 mesh blocks of 256 are cut at 128 units of the network and at 64 columns of heads."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
+    monkeypatch.setitem(TINY, "llama-wide", config := TINY["llama"] | shape)
+    kinds = {"q": "Q4_K", "k": "Q6_K", "v": "Q5_K", "o": "Q5_K", "gate": "Q4_0", "up": "Q4_1", "down": "Q6_K", "lm_head": "Q4_K"}
+    tensors, random = make_tensors(config, 7), np.random.default_rng(0)
+    blocks: dict[str, tuple[np.ndarray, GGMLQuantizationType]] = {}
+    for name in [name for name, tensor in tensors.items() if tensor.ndim == 2]:
+        kind = kinds.get(name.removesuffix(".weight").split(".")[-1].removesuffix("_proj"), "Q8_0")
+        blocks[name] = random_blocks(kind, *tensors.pop(name).shape, random), GGMLQuantizationType[kind]
+    path = write_gguf(tmp_path / "model.gguf", "llama-wide", tensors, blocks=blocks)
+    quantized = load(path)
+    assert quantized.config.quantization.description == "gguf (Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, Q8_0)"
+    check(quantized, load(path, 4))
+
+
 @pytest.mark.parametrize("name", ["fp8", "eetq", "bitsandbytes-nf4"])
 def test_logits_of_a_checkpoint_quantized_on_load(name: str, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, "llama-bias")
@@ -98,7 +124,7 @@ def test_logits_of_a_checkpoint_quantized_on_load(name: str, tmp_path: Path) -> 
         ("nf4-double", "bitsandbytes-nf4", "bitsandbytes nf4"),
         ("nf4-double", "bitsandbytes-fp4", "by bitsandbytes nf4"),
         ("fp8-block", "fp8", "fp8"),
-        ("w4a16", "fp8", "by compressed-tensors"),
+        ("w4a16-w8a16", "fp8", "by compressed-tensors"),
         (None, "eetq", "eetq (int8)"),
         (None, "awq", "is not quantized"),
         (None, None, ""),
@@ -175,3 +201,22 @@ def test_a_server_that_cannot_start_says_why_in_one_line(tmp_path: Path) -> None
         "jaxserve: --quantize fp8: the checkpoint is quantized already, by awq; without the flag it is served so"
     )
     assert "Traceback" not in done.stderr
+
+
+def test_modelopts_file_beside_config_json(tmp_path: Path) -> None:
+    """Its FP8 is that of vLLM's static scales, with scales for a KV cache among the tensors."""
+    folder = write_quantized(tmp_path, CONFIGS["fp8"])
+    declared = read_quantization({"quantization_config": CONFIGS["fp8"]}, None)
+    checkpoint = SafetensorsCheckpoint(folder)
+    tensors = {name: checkpoint.read(name, tuple(map(slice, shape))) for name, shape in checkpoint.shapes.items()}
+    scales = {f"model.layers.0.self_attn.{x}_proj.{x}_scale": np.array([0.5], np.float32) for x in "kv"}
+    save_file(tensors | scales, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    inner = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}
+    (folder / "hf_quant_config.json").write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": inner}))
+    quantization = load(folder, quantize="fp8").config.quantization
+    assert quantization.description == "modelopt (fp8)" and quantization.schemes == declared.schemes
+    inner["kv_cache_quant_algo"] = "NVFP4"
+    assert "kv_cache_quant_algo 'NVFP4'" in KVScaling.from_hf({"quantization_config": {"quantization": inner}}).refused

@@ -1,10 +1,11 @@
 """Tiny checkpoints as llama.cpp's converter would write them to GGUF."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 from tiny_models import BOS, CONFIGS, END_OF_TURN, EOS
 
@@ -35,6 +36,27 @@ def gguf_name(name: str) -> str:
     return f"{_NAMES[module]}.{kind}"
 
 
+# Where a block has its float16 numbers, and such that weights come to about 0.05.
+_HALVES = {
+    "Q4_0": ((0,), 0.01),
+    "Q4_1": ((0, 2), 0.01),
+    "Q8_0": ((0,), 7e-4),
+    "Q4_K": ((0, 2), 3e-4),
+    "Q5_K": ((0, 2), 2e-4),
+    "Q6_K": ((208,), 4e-5),
+}
+
+
+def random_blocks(kind: str, n: int, k: int, random: np.random.Generator) -> np.ndarray:
+    """A matrix [n, k] of a type, uint8 [n, bytes]: random but for its scales, which are of either sign."""
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    packed = random.integers(0, 256, (n, k // block, size), np.uint8)
+    places, largest = _HALVES[kind]
+    for place in places:
+        packed[:, :, place : place + 2] = random.uniform(-largest, largest, packed.shape[:2]).astype(np.float16)[:, :, None].view(np.uint8)
+    return packed.reshape(n, -1)
+
+
 def permute(rows: np.ndarray, heads: int) -> np.ndarray:
     """Interleave the two halves of each head."""
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
@@ -47,7 +69,8 @@ def write_gguf(
     tensors: dict[str, np.ndarray],
     kind: GGMLQuantizationType = GGMLQuantizationType.F32,
     metadata: dict[str, Any] | None = None,
-    extra: dict[str, np.ndarray] | None = None,
+    extra: Mapping[str, np.ndarray] | None = None,
+    blocks: Mapping[str, tuple[np.ndarray, GGMLQuantizationType]] | None = None,
 ) -> Path:
     """Write one of `tiny_models.CONFIGS`.
 
@@ -56,6 +79,7 @@ def write_gguf(
         kind: of matrices; vectors are float32.
         metadata: further or other values, without the architecture's prefix; None leaves a key out.
         extra: tensors under their GGUF name.
+        blocks: matrices by Hugging Face name, as `random_blocks` makes them; rows of queries and keys are as the file has them.
     """
     config = CONFIGS[name]
     architecture = "llama" if config["model_type"] == "mistral" else config["model_type"]
@@ -89,6 +113,8 @@ def write_gguf(
             writer.add_tensor(gguf_name(hf_name), quantize(np.ascontiguousarray(tensor), kind), raw_dtype=kind)
     for gguf_tensor, array in (extra or {}).items():
         writer.add_tensor(gguf_tensor, array)
+    for hf_name, (packed, raw) in (blocks or {}).items():
+        writer.add_tensor(gguf_name(hf_name), packed, raw_dtype=raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

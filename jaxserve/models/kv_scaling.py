@@ -56,9 +56,16 @@ class KVScaling:
     def from_hf(cls, config: Mapping[str, Any]) -> "KVScaling":
         """Read `kv_cache_scheme` of a config.json's quantization_config. It binds nobody whose cache is not of 8 bits."""
         declared = config.get("quantization_config") or config.get("compression_config")
-        scheme = declared.get("kv_cache_scheme") if isinstance(declared, Mapping) else None
+        if not isinstance(declared, Mapping):
+            return cls()
+        of_modelopt = declared.get("quantization") if isinstance(declared.get("quantization"), Mapping) else declared
+        algorithm, scheme = of_modelopt.get("kv_cache_quant_algo"), declared.get("kv_cache_scheme")
+        if algorithm not in (None, "", "FP8"):
+            return cls(refused=f"config.json: quantization_config: kv_cache_quant_algo {algorithm!r:.80} is not supported (FP8 is)")
         if scheme is None:
             return cls()
+        if scheme == "static":  # AutoFP8's
+            return cls(declared=True)
         try:
             return cls(declared=_has_scales(scheme))
         except UnsupportedModel as error:

@@ -8,7 +8,7 @@ from jaxserve.errors import ModelNotFound
 from jaxserve.weights.gguf_parts import part_names
 from jaxserve.weights.source import ModelSource
 
-_CONFIGS = ("config.json", "generation_config.json", "quantize_config.json", "quant_config.json")
+_CONFIGS = ("config.json", "generation_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _BLOCK = 4096  # bytes
 _NUM_BLOCKS = 64  # of each weights file
 

@@ -198,8 +198,8 @@ def read_config(source: ModelSource) -> ModelConfig:
 
 
 def _quantization_beside(folder: Path) -> Mapping[str, Any]:
-    """The quantization_config of older checkpoints of AutoGPTQ and AutoAWQ, which have it in a file of its own."""
-    for file, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+    """The quantization_config of older checkpoints of AutoGPTQ, AutoAWQ and ModelOpt, which have it in a file of its own."""
+    for file, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq"), ("hf_quant_config.json", "modelopt")):
         if (declared := _read_json(folder / file)) is not None:
             return {"quantization_config": {"quant_method": method, **declared}}
     return {}

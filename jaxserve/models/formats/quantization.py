@@ -87,9 +87,14 @@ def _with_scales(scheme: Scheme, dtype: ScaleDtype) -> Scheme:
     return replace(scheme, layout=replace(scheme.layout, scale_dtype=dtype))
 
 
-def exclusions(names: Iterable[str]) -> tuple[Rule, ...]:
-    """Rules for modules that a checkpoint lists as dense, by their name, its end, or that of a module they are in."""
-    return tuple(Rule(rf"(.*\.)?{re.escape(name)}(\..*)?", -1) for name in names)
+def exclusions(names: Iterable[str], wildcard: str = "") -> tuple[Rule, ...]:
+    """Rules for modules that a checkpoint lists as dense, by their name, its end, or that of a module they are in.
+
+    Args:
+        wildcard: what stands for anything in the names, if something does.
+    """
+    patterns = (".*".join(map(re.escape, name.split(wildcard) if wildcard else [name])) for name in names)
+    return tuple(Rule(rf"(.*\.)?{pattern}(\..*)?", -1) for pattern in patterns)
 
 
 def names_of(fields: Fields, name: str) -> list[str]:

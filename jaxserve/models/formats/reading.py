@@ -21,7 +21,7 @@ from jaxserve.models.formats.scheme import Scheme
 TAKEN = {"awq": ("awq",), "gptq": ("gptq", "awq"), "marlin": ("gptq", "awq"), "compressed-tensors": ("compressed-tensors",)}
 # Those of the others that a checkpoint may have already.
 _SAME = {
-    "fp8": ("fp8", "fbgemm_fp8"),
+    "fp8": ("fp8", "fbgemm_fp8", "modelopt"),
     "bitsandbytes": ("bitsandbytes int8",),
     "bitsandbytes-nf4": ("bitsandbytes nf4",),
     "bitsandbytes-fp4": ("bitsandbytes fp4",),
@@ -83,6 +83,16 @@ def _fbgemm_fp8(fields: Fields) -> Quantization:
     return _but(fields, "fbgemm_fp8", stored_fp8("channel", static=False), "modules_to_not_convert")
 
 
+def _modelopt(fields: Fields) -> Quantization:
+    """NVIDIA's ModelOpt; what its hf_quant_config.json says is one level deeper. In its lists * stands for anything."""
+    inner = fields.values.get("quantization")
+    fields = Fields(inner, f"{fields.file}: quantization") if isinstance(inner, Mapping) else fields
+    if (algorithm := fields.values.get("quant_algo")) != "FP8":
+        raise UnsupportedModel(f"{fields.file}: quant_algo {algorithm!r:.80} is not supported (FP8 is)")
+    names = [*names_of(fields, "exclude_modules"), *names_of(fields, "ignore")]
+    return Quantization("modelopt", (stored_fp8("tensor", static=True),), (*exclusions(names, wildcard="*"), Rule(LINEAR, 0)))
+
+
 def _bitsandbytes(fields: Fields) -> Quantization:
     scheme = bitsandbytes_scheme(fields)
     kind = "int8" if scheme.layout.code == "int8" else scheme.layout.code
@@ -115,5 +125,6 @@ _METHODS: dict[str, Callable[[Fields], Quantization]] = {
     "fp8": _fp8,
     "gguf": _gguf,
     "gptq": _gptq,
+    "modelopt": _modelopt,
     "mxfp4": _mxfp4,
 }
