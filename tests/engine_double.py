@@ -182,7 +182,7 @@ class EngineDouble:
 if __name__ == "__main__":
     import json
 
-    from jaxserve.config import EngineOptions, ModelOptions, ServerOptions
+    from jaxserve.config import EngineOptions, HostOptions, ModelOptions, ServerOptions
 
     options = json.loads(os.environ.get("ENGINE_DOUBLE", "{}"))
 
@@ -201,6 +201,7 @@ if __name__ == "__main__":
                 EngineOptions(**sections.get("engine", {})),
                 ServerOptions(**sections.get("server", {})),
                 engine_command=(sys.executable, __file__),
+                hosts=HostOptions(**{"num_hosts": 1, **sections.get("hosts", {})}),
             )
         )
     from jaxserve.launcher.engine_process import main

@@ -62,7 +62,8 @@ def test_hosts_are_discovered():
         (HostOptions("10.0.0.1:5000", 2, 0), "1x4", {}, r"need --cluster-secret \(or the variable CLUSTER_SECRET\)$"),
         (HostOptions("10.0.0.1:5000", 2, 0, "short"), "1x4", {}, "--cluster-secret must have at least 16 characters. Given: 5"),
         (HostOptions("127.0.0.1:5000", 3, 0), "1x4", {}, "--mesh 1x4: 3 hosts cannot share 4 devices evenly"),
-        (HostOptions("127.0.0.1:5000", 2, 0), "2x2", {}, "--mesh 2x2 over 2 hosts: one replica may span hosts"),
+        (HostOptions("127.0.0.1:5000", 2, 0), "3x1", {}, "--mesh 3x1: 2 hosts cannot share 3 replicas evenly, nor 3 replicas 2 hosts"),
+        (HostOptions("127.0.0.1:5000", 4, 0), "2x1", {}, "--mesh 2x1: 2 hosts cannot share 1 devices evenly"),
         (HostOptions(), "1x4", LWS, "LeaderWorkerSet says that there are other hosts, --num-hosts 1 serves without them"),
         (HostOptions(), "1x4", SLURM | {"SLURM_STEP_NUM_TASKS": "8"}, "this Slurm step has 8 tasks on 4 nodes"),
     ],
@@ -203,7 +204,7 @@ def test_strangers_do_not_join():
             with pytest.raises(StartupError, match=r"^host 0 \(127.0.0.1:\d+\) has another --cluster-secret$"):
                 await stranger.join()
             # One that does not care for the leader's proof is refused by the leader.
-            from jaxserve.hosts import worker as module
+            from jaxserve.hosts import membership as module
 
             trusting = hosts.worker(1, secret="another secret of mine")
             with pytest.MonkeyPatch.context() as patch, pytest.raises(StartupError, match="has another --cluster-secret"):
@@ -229,7 +230,7 @@ def test_hosts_that_were_started_otherwise():
                 await asyncio.to_thread(hosts.leader.wait_for_all)
         async with hosts_of(2) as hosts:
             older = hosts.worker(1)
-            older._version = "0.0.1"
+            older._membership._version = "0.0.1"
             with pytest.raises(StartupError, match=r"the hosts disagree on jaxserve's version: .* on host 0, 0\.0\.1 on host 1"):
                 await older.join()
 
@@ -242,7 +243,7 @@ def test_a_lost_host_is_known_to_all():
             await asyncio.gather(hosts.join(1), hosts.join(2))
             waiting = asyncio.create_task(asyncio.to_thread(hosts.leader.gather, "never", ""))
             await asyncio.sleep(0)
-            await hosts.workers[1]._channel.close()
+            await hosts.workers[1]._membership._channel.close()
             with pytest.raises(HostsFailed, match=r"^host 1 was lost \(ipv4:127.0.0.1:\d+\)$"):
                 await waiting
             assert hosts.leader.why_failed() == hosts.leader.failure

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "structured": {"errors", "grammar", "json_schema"},
     "hosts": {"errors", "config"},
     "metrics": {"errors", "request"},
-    "rpc": {"errors", "request", "grammar", "page_key", "engine"},
+    "rpc": {"errors", "request", "grammar", "page_key", "hosts", "engine"},
     "chat_output": {"grammar", "json_schema", "errors"},
     "http": PLAIN | {"rpc", "tokenizer", "chat_output", "metrics"},
     "launcher": PLAIN | {"rpc", "http", "metrics", "engine", "hosts", "lowering_processes"},
@@ -76,6 +76,7 @@ WITHOUT_JAX = (
     "jaxserve.launcher.host_process",
     "jaxserve.hosts.leader",
     "jaxserve.hosts.worker",
+    "jaxserve.launcher.fellow_hosts",
     "jaxserve.bench.serve",
 )
 # Formats that run code of whoever wrote them: on no wire and in no cache.

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from test_hosts import free_port
 from jaxserve.grammar import Grammar
 from jaxserve.request import Request, SamplingParams, TokenOutput
 from jaxserve.rpc.client import EngineClient
+from jaxserve.rpc.handshake import StreamKey
+from jaxserve.rpc.router import Router
 
 SECRET = "sixteen characters"
 # Two ways to have few programs, all of which both hosts compile.
@@ -30,22 +32,22 @@ LOSS_TIME = 30.0  # seconds
 READY_TIME = 180.0  # seconds, of a machine that has other things to do
 
 
-class TwoHosts:
-    """`jaxserve` twice, with the devices of a mesh shared between them.
+class Launchers:
+    """`jaxserve` on several hosts of this machine, with the devices of a mesh shared between them.
 
     Args:
         folder: for the run folders and logs; short.
         cache: of compiled programs.
-        flags: of both.
-        each: flags of the one and of the other.
+        flags: of all.
+        each: flags of each.
     """
 
-    def __init__(self, model: Path, folder: Path, cache: Path, *flags: str, each: tuple[list[str], list[str]] = ([], [])):
+    def __init__(self, model: Path, folder: Path, cache: Path, *flags: str, mesh: str = "1x4", each: Sequence[list[str]] = ([], [])):
         self.port, coordinator = free_port(), free_port()
         self.processes: list[subprocess.Popen[bytes]] = []
         self._folder = folder
-        self._logs = [folder / "log0", folder / "log1"]
-        common = ["--model-id", model, "--mesh", "1x4", "--num-hosts", "2", "--coordinator", f"127.0.0.1:{coordinator}"]
+        self._logs = [folder / f"log{index}" for index in range(len(each))]
+        common = ["--model-id", model, "--mesh", mesh, "--num-hosts", len(each), "--coordinator", f"127.0.0.1:{coordinator}"]
         common += ["--hostname", "127.0.0.1", "--port", self.port, "--max-batch-size", "2", "--max-batch-prefill-tokens", "32"]
         common += ["--max-total-tokens", "240", "--cpu-kv-cache-gib", "0.01", "--compilation-cache-dir", cache, *flags]
         self._command = [sys.executable, "-m", "jaxserve", *map(str, common)]
@@ -56,36 +58,44 @@ class TwoHosts:
             "CLUSTER_SECRET": SECRET,
             "XLA_FLAGS": "--xla_force_host_platform_device_count=3",  # one more than the mesh takes of each host
         }
-        for index in range(2):
-            self._start(index, each[index])
+        for index, own in enumerate(each):
+            self._start(index, own)
 
     def _start(self, index: int, flags: list[str]) -> None:
         command = [*self._command, "--host-index", str(index), *flags]
         with open(self._logs[index], "w") as log:
             self.processes.insert(index, subprocess.Popen(command, env=self._environment, stderr=log, stdout=log))
 
-    def start_host_1_again(self) -> None:
-        """After it has ended; without flags of its own."""
-        self.processes.pop(1)
-        self._start(1, [])
+    def start_again(self, *indices: int) -> None:
+        """Hosts that have ended; without flags of their own."""
+        for index in indices:
+            self.processes.pop(index)
+            self._start(index, [])
 
     def until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + READY_TIME
         while not condition():
-            assert time.monotonic() < deadline and all(process.poll() is None for process in self.processes), self.log(0) + self.log(1)
+            logs = "".join(map(self.log, range(len(self.processes))))
+            assert time.monotonic() < deadline and all(process.poll() is None for process in self.processes), logs
             time.sleep(0.05)
 
-    def until_ready(self) -> "TwoHosts":
-        self.until(lambda: all("ready: " in self.log(index) for index in range(2)))
+    def until_ready(self) -> "Launchers":
+        self.until(lambda: all("ready: " in self.log(index) for index in range(len(self.processes))))
         return self
 
     def log(self, index: int) -> str:
         return self._logs[index].read_text()
 
     def jax_process(self, index: int) -> psutil.Process:
-        """The process of a host that uses JAX."""
+        """The process of a host that uses JAX; it has one."""
         children = psutil.Process(self.processes[index].pid).children()
-        return next(child for child in children if "jaxserve.launcher.host_process" in child.cmdline())
+        modules = {"jaxserve.launcher.host_process", "jaxserve.launcher.engine_process"}
+        return next(child for child in children if modules & set(child.cmdline()))
+
+    def metric(self, name: str) -> list[float]:
+        """Values of a labelled metric."""
+        lines = httpx.get(f"http://127.0.0.1:{self.port}/metrics").text.splitlines()
+        return [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{")]
 
     def last_line(self, index: int, code: int, timeout: float) -> str:
         """What a launcher says last, once it has ended with this exit code."""
@@ -94,22 +104,27 @@ class TwoHosts:
         return self.log(index).strip().splitlines()[-1]
 
     def answers(self, requests: list[Request]) -> dict[tuple[str, int], list[TokenOutput]]:
-        """Outputs of requests that are sent to host 0's engine all at once, by (request id, sample index)."""
+        """Outputs of requests that are sent to all engines at once, as host 0's http processes do, by (request id, sample index)."""
         return asyncio.run(self._answers(requests))
 
     async def _answers(self, requests: list[Request]) -> dict[tuple[str, int], list[TokenOutput]]:
-        client = EngineClient(next(self._folder.glob("jaxserve-*/engine-0.sock")))
-        client.start()
-        while not client.available:
+        clients = [EngineClient(next(self._folder.glob("jaxserve-*/engine-0.sock")))]
+        for replica, place in enumerate(sorted(self._folder.glob("jaxserve-*/engine-*.address")), 1):
+            clients.append(EngineClient(place, replica, StreamKey(SECRET, replica)))
+        router = Router(clients)
+        router.start()
+        while not all(client.available for client in clients):
             await asyncio.sleep(0.01)
         outputs: dict[tuple[str, int], list[TokenOutput]] = {}
 
         async def read(request: Request) -> None:
-            async for output in client.generate(request):
-                outputs.setdefault((request.request_id, output.index), []).append(output)
+            generation = router.submit(request)
+            while some := await generation.read():
+                for output in some:
+                    outputs.setdefault((request.request_id, output.index), []).append(output)
 
         await asyncio.gather(*map(read, requests))
-        await client.close()
+        await router.close()
         return outputs
 
     def stream(self) -> Iterator[str]:
@@ -131,14 +146,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def two_hosts(tiny_checkpoint: Callable[[str], Path], cache: Path) -> Iterator[Callable[..., TwoHosts]]:
+def two_hosts(tiny_checkpoint: Callable[[str], Path], cache: Path) -> Iterator[Callable[..., Launchers]]:
     """Starts pairs of hosts; those that are left at the end are killed."""
     with tempfile.TemporaryDirectory(prefix="js", dir="/tmp") as folder:  # pytest's own are too long for a socket's name
-        made: list[TwoHosts] = []
+        made: list[Launchers] = []
 
-        def start(*flags: str, **options: Any) -> TwoHosts:
+        def start(*flags: str, **options: Any) -> Launchers:
             (own := Path(folder) / str(len(made))).mkdir()
-            made.append(TwoHosts(tiny_checkpoint("llama"), own, cache, *flags, **options))
+            made.append(Launchers(tiny_checkpoint("llama"), own, cache, *flags, **options))
             return made[-1]
 
         yield start
@@ -168,7 +183,7 @@ def tokens_by_sample(outputs: dict[tuple[str, int], list[TokenOutput]]) -> dict[
 
 
 def test_two_hosts_give_the_tokens_of_one_device_until_one_is_killed(
-    two_hosts: Callable[..., TwoHosts], tiny_checkpoint: Callable[[str], Path]
+    two_hosts: Callable[..., Launchers], tiny_checkpoint: Callable[[str], Path]
 ):
     both = two_hosts(*ONE_SHAPE).until_ready()
     engine = tiny_runner(tiny_checkpoint("llama")).engine(eos_token_ids=(0,))
@@ -194,7 +209,7 @@ def test_two_hosts_give_the_tokens_of_one_device_until_one_is_killed(
     assert time.monotonic() - killed < LOSS_TIME
 
 
-def test_the_end_of_host_0_is_the_end_of_all(two_hosts: Callable[..., TwoHosts]):
+def test_the_end_of_host_0_is_the_end_of_all(two_hosts: Callable[..., Launchers]):
     killed = two_hosts(*ONE_SLOT).until_ready()
     prompts, tokens = load_goldens("llama")
     given = killed.answers([Request(f"{i}", tuple(prompts[i]), greedy(len(tokens[i]))) for i in range(6)])
@@ -204,7 +219,7 @@ def test_the_end_of_host_0_is_the_end_of_all(two_hosts: Callable[..., TwoHosts])
     assert killed.last_line(0, 1, LOSS_TIME) == "jaxserve: error: engine 0 was killed by SIGKILL"
 
 
-def test_hosts_that_were_started_otherwise_are_one_line_each_and_the_right_one_may_join_later(two_hosts: Callable[..., TwoHosts]):
+def test_hosts_that_were_started_otherwise_are_one_line_each_and_the_right_one_may_join_later(two_hosts: Callable[..., Launchers]):
     other = two_hosts(each=(["--dtype", "float32"], ["--dtype", "bfloat16"]))
     stranger = two_hosts(*ONE_SLOT, each=([], ["--cluster-secret", "another secret of mine"]))
     told = "jaxserve: error: the hosts disagree on --dtype: float32 on host 0, bfloat16 on host 1"
@@ -213,7 +228,7 @@ def test_hosts_that_were_started_otherwise_are_one_line_each_and_the_right_one_m
     assert stranger.processes[0].poll() is None  # anybody may knock
 
     # Told to end while it starts, host 0 ends in peace; a worker that is told too waits for it.
-    stranger.start_host_1_again()
+    stranger.start_again(1)
     stranger.until(lambda: "host 1 of 2 has joined" in stranger.log(0))
     for process in reversed(stranger.processes):
         process.send_signal(signal.SIGTERM)

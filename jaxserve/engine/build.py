@@ -1,17 +1,15 @@
 """From options to an engine that is ready: a start, a runner, a scheduler."""
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 
 from jaxserve.config import EngineOptions, ModelOptions
 from jaxserve.engine.async_engine import AsyncEngine
 from jaxserve.engine.constraints import Constraints
 from jaxserve.engine.decode_gap import DecodeGap
 from jaxserve.engine.engine import Engine
-from jaxserve.engine.start import begin_start
+from jaxserve.engine.start import Found, begin_start
 from jaxserve.errors import StartupError
 from jaxserve.lowering_processes import LoweringProcesses
 from jaxserve.models import Model, ModelConfig
@@ -31,7 +29,7 @@ def build_engine(
     source: ModelSource | None = None,
     tokenizer: Tokenizer | None = None,
     hosts: Hosts | None = None,
-    found: Callable[[Path], None] | None = None,
+    found: Found | None = None,
     processes: LoweringProcesses | None = None,
 ) -> Engine:
     """Load a model on its devices and compile every program that a legal request can hit.
@@ -41,7 +39,7 @@ def build_engine(
         source: the model's files, where they were found already.
         tokenizer: the model's, where it was loaded already.
         hosts: those that the mesh spans, where they are several; this one leads them.
-        found: is told the path of the model's files as soon as they are there.
+        found: is told the path of the model's files as soon as they are there, and what makes their fingerprint.
         processes: for programs that must be lowered, where they were started already; they are closed.
 
     Raises:
@@ -94,7 +92,7 @@ def build_async_engine(
     engine_options: EngineOptions,
     replica: int = 0,
     hosts: Hosts | None = None,
-    found: Callable[[Path], None] | None = None,
+    found: Found | None = None,
     processes: LoweringProcesses | None = None,
 ) -> AsyncEngine:
     """`build_engine` in a thread of its own.

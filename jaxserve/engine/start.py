@@ -4,12 +4,11 @@ Where a mesh spans hosts, all of them start alike, and hold on the way what they
 """
 
 import logging
-import os
 import re
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -18,7 +17,7 @@ from jax.sharding import Mesh
 
 from jaxserve.config import EngineOptions, ModelOptions, limit_gpu_memory
 from jaxserve.errors import StartupError
-from jaxserve.hosts.agreement import agree
+from jaxserve.hosts.agreement import FLAGS, agree, flag_facts
 from jaxserve.lowering_processes import LoweringProcesses
 from jaxserve.models import Model, check_attention
 from jaxserve.runner import Executor, Hosts, Preparation, RunnerConfig, code_versions, make_mesh, peak_memory, start_jax
@@ -28,8 +27,8 @@ from jaxserve.weights.loader import OpenModel, open_model, read_config, resolve_
 
 logger = logging.getLogger(__name__)
 
-# Flags that name a host's own folders, or that only host 0 heeds.
-_OWN_FLAGS = {"compilation_cache_dir", "weights_cache_override", "tokenizer_config_path"}
+
+type Found = Callable[[Path, Callable[[], str]], None]
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def begin_start(
     replica: int,
     source: ModelSource | None,
     hosts: Hosts | None,
-    found: Callable[[Path], None] | None = None,
+    found: Found | None = None,
     processes: LoweringProcesses | None = None,
 ) -> Start:
     """Find the model and the devices, and begin to prepare the programs.
@@ -78,14 +77,17 @@ def begin_start(
     """
     _check_deterministic(engine_options)
     if hosts is not None:
-        agree(hosts, "flags", _flags(model_options, engine_options))
+        agree(hosts, FLAGS, flag_facts(model_options, engine_options))
     source = source or resolve_model(model_options)
+
+    def files() -> str:
+        return fingerprint(source, with_weights=model_options.load_format != "dummy")
+
     if found is not None:
-        found(source.path)
+        found(source.path, files)
     limit_gpu_memory(engine_options)
     if hosts is not None:
-        files = fingerprint(source, with_weights=model_options.load_format != "dummy")
-        agree(hosts, "code", {**code_versions(), "the model's files": files})
+        agree(hosts, "code", {**code_versions(), "the model's files": files()})
         start_jax(hosts)
         agree(hosts, "devices", {"the kind of devices": jax.local_devices()[0].device_kind})
     mesh = make_mesh(engine_options.tensor_size, replica, num_hosts=1 if hosts is None else hosts.count)
@@ -115,13 +117,6 @@ def build_worker(model_options: ModelOptions, engine_options: EngineOptions, hos
         executor = Executor(start.load(), start.mesh, start.config, preparation, hosts)
         executor.warmup()
     return executor
-
-
-def _flags(model_options: ModelOptions, engine_options: EngineOptions) -> dict[str, object]:
-    """What hosts must have been told alike, by its name on the command line."""
-    given = asdict(model_options) | asdict(engine_options)
-    flags: dict[str, object] = {"--" + name.replace("_", "-"): value for name, value in given.items() if name not in _OWN_FLAGS}
-    return flags | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
 
 
 def _check_deterministic(options: EngineOptions) -> None:

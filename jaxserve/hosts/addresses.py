@@ -50,18 +50,44 @@ def use_interface_to(address: str, port: int) -> None:
     os.environ[name] = ",".join(filter(None, [unproxied, address]))
 
 
-def _interface_to(address: str, port: int) -> str | None:
-    """The name of the interface by which this host reaches an address; None where there is no telling.
+def own_address(address: str, port: int) -> str:
+    """The IP address at which this host is on the network by which it reaches another.
 
-    NCCL takes names by their beginning, and whole after "=".
+    Raises:
+        StartupError: it does not reach it.
     """
     family = socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((address, port))  # sends nothing
-        except OSError:
-            return None
-        own = probe.getsockname()[0]
+        except OSError as error:
+            raise StartupError(f"host 0 cannot be reached at {join_address(address, port)}: {error.strerror}") from None
+        return str(probe.getsockname()[0])
+
+
+def free_pair(address: str) -> int:
+    """A port of this host that nobody has, nor the next."""
+    family = socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
+    while True:
+        with socket.socket(family) as first, socket.socket(family) as second:
+            first.bind((address, 0))
+            port = int(first.getsockname()[1])
+            try:
+                second.bind((address, port + 1))
+            except (OSError, OverflowError):
+                continue
+            return port
+
+
+def _interface_to(address: str, port: int) -> str | None:
+    """The name of the interface by which this host reaches an address; None where there is no telling.
+
+    NCCL takes names by their beginning, and whole after "=".
+    """
+    try:
+        own = own_address(address, port)
+    except StartupError:
+        return None
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.address.partition("%")[0] == own for each in addresses):
             return f"={name}"

@@ -1,10 +1,17 @@
 """Whether the hosts were started alike."""
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Protocol
 
+from jaxserve.config import EngineOptions, ModelOptions
 from jaxserve.errors import HostsDisagree
+
+FLAGS = "flags"  # the topic
+# Flags that name a host's own folders, or that only host 0 heeds.
+_OWN_FLAGS = {"compilation_cache_dir", "weights_cache_override", "tokenizer_config_path"}
 
 
 class Gathering(Protocol):
@@ -26,11 +33,23 @@ def agree(hosts: Gathering, topic: str, facts: Mapping[str, object]) -> None:
     """
     leaders, *others = (json.loads(text) for text in hosts.gather(topic, json.dumps(facts)))
     for index, theirs in enumerate(others, 1):
-        for name in leaders | theirs:
-            if leaders.get(name) != theirs.get(name):
-                raise HostsDisagree(
-                    f"the hosts disagree on {name}: {_told(leaders.get(name))} on host 0, {_told(theirs.get(name))} on host {index}"
-                )
+        if difference := disagreement(leaders, theirs, index, leaders | theirs):
+            raise HostsDisagree(difference)
+
+
+def disagreement(leaders: Mapping[str, object], theirs: Mapping[str, object], index: int, names: Iterable[str]) -> str:
+    """The first fact of these names in which host `index` differs from host 0, in one line; "" where they agree."""
+    for name in names:
+        if leaders.get(name) != theirs.get(name):
+            return f"the hosts disagree on {name}: {_told(leaders.get(name))} on host 0, {_told(theirs.get(name))} on host {index}"
+    return ""
+
+
+def flag_facts(model: ModelOptions, engine: EngineOptions) -> dict[str, object]:
+    """What hosts must have been told alike, by its name on the command line."""
+    given = asdict(model) | asdict(engine)
+    flags: dict[str, object] = {"--" + name.replace("_", "-"): value for name, value in given.items() if name not in _OWN_FLAGS}
+    return flags | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
 
 
 def _told(value: object) -> str:

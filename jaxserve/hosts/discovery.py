@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from jaxserve.config import EngineOptions, HostOptions
 from jaxserve.errors import StartupError
+from jaxserve.hosts.placement import place
 from jaxserve.hosts.secret import MIN_SECRET_LENGTH
 
 DEFAULT_PORT = 29400
@@ -16,7 +17,7 @@ def discover(options: HostOptions, engine: EngineOptions, environment: Mapping[s
 
     Args:
         options: as given.
-        engine: the mesh must be one replica that the hosts can share evenly.
+        engine: the mesh must be one that the hosts can share evenly.
         environment: of this process.
 
     Returns:
@@ -42,12 +43,7 @@ def discover(options: HostOptions, engine: EngineOptions, environment: Mapping[s
         raise StartupError(f"--host-index must be less than --num-hosts ({found.num_hosts}). Given: {found.host_index}")
     host, _ = split_address(found.coordinator)
     _check_secret(found.cluster_secret, host, by)
-    if engine.data_size > 1:
-        raise StartupError(
-            f"--mesh {engine.mesh} over {found.num_hosts} hosts: one replica may span hosts, for more start as many groups of hosts"
-        )
-    if engine.tensor_size % found.num_hosts:
-        raise StartupError(f"--mesh {engine.mesh}: {found.num_hosts} hosts cannot share {engine.tensor_size} devices evenly")
+    place(engine, found)
     return found
 
 

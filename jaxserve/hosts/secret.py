@@ -17,16 +17,19 @@ def new_challenge() -> bytes:
     return secrets.token_bytes(CHALLENGE_SIZE)
 
 
-def proof(secret: str | None, prover: int, host_index: int, workers_challenge: bytes, leaders_challenge: bytes) -> bytes:
+def proof(
+    secret: str | None, prover: int, number: int, callers_challenge: bytes, answerers_challenge: bytes, purpose: str = "hosts"
+) -> bytes:
     """What shows that a host knows the secret.
 
     Args:
         secret: None, on loopback alone, counts as an empty one.
-        prover: index of the host that proves.
-        host_index: of the worker that joins.
-        workers_challenge, leaders_challenge: of this connection.
+        prover: who proves: the index of a host; of an engine's stream, 0 for the engine and 1 for the http process.
+        number: the index of the host that joins; of an engine's stream its replica.
+        callers_challenge, answerers_challenge: of this connection, of who opened it and who listens.
+        purpose: what the stream is for, so that a proof of one kind is none of another.
     """
-    said = b"jaxserve hosts" + prover.to_bytes(4) + host_index.to_bytes(4) + workers_challenge + leaders_challenge
+    said = f"jaxserve {purpose}".encode() + prover.to_bytes(4) + number.to_bytes(4) + callers_challenge + answerers_challenge
     return hmac.digest((secret or "").encode(), said, hashlib.sha256)
 
 

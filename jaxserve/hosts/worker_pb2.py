@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bjaxserve/hosts/worker.proto\x12\x0ejaxserve.hosts\"\xb9\x01\n\rWorkerMessage\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.jaxserve.hosts.HelloH\x00\x12&\n\x05proof\x18\x02 \x01(\x0b\x32\x15.jaxserve.hosts.ProofH\x00\x12$\n\x04told\x18\x03 \x01(\x0b\x32\x14.jaxserve.hosts.ToldH\x00\x12\'\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x15.jaxserve.hosts.EndedH\x00\x42\t\n\x07message\"R\n\x05Hello\x12\x12\n\nhost_index\x18\x01 \x01(\r\x12\x11\n\tnum_hosts\x18\x02 \x01(\r\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x11\n\tchallenge\x18\x04 \x01(\x0c\"\x17\n\x05Proof\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"\x92\x02\n\rLeaderMessage\x12(\n\x06\x61nswer\x18\x01 \x01(\x0b\x32\x16.jaxserve.hosts.AnswerH\x00\x12*\n\x07welcome\x18\x02 \x01(\x0b\x32\x17.jaxserve.hosts.WelcomeH\x00\x12,\n\x08gathered\x18\x03 \x01(\x0b\x32\x18.jaxserve.hosts.GatheredH\x00\x12$\n\x04\x66ile\x18\x04 \x01(\x0b\x32\x14.jaxserve.hosts.FileH\x00\x12$\n\x04\x63\x61ll\x18\x05 \x01(\x0b\x32\x14.jaxserve.hosts.CallH\x00\x12&\n\x05\x65nded\x18\x06 \x01(\x0b\x32\x15.jaxserve.hosts.EndedH\x00\x42\t\n\x07message\"+\n\x06\x41nswer\x12\x11\n\tchallenge\x18\x01 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"\t\n\x07Welcome\"#\n\x04Told\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"(\n\x08Gathered\x12\r\n\x05topic\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\"4\n\x04\x46ile\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x03 \x01(\x0c\">\n\x04\x43\x61ll\x12\x0f\n\x07program\x18\x01 \x01(\t\x12%\n\x06\x61rrays\x18\x02 \x03(\x0b\x32\x15.jaxserve.hosts.Array\"s\n\x05\x41rray\x12*\n\x05\x64type\x18\x01 \x01(\x0e\x32\x1b.jaxserve.hosts.Array.Dtype\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0f\n\x07\x63ontent\x18\x03 \x01(\x0c\"\x1e\n\x05\x44type\x12\t\n\x05INT32\x10\x00\x12\n\n\x06UINT32\x10\x01\"\x17\n\x05\x45nded\x12\x0e\n\x06reason\x18\x01 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bjaxserve/hosts/worker.proto\x12\x0ejaxserve.hosts\"\xea\x01\n\rWorkerMessage\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.jaxserve.hosts.HelloH\x00\x12&\n\x05proof\x18\x02 \x01(\x0b\x32\x15.jaxserve.hosts.ProofH\x00\x12$\n\x04told\x18\x03 \x01(\x0b\x32\x14.jaxserve.hosts.ToldH\x00\x12\'\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x15.jaxserve.hosts.EndedH\x00\x12/\n\x06\x65ngine\x18\x05 \x01(\x0b\x32\x1d.jaxserve.hosts.EngineAddressH\x00\x42\t\n\x07message\"R\n\x05Hello\x12\x12\n\nhost_index\x18\x01 \x01(\r\x12\x11\n\tnum_hosts\x18\x02 \x01(\r\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x11\n\tchallenge\x18\x04 \x01(\x0c\"\x17\n\x05Proof\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"\x92\x02\n\rLeaderMessage\x12(\n\x06\x61nswer\x18\x01 \x01(\x0b\x32\x16.jaxserve.hosts.AnswerH\x00\x12*\n\x07welcome\x18\x02 \x01(\x0b\x32\x17.jaxserve.hosts.WelcomeH\x00\x12,\n\x08gathered\x18\x03 \x01(\x0b\x32\x18.jaxserve.hosts.GatheredH\x00\x12$\n\x04\x66ile\x18\x04 \x01(\x0b\x32\x14.jaxserve.hosts.FileH\x00\x12$\n\x04\x63\x61ll\x18\x05 \x01(\x0b\x32\x14.jaxserve.hosts.CallH\x00\x12&\n\x05\x65nded\x18\x06 \x01(\x0b\x32\x15.jaxserve.hosts.EndedH\x00\x42\t\n\x07message\"+\n\x06\x41nswer\x12\x11\n\tchallenge\x18\x01 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"\t\n\x07Welcome\"#\n\x04Told\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"(\n\x08Gathered\x12\r\n\x05topic\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\"1\n\rEngineAddress\x12\x0f\n\x07replica\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"4\n\x04\x46ile\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x03 \x01(\x0c\">\n\x04\x43\x61ll\x12\x0f\n\x07program\x18\x01 \x01(\t\x12%\n\x06\x61rrays\x18\x02 \x03(\x0b\x32\x15.jaxserve.hosts.Array\"s\n\x05\x41rray\x12*\n\x05\x64type\x18\x01 \x01(\x0e\x32\x1b.jaxserve.hosts.Array.Dtype\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0f\n\x07\x63ontent\x18\x03 \x01(\x0c\"\x1e\n\x05\x44type\x12\t\n\x05INT32\x10\x00\x12\n\n\x06UINT32\x10\x01\"\x17\n\x05\x45nded\x12\x0e\n\x06reason\x18\x01 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,29 +32,31 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'jaxserve.hosts.worker_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_WORKERMESSAGE']._serialized_start=48
-  _globals['_WORKERMESSAGE']._serialized_end=233
-  _globals['_HELLO']._serialized_start=235
-  _globals['_HELLO']._serialized_end=317
-  _globals['_PROOF']._serialized_start=319
-  _globals['_PROOF']._serialized_end=342
-  _globals['_LEADERMESSAGE']._serialized_start=345
-  _globals['_LEADERMESSAGE']._serialized_end=619
-  _globals['_ANSWER']._serialized_start=621
-  _globals['_ANSWER']._serialized_end=664
-  _globals['_WELCOME']._serialized_start=666
-  _globals['_WELCOME']._serialized_end=675
-  _globals['_TOLD']._serialized_start=677
-  _globals['_TOLD']._serialized_end=712
-  _globals['_GATHERED']._serialized_start=714
-  _globals['_GATHERED']._serialized_end=754
-  _globals['_FILE']._serialized_start=756
-  _globals['_FILE']._serialized_end=808
-  _globals['_CALL']._serialized_start=810
-  _globals['_CALL']._serialized_end=872
-  _globals['_ARRAY']._serialized_start=874
-  _globals['_ARRAY']._serialized_end=989
-  _globals['_ARRAY_DTYPE']._serialized_start=959
-  _globals['_ARRAY_DTYPE']._serialized_end=989
-  _globals['_ENDED']._serialized_start=991
-  _globals['_ENDED']._serialized_end=1014
+  _globals['_WORKERMESSAGE']._serialized_end=282
+  _globals['_HELLO']._serialized_start=284
+  _globals['_HELLO']._serialized_end=366
+  _globals['_PROOF']._serialized_start=368
+  _globals['_PROOF']._serialized_end=391
+  _globals['_LEADERMESSAGE']._serialized_start=394
+  _globals['_LEADERMESSAGE']._serialized_end=668
+  _globals['_ANSWER']._serialized_start=670
+  _globals['_ANSWER']._serialized_end=713
+  _globals['_WELCOME']._serialized_start=715
+  _globals['_WELCOME']._serialized_end=724
+  _globals['_TOLD']._serialized_start=726
+  _globals['_TOLD']._serialized_end=761
+  _globals['_GATHERED']._serialized_start=763
+  _globals['_GATHERED']._serialized_end=803
+  _globals['_ENGINEADDRESS']._serialized_start=805
+  _globals['_ENGINEADDRESS']._serialized_end=854
+  _globals['_FILE']._serialized_start=856
+  _globals['_FILE']._serialized_end=908
+  _globals['_CALL']._serialized_start=910
+  _globals['_CALL']._serialized_end=972
+  _globals['_ARRAY']._serialized_start=974
+  _globals['_ARRAY']._serialized_end=1089
+  _globals['_ARRAY_DTYPE']._serialized_start=1059
+  _globals['_ARRAY_DTYPE']._serialized_end=1089
+  _globals['_ENDED']._serialized_start=1091
+  _globals['_ENDED']._serialized_end=1114
 # @@protoc_insertion_point(module_scope)

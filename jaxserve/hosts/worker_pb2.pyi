@@ -8,16 +8,18 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class WorkerMessage(_message.Message):
-    __slots__ = ("hello", "proof", "told", "failed")
+    __slots__ = ("hello", "proof", "told", "failed", "engine")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     PROOF_FIELD_NUMBER: _ClassVar[int]
     TOLD_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     proof: Proof
     told: Told
     failed: Ended
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., proof: _Optional[_Union[Proof, _Mapping]] = ..., told: _Optional[_Union[Told, _Mapping]] = ..., failed: _Optional[_Union[Ended, _Mapping]] = ...) -> None: ...
+    engine: EngineAddress
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., proof: _Optional[_Union[Proof, _Mapping]] = ..., told: _Optional[_Union[Told, _Mapping]] = ..., failed: _Optional[_Union[Ended, _Mapping]] = ..., engine: _Optional[_Union[EngineAddress, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("host_index", "num_hosts", "version", "challenge")
@@ -80,6 +82,14 @@ class Gathered(_message.Message):
     topic: str
     texts: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, topic: _Optional[str] = ..., texts: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class EngineAddress(_message.Message):
+    __slots__ = ("replica", "address")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    replica: int
+    address: str
+    def __init__(self, replica: _Optional[int] = ..., address: _Optional[str] = ...) -> None: ...
 
 class File(_message.Message):
     __slots__ = ("topic", "name", "content")

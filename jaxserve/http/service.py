@@ -93,11 +93,10 @@ class Service:
 
     def _model_path(self) -> Path | None:
         """Of the folder or file that the engines read, once it is known."""
-        if self.router.available:
-            return Path(self.info.model_path)
         if self._model_file is not None and self._model_file.exists():
             return Path(self._model_file.read_text())
-        return None
+        # An engine of another host tells none.
+        return Path(path) if self.router.available and (path := self.info.model_path) else None
 
     @property
     def ready(self) -> bool:

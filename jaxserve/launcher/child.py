@@ -24,6 +24,7 @@ PR_SET_PDEATHSIG = 1
 EXIT_STARTUP_ERROR = 3  # the reason was told; starting again would not help
 EXIT_FAILED = 4  # the reason was told; starting again may help
 EXIT_ORPHANED = 5
+FILES_FACT = "the model's files"  # what hosts compare
 ONE_HOST = HostOptions(num_hosts=1)
 
 
@@ -34,7 +35,9 @@ class ChildOptions:
     Attributes:
         run_folder: sockets and metrics.
         index: replica of an engine, number of an http process.
-        hosts: all of them, as discovered.
+        hosts: of an engine or worker those that share its replica; of an http process all of them, as discovered.
+        address: the IP address at which an engine listens for another host's http processes; "" where they are on this one.
+        compares_files: whether an engine tells what is in its model's files, because hosts compare them.
     """
 
     run_folder: str
@@ -43,6 +46,8 @@ class ChildOptions:
     engine: EngineOptions
     server: ServerOptions
     hosts: HostOptions = ONE_HOST
+    address: str = ""
+    compares_files: bool = False
 
     def to_json(self) -> bytes:
         """One line."""
@@ -60,6 +65,8 @@ class ChildOptions:
             EngineOptions(**values["engine"]),
             ServerOptions(**server),
             HostOptions(**values["hosts"]),
+            values["address"],
+            values["compares_files"],
         )
 
 
@@ -86,6 +93,10 @@ class Control:
     def tell_ready(self, **news: Any) -> None:
         """The process can do its work."""
         self._tell(event="ready", **news)
+
+    def tell_found(self, files: str) -> None:
+        """An engine has found its model's files; `files` is their fingerprint."""
+        self._tell(event="found", files=files)
 
     def tell_dismissed(self) -> None:
         """The process ends because its work is done."""

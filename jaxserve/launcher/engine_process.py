@@ -1,4 +1,7 @@
-"""An engine process: one replica of the engine behind a unix socket. `python -m jaxserve.launcher.engine_process DESCRIPTOR`."""
+"""An engine process: one replica of the engine, behind a unix socket, or a port of its own where http processes are on another host.
+
+`python -m jaxserve.launcher.engine_process DESCRIPTOR`
+"""
 
 import asyncio
 import contextlib
@@ -20,6 +23,7 @@ from jaxserve.launcher.child import Control, die_with_parent, run_child
 from jaxserve.launcher.devices import visible_gpus
 from jaxserve.launcher.run_folder import engine_socket, model_file
 from jaxserve.lowering_processes import LoweringProcesses
+from jaxserve.rpc.handshake import StreamKey
 from jaxserve.rpc.server import EngineServer, ServedEngine
 
 logger = logging.getLogger("jaxserve.launcher.engine_process")  # which is __main__
@@ -53,10 +57,10 @@ def main(arguments: Sequence[str], build: BuildEngine | None = None) -> int:
     Returns:
         the exit code.
     """
-    return run_child(arguments, lambda control: _run(control, build or functools.partial(_build_engine, Path(control.options.run_folder))))
+    return run_child(arguments, lambda control: _run(control, build or functools.partial(_build_engine, control)))
 
 
-def _build_engine(run_folder: Path, model: ModelOptions, engine: EngineOptions, replica: int) -> RunningEngine:
+def _build_engine(control: Control, model: ModelOptions, engine: EngineOptions, replica: int) -> RunningEngine:
     begin = time.monotonic()
     processes = _begin_with_lowering(engine)
     _begin_with_devices(engine)
@@ -64,13 +68,17 @@ def _build_engine(run_folder: Path, model: ModelOptions, engine: EngineOptions, 
 
     logger.info("the engine is imported after %.1f s", time.monotonic() - begin)
 
-    def tell(path: Path) -> None:
-        told = model_file(run_folder)
-        whole = told.with_name(f"{told.name}.{os.getpid()}")
-        whole.write_text(str(path))
-        whole.replace(told)
+    return build_async_engine(model, engine, replica, found=functools.partial(tell_found, control), processes=processes)
 
-    return build_async_engine(model, engine, replica, found=tell, processes=processes)
+
+def tell_found(control: Control, path: Path, fingerprint: Callable[[], str]) -> None:
+    """Tell http processes where the model's files are, and a launcher with other hosts what is in them."""
+    told = model_file(Path(control.options.run_folder))
+    whole = told.with_name(f"{told.name}.{os.getpid()}")
+    whole.write_text(str(path))
+    whole.replace(told)
+    if control.options.compares_files:
+        control.tell_found(fingerprint())
 
 
 def _begin_with_lowering(engine: EngineOptions) -> LoweringProcesses | None:
@@ -124,16 +132,22 @@ async def serve(control: Control, engine: RunningEngine, told_to_end: asyncio.Ev
     Raises:
         GenerationFailed: the engine failed.
     """
-    server = EngineServer(engine, engine_socket(Path(control.options.run_folder), control.options.index))
+    options = control.options
+    if options.address:
+        server = EngineServer(engine, options.address, StreamKey(options.hosts.cluster_secret, options.index))
+    else:
+        server = EngineServer(engine, engine_socket(Path(options.run_folder), options.index))
     await server.start()
-    control.tell_ready()
+    control.tell_ready(address=server.address)
     while engine.failure is None and not told_to_end.is_set():
         try:
             await asyncio.wait_for(told_to_end.wait(), FAILURE_POLL_INTERVAL)
         except TimeoutError:
             continue
     if engine.failure is None:
-        await asyncio.to_thread(engine.drain, FLUSH_TIME)
+        # On host 0 the http processes have ended. Those of another host's engine go on: they send no more, and what runs is finished.
+        server.leave()
+        await asyncio.to_thread(engine.drain, options.server.graceful_termination_timeout if options.address else FLUSH_TIME)
     else:
         await asyncio.sleep(FLUSH_TIME)
     await server.stop(FLUSH_TIME)

@@ -5,6 +5,7 @@ hang for good in a step that another host has left.
 """
 
 import asyncio
+import functools
 import gc
 import signal
 import sys
@@ -18,7 +19,7 @@ from jaxserve.hosts.leader import Leader
 from jaxserve.hosts.wire import LOSS_TIME
 from jaxserve.hosts.worker import Worker
 from jaxserve.launcher.child import ChildOptions, Control, die_with_parent, run_child
-from jaxserve.launcher.engine_process import serve
+from jaxserve.launcher.engine_process import serve, tell_found
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -39,7 +40,7 @@ async def _lead(control: Control) -> None:
     leader = Leader(address, port, count, options.hosts.cluster_secret)
     await leader.start()
     try:
-        building = _in_thread(lambda: _build_engine(options, leader))
+        building = _in_thread(lambda: _build_engine(control, leader))
         await _first(building, leader.failed.wait(), told_to_end.wait())
         if leader.failure is not None:
             raise HostsFailed(leader.failure)
@@ -61,11 +62,12 @@ async def _pass_on_failure(leader: Leader, engine: Any) -> None:
     engine.fail(leader.failure)
 
 
-def _build_engine(options: ChildOptions, leader: Leader) -> Any:
+def _build_engine(control: Control, leader: Leader) -> Any:
     leader.wait_for_all()
     from jaxserve.engine import build_async_engine  # late: it imports jax
 
-    engine = build_async_engine(options.model, options.engine, hosts=leader)
+    options = control.options
+    engine = build_async_engine(options.model, options.engine, hosts=leader, found=functools.partial(tell_found, control))
     _keep_what_there_is()
     return engine
 

@@ -11,14 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from jaxserve.hosts.placement import place
 from jaxserve.http.protocol import MAX_CONNECTIONS
 from jaxserve.http.server import HttpServer
 from jaxserve.http.service import Service
 from jaxserve.launcher.child import Control, run_child
-from jaxserve.launcher.run_folder import engine_socket, model_file
+from jaxserve.launcher.run_folder import engine_address, engine_socket, model_file
 from jaxserve.metrics import Metrics
 from jaxserve.request import EngineInfo
 from jaxserve.rpc.client import EngineClient
+from jaxserve.rpc.handshake import StreamKey
 from jaxserve.rpc.router import Router
 
 OTHER_FILES = 128  # that are no connections
@@ -49,7 +51,13 @@ def _run(control: Control, listening: Sequence[socket.socket]) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a connection is a file
     options = control.options
     folder = Path(options.run_folder)
-    clients = [EngineClient(engine_socket(folder, replica), replica) for replica in range(options.engine.data_size)]
+    own, secret = place(options.engine, options.hosts).replicas, options.hosts.cluster_secret
+    clients = [
+        EngineClient(engine_socket(folder, replica), replica)
+        if replica in own
+        else EngineClient(engine_address(folder, replica), replica, StreamKey(secret, replica))
+        for replica in range(options.engine.data_size)
+    ]
     router = Router(clients, options.engine.prefix_caching)
     service = Service(
         router,

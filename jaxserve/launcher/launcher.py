@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import shutil
@@ -10,11 +11,13 @@ import socket
 import sys
 import time
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxserve.config import EngineOptions, HostOptions, ModelOptions, ServerOptions
 from jaxserve.errors import StartupError
+from jaxserve.hosts.placement import Placement, place
 from jaxserve.launcher.bytecode import OF_ENGINE, OF_HTTP, bytecode_environment
 from jaxserve.launcher.child import ONE_HOST, ChildOptions
 from jaxserve.launcher.devices import device_environment
@@ -22,6 +25,9 @@ from jaxserve.launcher.listening import listen
 from jaxserve.launcher.logs import set_up_logging
 from jaxserve.launcher.process import ChildProcess
 from jaxserve.launcher.run_folder import make_run_folder, metrics_folder
+
+if TYPE_CHECKING:
+    from jaxserve.launcher.fellow_hosts import FellowHosts
 
 logger = logging.getLogger(__name__)
 
@@ -63,14 +69,23 @@ def launch(
             listening = listen(server.hostname, server.port, server.http_workers)
             # One process answers for all of them.
             metrics = None if server.prometheus_port is None else listen(server.hostname, server.prometheus_port, 1)[0]
-        environments = [device_environment(engine, replica, os.environ) for replica in range(engine.data_size)]
+        placement = place(engine, hosts)
+        count = len(placement.replicas)
+        environments = [device_environment(engine, number, os.environ, count=count) for number in range(count)]
     except StartupError as error:
         return _fail(str(error))
     folder, lock = make_run_folder()
     try:
         metrics_folder(folder).mkdir()
-        command = HOST_COMMAND if hosts.span_hosts else engine_command
-        return asyncio.run(_Launcher(folder, listening, metrics, model, engine, server, hosts, command, environments).run())
+        command = HOST_COMMAND if placement.span > 1 else engine_command
+        fellows = None
+        if hosts.span_hosts and engine.data_size > 1:  # hosts of one replica speak to each other in the processes that run it
+            from jaxserve.launcher.fellow_hosts import FellowHosts  # late: a launcher of one host needs no gRPC
+
+            fellows = FellowHosts(folder, model, engine, hosts)
+        return asyncio.run(
+            _Launcher(folder, listening, metrics, model, engine, server, hosts, placement, fellows, command, environments).run()
+        )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
@@ -86,6 +101,8 @@ class _Launcher:
         engine: EngineOptions,
         server: ServerOptions,
         hosts: HostOptions,
+        placement: Placement,
+        fellows: "FellowHosts | None",
         engine_command: Sequence[str],
         engine_environments: Sequence[dict[str, str]],
     ):
@@ -93,6 +110,8 @@ class _Launcher:
         self._listening = [*listening, *([] if metrics is None else [metrics])]
         self._server = server
         self._hosts = hosts
+        self._place = placement
+        self._fellows = fellows
         self._mesh = engine.mesh
         of_http, of_engine = (bytecode_environment(engine.compilation_cache, os.environ, packages) for packages in (OF_HTTP, OF_ENGINE))
         self._http = [
@@ -107,12 +126,13 @@ class _Launcher:
         ]
         self._engines = [
             ChildProcess(
-                f"engine {replica}" if hosts.leads else "worker",
+                f"engine {replica}" if placement.runs_engines else "worker",
                 engine_command,
-                ChildOptions(str(folder), replica, model, engine, server, hosts),
+                ChildOptions(str(folder), replica, model, engine, server, hosts, compares_files=fellows is not None),
                 {**environment, **of_engine},
+                heard=functools.partial(self._hear, replica),
             )
-            for replica, environment in enumerate(engine_environments)
+            for replica, environment in zip(placement.replicas, engine_environments, strict=True)
         ]
         self._signals: list[signal.Signals] = []
         self._signalled = asyncio.Event()
@@ -128,17 +148,18 @@ class _Launcher:
         children = [*self._engines, *self._http]  # the engine takes longest to start
         logger.info("starting %d http and %d engine processes", len(self._http), len(self._engines))
         tasks = [asyncio.create_task(self._supervise(child)) for child in children]
-        tasks.append(asyncio.create_task(self._tell_ready()))
+        tasks += [asyncio.create_task(self._tell_ready()), asyncio.create_task(self._stay_among_hosts())]
         try:
             await _first(self._signalled.wait(), self._gave_up.wait(), self._dismissed.wait())
             if self._dismissed.is_set():
+                await self._end_engines(END_TIME)
                 return 0
             if self._gave_up.is_set():
                 self._accept_no_more()
-                await _all_ended(self._http, FAREWELL_TIME)
+                await asyncio.gather(_all_ended(self._http, FAREWELL_TIME), self._leave_hosts(self._reason))
                 return _fail(self._reason)
             self._signalled.clear()
-            await _first(self._drain(), self._signalled.wait(), self._gave_up.wait())
+            await _first(self._drain(), self._signalled.wait(), self._gave_up.wait(), self._dismissed.wait())
             if self._gave_up.is_set():
                 return _fail(self._reason)
             return 128 + self._signals[1] if self._signalled.is_set() else 0
@@ -161,7 +182,7 @@ class _Launcher:
 
     @property
     def _ending(self) -> bool:
-        return bool(self._signals) or self._gave_up.is_set()
+        return bool(self._signals) or self._gave_up.is_set() or self._dismissed.is_set()
 
     def _accept_no_more(self) -> None:
         for child in self._http:
@@ -170,17 +191,55 @@ class _Launcher:
             each.close()
 
     async def _drain(self) -> None:
-        """Accept no more, let what runs finish, then end the engines. A worker ends when host 0 does."""
-        if not self._hosts.leads:
-            logger.info("ending: as soon as host 0 ends")
+        """Accept no more, let what runs finish, then end the engines. A worker ends when the engine does that tells it what to run."""
+        if not self._place.runs_engines:
+            logger.info("ending: as soon as host %d ends", (self._hosts.host_index or 0) - self._place.index)
             await _all_ended(self._engines, self._server.graceful_termination_timeout + EXTRA_TIME + END_TIME)
             return
         logger.info("ending: no more requests are accepted; those that run may take %d s", self._server.graceful_termination_timeout)
-        self._accept_no_more()
-        await _all_ended(self._http, self._server.graceful_termination_timeout + EXTRA_TIME)
+        if self._hosts.leads:
+            self._accept_no_more()
+            await _all_ended(self._http, self._server.graceful_termination_timeout + EXTRA_TIME)
+            await asyncio.gather(self._end_engines(END_TIME), self._leave_hosts())
+        else:  # engines on other hosts than the http processes see to it themselves
+            await self._end_engines(self._server.graceful_termination_timeout + END_TIME)
+            await self._leave_hosts()
+
+    async def _end_engines(self, timeout: float) -> None:
         for child in self._engines:
             child.signal(signal.SIGTERM)
-        await _all_ended(self._engines, END_TIME)
+        await _all_ended(self._engines, timeout)
+
+    async def _stay_among_hosts(self) -> None:
+        """Serve with the other hosts until that is over."""
+        if self._fellows is None:
+            return
+        if reason := await self._fellows.stay():
+            self._give_up(reason)
+        elif not self._hosts.leads:
+            self._dismissed.set()
+
+    async def _leave_hosts(self, reason: str = "") -> None:
+        if self._fellows is not None:
+            await self._fellows.close(reason)
+
+    def _hear(self, replica: int, news: dict[str, Any]) -> None:
+        if self._fellows is not None:
+            self._fellows.heard(replica, news)
+
+    async def _run_once(self, child: ChildProcess) -> str:
+        """Run a child; returns what happened to it."""
+        fellows = self._fellows if child in self._engines else None
+        if fellows is not None:
+            await fellows.placed.wait()
+            child.options = replace(child.options, hosts=fellows.of_replica, address=fellows.address)
+        try:
+            return await child.run()
+        except OSError as error:
+            return f"cannot be started: {error}"
+        finally:
+            if fellows is not None:
+                fellows.ended(child.options.index)
 
     async def _supervise(self, child: ChildProcess) -> None:
         """Run a child again and again.
@@ -190,13 +249,10 @@ class _Launcher:
         """
         deaths: list[float] = []
         while not self._ending:
-            try:
-                fate = await child.run()
-            except OSError as error:
-                fate = f"cannot be started: {error}"
+            fate = await self._run_once(child)
             if child.dismissed:
                 return self._dismissed.set()
-            if self._hosts.span_hosts and child in self._engines and not (self._ending and self._hosts.leads):
+            if self._place.span > 1 and child in self._engines and not (self._ending and self._place.runs_engines):
                 # The others cannot go on without it: whatever started all of them has to start them anew.
                 return self._give_up(fate if child.told_reason else self._fate_among_hosts(child, fate))
             if self._ending:
@@ -216,7 +272,10 @@ class _Launcher:
         return f"{child.name} {fate}{jax_does}"
 
     def _another_replica_serves(self, child: ChildProcess) -> bool:
-        return child in self._engines and any(engine.ready.is_set() for engine in self._engines if engine is not child)
+        if child not in self._engines:
+            return False
+        elsewhere = self._fellows is not None and self._fellows.serves
+        return elsewhere or any(engine.ready.is_set() for engine in self._engines if engine is not child)
 
     def _give_up(self, reason: str) -> None:
         self._reason = self._reason or reason

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxserve.launcher.child import ChildOptions
@@ -21,8 +21,10 @@ class ChildProcess:
         options: what it is told.
         environment: variables beside those of the launcher.
         descriptors: to be inherited.
+        heard: is told all its news.
 
     Attributes:
+        options: what the next process is told.
         ready: set while the process says that it is; unset again when it ends.
         ever_ready: whether any process here got ready.
         news: what it told when it got ready.
@@ -38,6 +40,7 @@ class ChildProcess:
         options: ChildOptions,
         environment: Mapping[str, str],
         descriptors: Sequence[int] = (),
+        heard: Callable[[dict[str, Any]], None] = lambda news: None,
     ):
         self.name = name
         self.ready = asyncio.Event()
@@ -48,9 +51,10 @@ class ChildProcess:
         self.ended = asyncio.Event()
         self.ended.set()
         self._command = tuple(command)
-        self._options = options
+        self.options = options
         self._environment = {**os.environ, **environment}
         self._descriptors = tuple(descriptors)
+        self._heard = heard
         self._pid = 0
 
     async def run(self) -> str:
@@ -76,7 +80,7 @@ class ChildProcess:
         try:
             reader, writer = await asyncio.open_connection(sock=here)
             with contextlib.suppress(ConnectionError):
-                writer.write(self._options.to_json())
+                writer.write(self.options.to_json())
                 while line := await reader.readline():
                     reason = self._hear(json.loads(line)) or reason
             code = await process.wait()
@@ -103,10 +107,11 @@ class ChildProcess:
             return news["reason"]
         if news["event"] == "dismissed":
             self.dismissed = True
-            return ""
-        self.news = news
-        self.ever_ready = True
-        self.ready.set()
+        elif news["event"] == "ready":
+            self.news = news
+            self.ever_ready = True
+            self.ready.set()
+        self._heard(news)
         return ""
 
 

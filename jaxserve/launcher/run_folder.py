@@ -51,6 +51,11 @@ def engine_socket(folder: Path, replica: int) -> Path:
     return folder / f"engine-{replica}.sock"
 
 
+def engine_address(folder: Path, replica: int) -> Path:
+    """Where "ADDRESS:PORT" stands of an engine on another host, while it is there."""
+    return folder / f"engine-{replica}.address"
+
+
 def model_file(folder: Path) -> Path:
     """Where an engine tells which folder or file its model is read from, long before it is ready: then its tokenizer can be loaded."""
     return folder / "model"

@@ -4,13 +4,16 @@ import asyncio
 import itertools
 import logging
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
 
 from jaxserve.errors import EngineUnavailable, GenerationFailed, InvalidRequest, JaxserveError, Overloaded
+from jaxserve.hosts.wire import CHANNEL_OPTIONS
 from jaxserve.request import MAX_SAMPLES, EngineInfo, EngineStats, FinishReason, Request, TokenOutput
 from jaxserve.rpc import engine_pb2 as pb
+from jaxserve.rpc.handshake import StreamKey, introduce
 from jaxserve.rpc.prefix_index import PrefixIndex
 from jaxserve.rpc.wire import error_from, generate_message, info_from, outputs_from, stats_from
 
@@ -18,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 METHOD = "/jaxserve.rpc.Engine/Connect"
 RECONNECT_INTERVAL = 0.2  # seconds
+CONNECT_TIME = 5.0  # seconds until an address that does not answer is given up
 SOCKET_POLL_INTERVAL = 0.02  # seconds
 HANG_UP_TIME = 0.5  # seconds
 LOOKAHEAD_BYTES = 4096  # a step of 256 samples
@@ -159,30 +163,34 @@ class Generation(Submission):
 
 
 class EngineClient:
-    """One engine, reached over its unix socket; connects, and connects again whenever the engine comes back.
+    """One engine, reached over its unix socket or on another host; connects, and connects again whenever the engine comes back.
 
     Args:
-        socket_path: where EngineServer listens.
+        place: path of the socket where EngineServer listens; or of a file that holds its "ADDRESS:PORT" while it is there.
         replica: which of the engines it is.
+        key: of an engine on another host.
 
     Attributes:
         info: what the engine told of itself, None before it was first reached.
         stats: its latest counters.
         available: whether it can be asked now.
+        leaving: whether it ends as soon as it has finished what it was asked.
         num_losses: how often it could be asked no longer.
         prefixes: of the prompts that were sent to it since it was reached; what it may have cached.
         rescue: given a submission that has not begun, and why this engine will not begin it, tells whether another one will.
     """
 
-    def __init__(self, socket_path: Path, replica: int = 0):
+    def __init__(self, place: Path, replica: int = 0, key: StreamKey | None = None):
         self.replica = replica
         self.info: EngineInfo | None = None
         self.stats = EngineStats()
         self.available = False
+        self.leaving = False
         self.num_losses = 0
         self.prefixes = PrefixIndex()
         self.rescue: Callable[[Submission, EngineUnavailable | Overloaded, int], bool] = lambda submission, error, replica: False
-        self._socket_path = socket_path
+        self._place = place
+        self._key = key
         self._numbers = itertools.count(1)
         self._connecting: asyncio.Task[None] | None = None
         # Of the stream that is open now.
@@ -269,26 +277,45 @@ class EngineClient:
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 500),
         ]
-        async with grpc.aio.insecure_channel(f"unix:{self._socket_path}", options) as channel:
-            connect = channel.stream_stream(
-                METHOD, request_serializer=pb.ClientMessage.SerializeToString, response_deserializer=pb.EngineMessage.FromString
-            )
-            while not self._socket_path.exists():  # gRPC would look for it half a second later
+        if self._key is not None:
+            # Where engines come and go on other hosts, another one may get the port: there are no connections that others share.
+            options += [
+                *CHANNEL_OPTIONS,
+                ("grpc.use_local_subchannel_pool", 1),
+                ("grpc.min_reconnect_backoff_ms", int(CONNECT_TIME * 1000)),
+            ]
+        while not self._closing:
+            while (target := self._target()) is None:  # gRPC would look for a socket half a second later
                 await asyncio.sleep(SOCKET_POLL_INTERVAL)
-            while not self._closing:
+            async with grpc.aio.insecure_channel(target, options) as channel:
+                connect = channel.stream_stream(
+                    METHOD, request_serializer=pb.ClientMessage.SerializeToString, response_deserializer=pb.EngineMessage.FromString
+                )
                 try:
-                    await self._converse(connect(wait_for_ready=True))
+                    await self._converse(connect(wait_for_ready=self._key is None))
                 except grpc.aio.AioRpcError as error:
-                    logger.warning("engine %d: stream lost: %s", self.replica, error.details())
+                    if self.available:
+                        logger.warning("engine %d: stream lost: %s", self.replica, error.details())
+                except TimeoutError:
+                    logger.warning("engine %d does not answer at %s", self.replica, target)
                 finally:
                     self._lose_all()
-                if not self._closing:
-                    await asyncio.sleep(RECONNECT_INTERVAL)
+            if not self._closing:
+                await asyncio.sleep(RECONNECT_INTERVAL)
+
+    def _target(self) -> str | None:
+        """Where the engine listens, in gRPC's words; None while it is not known."""
+        if self._key is None:
+            return f"unix:{self._place}" if self._place.exists() else None
+        try:
+            return self._place.read_text() or None
+        except FileNotFoundError:
+            return None
 
     def _lose_all(self) -> None:
         """The engine is gone: what has not begun goes elsewhere, the rest fails."""
-        self.num_losses += self.available
-        self.available = False
+        self.num_losses += self.available and not self.leaving
+        self.available = self.leaving = False
         self.prefixes.clear()
         lost = dict.fromkeys(self._samples.values())  # in the order in which they were sent
         self._samples.clear()
@@ -306,11 +333,16 @@ class EngineClient:
     async def _converse(self, call: grpc.aio.StreamStreamCall) -> None:
         writing: asyncio.Task[None] | None = None
         try:
+            if self._key is not None and not await introduce(call, self._key):
+                logger.warning("engine %d: who listens at its address has another cluster secret, or is another engine", self.replica)
+                return
             while isinstance(message := await call.read(), pb.EngineMessage):
                 if message.HasField("info"):
                     if self.num_losses:
                         logger.info("engine %d: reached again", self.replica)
                     self.info = info_from(message.info)
+                    if self._key is not None:
+                        self.info = replace(self.info, model_path="")  # a path of another host's
                     self._outbox = asyncio.Queue()
                     writing = asyncio.create_task(self._write(call, self._outbox))
                     self.available = True
@@ -328,6 +360,7 @@ class EngineClient:
         await call.done_writing()
 
     def _receive(self, message: pb.EngineMessage) -> None:
+        self.leaving = message.leaving
         if message.HasField("stats"):
             self.stats = stats_from(message.stats)
         for rejection in message.rejections:

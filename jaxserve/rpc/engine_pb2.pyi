@@ -25,12 +25,36 @@ ERROR: FinishReason
 INVALID: FinishReason
 
 class ClientMessage(_message.Message):
-    __slots__ = ("generate", "abort")
+    __slots__ = ("generate", "abort", "hello", "proof")
     GENERATE_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
     generate: Generate
     abort: Abort
-    def __init__(self, generate: _Optional[_Union[Generate, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ...) -> None: ...
+    hello: Hello
+    proof: Proof
+    def __init__(self, generate: _Optional[_Union[Generate, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., proof: _Optional[_Union[Proof, _Mapping]] = ...) -> None: ...
+
+class Hello(_message.Message):
+    __slots__ = ("challenge",)
+    CHALLENGE_FIELD_NUMBER: _ClassVar[int]
+    challenge: bytes
+    def __init__(self, challenge: _Optional[bytes] = ...) -> None: ...
+
+class Proof(_message.Message):
+    __slots__ = ("digest",)
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    digest: bytes
+    def __init__(self, digest: _Optional[bytes] = ...) -> None: ...
+
+class Answer(_message.Message):
+    __slots__ = ("challenge", "digest")
+    CHALLENGE_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    challenge: bytes
+    digest: bytes
+    def __init__(self, challenge: _Optional[bytes] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class Generate(_message.Message):
     __slots__ = ("number", "request_id", "prompt_token_ids", "params", "cache_salt", "adapter")
@@ -113,16 +137,20 @@ class Grammar(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., text: _Optional[str] = ..., param: _Optional[str] = ...) -> None: ...
 
 class EngineMessage(_message.Message):
-    __slots__ = ("info", "stats", "outputs", "rejections")
+    __slots__ = ("info", "stats", "outputs", "rejections", "answer", "leaving")
     INFO_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     REJECTIONS_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
     info: EngineInfo
     stats: EngineStats
     outputs: Outputs
     rejections: _containers.RepeatedCompositeFieldContainer[Rejection]
-    def __init__(self, info: _Optional[_Union[EngineInfo, _Mapping]] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., outputs: _Optional[_Union[Outputs, _Mapping]] = ..., rejections: _Optional[_Iterable[_Union[Rejection, _Mapping]]] = ...) -> None: ...
+    answer: Answer
+    leaving: bool
+    def __init__(self, info: _Optional[_Union[EngineInfo, _Mapping]] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., outputs: _Optional[_Union[Outputs, _Mapping]] = ..., rejections: _Optional[_Iterable[_Union[Rejection, _Mapping]]] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., leaving: _Optional[bool] = ...) -> None: ...
 
 class Outputs(_message.Message):
     __slots__ = ("samples", "counts", "token_ids", "notes", "logprobs", "prompt_logprobs")

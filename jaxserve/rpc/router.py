@@ -14,6 +14,7 @@ match count by its share, is our own.
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 from jaxserve.errors import EngineUnavailable, JaxserveError, Overloaded
 from jaxserve.page_key import extend_keys
@@ -51,15 +52,18 @@ class Router:
 
     @property
     def info(self) -> EngineInfo:
-        """What the replicas have in common.
+        """What the replicas have in common; the longest request is one that all of them take.
 
         Raises:
             EngineUnavailable: none was reached yet.
         """
-        for client in self.clients:
-            if client.info is not None:
-                return client.info
-        raise EngineUnavailable("the model is still loading")
+        infos = [client.info for client in self.clients if client.info is not None]
+        if not infos:
+            raise EngineUnavailable("the model is still loading")
+        total, most_input = min(info.max_total_tokens for info in infos), min(info.max_input_tokens for info in infos)
+        if infos[0].max_total_tokens == total and infos[0].max_input_tokens == most_input:
+            return infos[0]
+        return replace(infos[0], max_total_tokens=total, max_input_tokens=most_input)
 
     def submit(self, request: Request) -> Generation:
         """Send a validated request to a replica.
@@ -73,7 +77,8 @@ class Router:
 
     def send(self, submission: Submission) -> None:
         """Send what no replica has now, to one that has neither lost nor refused it. Raises EngineUnavailable where there is none."""
-        available = [c for c in self.clients if c.available and c.replica not in submission.lost_by | submission.refused_by]
+        tried = submission.lost_by | submission.refused_by
+        available = [c for c in self.clients if c.available and not c.leaving and c.replica not in tried]
         if not available:
             raise EngineUnavailable
         keys = self._keys(submission.request, available[0].info) if self._by_prefix else []

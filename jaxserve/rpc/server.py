@@ -15,9 +15,12 @@ from typing import Any, Protocol
 
 import grpc
 
-from jaxserve.errors import EngineUnavailable, JaxserveError
+from jaxserve.errors import EngineUnavailable, JaxserveError, StartupError
+from jaxserve.hosts.addresses import join_address
+from jaxserve.hosts.wire import CHANNEL_OPTIONS
 from jaxserve.request import EngineInfo, EngineStats, FinishReason, Request, TokenOutput
 from jaxserve.rpc import engine_pb2 as pb
+from jaxserve.rpc.handshake import StreamKey, admit
 from jaxserve.rpc.wire import OutputColumns, info_message, rejection_message, request_from, stats_message
 
 logger = logging.getLogger(__name__)
@@ -48,38 +51,72 @@ class ServedEngine(Protocol):
 
 
 class EngineServer:
-    """Serves one engine on a unix socket.
+    """Serves one engine: on a unix socket, or to another host.
 
     Args:
         engine: what to serve.
-        socket_path: made with mode 0600; its folder should be private too.
+        place: path of the socket, which is made with mode 0600 (its folder should be private too); or an IP address of this host.
+        key: who connects to an IP address must prove to know it.
+
+    Attributes:
+        address: "ADDRESS:PORT" where it listens for another host, once it does; the kernel chooses the port.
     """
 
-    def __init__(self, engine: ServedEngine, socket_path: Path):
+    def __init__(self, engine: ServedEngine, place: Path | str, key: StreamKey | None = None):
+        self.address = ""
         self._engine = engine
-        self._socket_path = socket_path
+        self._place = place
+        self._key = key
+        self._leaving = False
+        self._streams: set[_Stream] = set()
         # A token id takes at most 5 bytes; the rest of a request is far below 1 MiB.
         receive_limit = 5 * engine.info.max_total_tokens + 2**20
-        self._server = grpc.aio.server(
-            options=[("grpc.max_receive_message_length", receive_limit), ("grpc.max_send_message_length", -1), ("grpc.so_reuseport", 0)]
-        )
+        options = [("grpc.max_receive_message_length", receive_limit), ("grpc.max_send_message_length", -1), ("grpc.so_reuseport", 0)]
+        if key is not None:
+            options += [*CHANNEL_OPTIONS, ("grpc.http2.max_ping_strikes", 0)]
+        self._server = grpc.aio.server(options=options)
         handler = grpc.stream_stream_rpc_method_handler(self._connect, pb.ClientMessage.FromString, pb.EngineMessage.SerializeToString)
         self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, {"Connect": handler})])
 
     async def start(self) -> None:
-        """Listen."""
-        self._socket_path.unlink(missing_ok=True)
-        self._server.add_insecure_port(f"unix:{self._socket_path}")
+        """Listen.
+
+        Raises:
+            StartupError: the address is not this host's.
+        """
+        if isinstance(self._place, str):
+            try:
+                port = self._server.add_insecure_port(join_address(self._place, 0))
+            except RuntimeError:
+                raise StartupError(f"an engine cannot listen at {self._place}, by which this host reaches host 0") from None
+            self.address = join_address(self._place, port)
+            await self._server.start()
+            return
+        self._place.unlink(missing_ok=True)
+        self._server.add_insecure_port(f"unix:{self._place}")
         await self._server.start()
-        self._socket_path.chmod(0o600)
+        self._place.chmod(0o600)
+
+    def leave(self) -> None:
+        """Tell all clients to send no more requests."""
+        self._leaving = True
+        for stream in self._streams:
+            stream.tell_leaving()
 
     async def stop(self, grace: float) -> None:
-        """Accept no more streams and break those that are left after `grace` seconds."""
+        """Accept no more streams, end those that there are, and break what is left of them after `grace` seconds."""
+        for stream in self._streams:
+            stream.end()
         await self._server.stop(grace)
-        self._socket_path.unlink(missing_ok=True)
+        if isinstance(self._place, Path):
+            self._place.unlink(missing_ok=True)
 
     async def _connect(self, messages: AsyncIterator[pb.ClientMessage], context: Any) -> None:
-        stream = _Stream(self._engine, asyncio.get_running_loop())
+        if self._key is not None and not await admit(aiter(messages), context, self._key):
+            logger.warning("%s did not show that it knows the cluster secret", context.peer())
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "another cluster secret")
+        stream = _Stream(self._engine, asyncio.get_running_loop(), self._leaving)
+        self._streams.add(stream)
         try:
             await context.write(pb.EngineMessage(info=info_message(self._engine.info), stats=stats_message(self._engine.stats())))
             async with asyncio.TaskGroup() as tasks:
@@ -91,13 +128,14 @@ class EngineServer:
         except* _Stalled:
             logger.warning("an http process does not read its stream: its requests are aborted")
         finally:
+            self._streams.discard(stream)
             stream.close()
         if stream.stalled.is_set():
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the stream was not read")
 
 
 class _HungUp(Exception):
-    """The client closed its half of the stream."""
+    """One end wants no more of the stream."""
 
 
 class _Stalled(Exception):
@@ -119,7 +157,7 @@ class _Stream:
     The engine's thread only appends to `_pending` and wakes the writer; everything else runs on the event loop.
     """
 
-    def __init__(self, engine: ServedEngine, loop: asyncio.AbstractEventLoop):
+    def __init__(self, engine: ServedEngine, loop: asyncio.AbstractEventLoop, leaving: bool):
         self.stalled = asyncio.Event()
         self._engine = engine
         self._loop = loop
@@ -128,6 +166,8 @@ class _Stream:
         self._rejections: list[pb.Rejection] = []
         self._wake = asyncio.Event()
         self._hung_up = False
+        self._ending = False
+        self._leaving = leaving
         self._stats_at = 0.0
         # Shared with the engine's thread; each counter has one writer.
         self._pending: deque[list[TokenOutput]] = deque()
@@ -155,29 +195,39 @@ class _Stream:
         except RuntimeError:  # the loop is closed: this process is ending
             self._pending.clear()
 
+    def tell_leaving(self) -> None:
+        """Have the client told, with what comes next, that the engine ends."""
+        self._leaving = True
+        self._wake.set()
+
+    def end(self) -> None:
+        """Send what is pending, and then no more."""
+        self._ending = True
+        self._wake.set()
+
     async def read(self, messages: AsyncIterator[pb.ClientMessage]) -> None:
         """Take requests and aborts until the client hangs up."""
         async for message in messages:
             if message.WhichOneof("message") == "generate":
                 self._submit(message.generate)
-            else:
+            elif message.WhichOneof("message") == "abort":
                 self._abort(message.abort)
         self._hung_up = True
         self._wake.set()
 
     async def write(self, context: Any) -> None:
-        """Send whatever is pending as one message, again and again; raise once the client has hung up.
+        """Send whatever is pending as one message, again and again; raise once the client has hung up, or this end shall.
 
         Only between two messages: gRPC takes it amiss if one is broken off.
         """
-        while not self._hung_up:
+        while not self._hung_up and (self._pending or not self._ending):
             try:
                 async with asyncio.timeout_at(self._stats_at + STATS_INTERVAL):
                     await self._wake.wait()
             except TimeoutError:
                 pass
             self._wake.clear()
-            message = pb.EngineMessage()
+            message = pb.EngineMessage(leaving=self._leaving)
             if self._pending:
                 message.outputs.CopyFrom(self._take_outputs())
             message.rejections.extend(self._rejections)

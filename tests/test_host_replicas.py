@@ -1,0 +1,183 @@
+"""Replicas on several hosts behind host 0's port: launchers on loopback, with engine doubles, and with the tiny model."""
+
+import json
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import greedy, load_goldens
+from test_hosts import free_port
+from test_launcher import ENDLESS, Server
+from test_two_hosts import ONE_SLOT, Launchers, tokens_by_sample
+
+from jaxserve.request import Request
+
+SECRET = "sixteen characters"
+LOSS_TIME = 20.0  # seconds
+
+
+class Cluster:
+    """Launchers of several hosts with engine doubles; any may be started again."""
+
+    def __init__(self, folder: Path, mesh: str, num_hosts: int):
+        self.servers: dict[int, Server] = {}
+        self._folder = folder
+        self._mesh = mesh
+        self._hosts = {"coordinator": f"127.0.0.1:{free_port()}", "num_hosts": num_hosts, "cluster_secret": SECRET}
+        self._all: list[Server] = []
+
+    def start(self, index: int, hosts: dict[str, Any] | None = None, engine: dict[str, Any] | None = None) -> Server:
+        (folder := self._folder / str(len(self._all))).mkdir()
+        sections = {"hosts": {**self._hosts, "host_index": index, **(hosts or {})}, "engine": {"mesh": self._mesh, **(engine or {})}}
+        self.servers[index] = Server(folder, ENDLESS, **sections)
+        self._all.append(self.servers[index])
+        return self.servers[index]
+
+    def close(self) -> None:
+        for server in self._all:
+            server.close()
+
+
+@pytest.fixture
+def cluster() -> Iterator[Callable[[str, int], Cluster]]:
+    made: list[Cluster] = []
+    with tempfile.TemporaryDirectory(prefix="js", dir="/tmp") as folder:
+
+        def make(mesh: str, num_hosts: int) -> Cluster:
+            (own := Path(folder) / str(len(made))).mkdir()
+            made.append(Cluster(own, mesh, num_hosts))
+            return made[-1]
+
+        yield make
+        for each in made:
+            each.close()
+
+
+@pytest.fixture
+def real_hosts(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Iterator[Callable[..., Launchers]]:
+    """Starts launchers with engines of the tiny model; those that are left at the end are killed."""
+    with tempfile.TemporaryDirectory(prefix="js", dir="/tmp") as folder:
+        made: list[Launchers] = []
+
+        def start(mesh: str, num_hosts: int) -> Launchers:
+            made.append(Launchers(tiny_checkpoint("llama"), Path(folder), tmp_path, *ONE_SLOT, mesh=mesh, each=[[]] * num_hosts))
+            return made[-1]
+
+        yield start
+        for each in made:
+            each.close()
+
+
+def last_line(server: Server, code: int = 1, timeout: float = LOSS_TIME) -> str:
+    """What a launcher says last, once it has ended with this exit code."""
+    assert server.process.wait(timeout) == code, server.log()
+    assert "Traceback" not in server.log(), server.log()
+    return server.log().strip().splitlines()[-1]
+
+
+def up(server: Server) -> list[float]:
+    return server.metric("jaxserve_engine_up")
+
+
+def test_replicas_of_two_hosts(cluster: Callable[[str, int], Cluster]):
+    hosts = cluster("2x1", 2)
+    front, stranger = hosts.start(0), hosts.start(1, hosts={"cluster_secret": "another secret of mine"})
+    assert last_line(stranger).endswith("has another --cluster-secret")
+    front.until_ready()
+    second = hosts.start(1)
+    front.until(lambda: up(front) == [1, 1])
+
+    # kill -9 of the other host's engine: host 0's stream goes on, and the engine comes back, at another port.
+    streams = [front.stream(), front.stream()]
+    assert all(next(stream).startswith("data: {") for stream in streams)
+    front.until(lambda: front.metric("jaxserve_requests_running") == [1, 1])
+    second.engine().kill()
+    *_, error, done = streams[1]
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "engine_unavailable" and done == "data: [DONE]"
+    front.until(lambda: up(front) == [1, 1])
+    assert front.metric("jaxserve_engine_losses_total") == [0, 1]
+    assert all("error" not in next(streams[0]) for _ in range(5))
+
+    # kill -9 of its launcher. One that was started otherwise is turned away; the right one is taken back.
+    second.process.kill()
+    front.until(lambda: up(front) == [1, 0])
+    assert all("error" not in next(streams[0]) for _ in range(5))
+    other = hosts.start(1, engine={"page_size": 32})
+    assert last_line(other) == "jaxserve: error: the hosts disagree on --page-size: 16 on host 0, 32 on host 1"
+    second = hosts.start(1)
+    front.until(lambda: up(front) == [1, 1])
+
+    # SIGTERM to it alone: what it has begun it finishes, and new requests go to host 0.
+    finite = front.stream(max_tokens=100)
+    assert next(finite).startswith("data: {")
+    front.until(lambda: front.metric("jaxserve_requests_running") == [1, 1])
+    second.process.send_signal(signal.SIGTERM)
+    second.until(lambda: "ending: " in second.log())
+    for _ in range(3):
+        assert front.client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 2}).status_code == 200
+    *_, last, done = finite
+    assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length" and done == "data: [DONE]"
+    last_line(second, code=0)
+    assert all("error" not in next(streams[0]) for _ in range(5))
+
+    # The end of host 0 is the end of all.
+    second = hosts.start(1)
+    front.until(lambda: up(front) == [1, 1])
+    front.process.kill()
+    assert last_line(second).startswith("jaxserve: error: host 0 was lost (127.0.0.1:")
+
+
+def test_hosts_that_were_started_otherwise_and_hosts_that_are_told_to_end(cluster: Callable[[str, int], Cluster]):
+    hosts = cluster("4x1", 2)
+    front, other = hosts.start(0), hosts.start(1, engine={"sync": True})
+    told = "jaxserve: error: the hosts disagree on --sync: false on host 0, true on host 1"
+    assert [last_line(front), last_line(other)] == [told, told]
+
+    front, second = hosts.start(0), hosts.start(1)
+    front.until_ready().until(lambda: up(front) == [1, 1, 1, 1])
+    stream = front.stream(max_tokens=50)
+    assert next(stream).startswith("data: {")
+    for server in (second, front):
+        server.process.send_signal(signal.SIGTERM)
+    *_, last, done = stream
+    assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length" and done == "data: [DONE]"
+    for server in (front, second):
+        last_line(server, code=0)
+        assert "ERROR" not in server.log() and "WARNING" not in server.log(), server.log()
+
+
+def test_replicas_that_span_hosts_give_the_tokens_of_one(real_hosts: Callable[..., Launchers]):
+    """Four hosts, of which each two share a replica. Where one is lost, its replica is taken out, until both are started again."""
+    hosts = real_hosts("2x2", 4).until_ready()
+    hosts.until(lambda: hosts.metric("jaxserve_engine_up") == [1, 1])
+    prompts, tokens = load_goldens("llama")
+    requests = [Request(f"{i}", tuple(prompts[i]), greedy(len(tokens[i]))) for i in range(8)]
+    expected = {(f"{i}", 0): tokens[i] for i in range(8)}
+    assert tokens_by_sample(hosts.answers(requests)) == expected
+    hosts.until(lambda: min(hosts.metric("vllm:generation_tokens_total")) > 0)  # of both
+
+    streams = [hosts.stream(), hosts.stream()]
+    assert all(next(stream).startswith("data: {") for stream in streams)
+    hosts.jax_process(3).kill()
+    assert hosts.last_line(3, 1, LOSS_TIME) == "jaxserve: error: worker was killed by SIGKILL"
+    assert hosts.last_line(2, 1, LOSS_TIME).startswith("jaxserve: error: host 1 was lost (")
+    errors = ["error" in json.loads(list(stream)[-2].removeprefix("data: ")) for stream in streams]
+    assert errors == [False, True]
+    hosts.start_again(2, 3)
+    hosts.until(lambda: hosts.metric("jaxserve_engine_up") == [1, 1])
+    assert tokens_by_sample(hosts.answers(requests)) == expected
+
+
+def test_whole_replicas_of_two_hosts_give_the_tokens_of_one(real_hosts: Callable[..., Launchers]):
+    hosts = real_hosts("2x1", 2).until_ready()
+    hosts.until(lambda: hosts.metric("jaxserve_engine_up") == [1, 1])
+    prompts, tokens = load_goldens("llama")
+    given = hosts.answers([Request(f"{i}", tuple(prompts[i]), greedy(len(tokens[i]))) for i in range(8)])
+    assert tokens_by_sample(given) == {(f"{i}", 0): tokens[i] for i in range(8)}
+    hosts.until(lambda: min(hosts.metric("vllm:generation_tokens_total")) > 0)
+    hosts.jax_process(1).kill()
+    hosts.until(lambda: hosts.metric("jaxserve_engine_losses_total") == [0, 1])
+    hosts.until(lambda: hosts.metric("jaxserve_engine_up") == [1, 1])
