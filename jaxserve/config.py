@@ -150,10 +150,12 @@ class ServerOptions:
 
 @dataclass(frozen=True, slots=True)
 class HostOptions:
-    """The hosts that serve one model together. `hosts.discover` fills in what Kubernetes or Slurm know."""
+    """The hosts that serve together, one replica or several. `hosts.discover` fills in what Kubernetes or Slurm know."""
 
-    coordinator: str | None = option(None, "Address of host 0 on the cluster's network. PORT+1 is taken too.", metavar="HOST:PORT")
-    num_hosts: int | None = option(None, "Hosts that the mesh spans. Default: as LeaderWorkerSet or Slurm say, else 1.", low=1, high=4096)
+    coordinator: str | None = option(None, "Address of host 0 on the cluster's network. PORT+1 may be taken too.", metavar="HOST:PORT")
+    num_hosts: int | None = option(
+        None, "Hosts that share the replicas, or one. Default: as LeaderWorkerSet or Slurm say, else 1.", low=1, high=4096
+    )
     host_index: int | None = option(None, "Which of them this is, from 0 on. Host 0 serves HTTP.", metavar="I", low=0)
     cluster_secret: str | None = option(
         None, "All hosts must know it; better given as variable CLUSTER_SECRET. Needed but on loopback.", metavar="SECRET"
@@ -166,7 +168,7 @@ class HostOptions:
 
     @property
     def leads(self) -> bool:
-        """Whether this host schedules and serves HTTP."""
+        """Whether this is host 0: that serves HTTP, and of the hosts of one replica the one that schedules."""
         return not self.host_index
 
 

@@ -41,6 +41,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "cpu": {"gpus": 0, "replicas": 3},
     "all": ALL,
     "hosts": {"hosts": 2, "gpus": 8, "podMonitor": {"enabled": True}},
+    "replicas over hosts": {"hosts": 2, "gpus": 8, "mesh": "4x4"},
     "all hosts": {**ALL, "hosts": 4, "gpus": 4, "mesh": "1x16", "clusterSecret": {"secret": "own"}, "networkPolicy": {"enabled": False}},
 }
 # What is used of the two kinds that Kubernetes itself does not know; their own schemas are not in any package here.
@@ -122,7 +123,7 @@ def test_what_is_rendered_is_what_kubernetes_takes(chart: Chart, name: str):
         )
     hosts = VALUES[name].get("hosts", 1)
     expected = {"Service"} | ({"LeaderWorkerSet"} if hosts > 1 else {"Deployment"})
-    expected |= {"NetworkPolicy", "Secret"} if name == "hosts" else set()
+    expected |= {"NetworkPolicy", "Secret"} if "hosts" in VALUES[name] and "networkPolicy" not in VALUES[name] else set()
     expected |= {"PodMonitor"} if "podMonitor" in VALUES[name] else set()
     expected |= {"PersistentVolumeClaim"} if "weights" not in VALUES[name] else set()
     assert set(documents) == expected
@@ -161,7 +162,7 @@ def test_jaxserve_understands_its_flags(chart: Chart, name: str):
         model, engine, server, found = read_options(container["args"], environment)
         gpus = values.get("gpus", 1)
         assert (
-            engine.mesh == f"1x{max(1, gpus * hosts)}"
+            engine.mesh == values.get("mesh", f"1x{max(1, gpus * hosts)}")
             and server.port == container.get("ports", [{"containerPort": 3000}])[0]["containerPort"]
         )
         assert (found.num_hosts, found.host_index) == ((hosts, index) if hosts > 1 else (1, None))

@@ -150,13 +150,12 @@ def test_hosts_that_were_started_otherwise_and_hosts_that_are_told_to_end(cluste
 
 
 def test_replicas_that_span_hosts_give_the_tokens_of_one(real_hosts: Callable[..., Launchers]):
-    """Four hosts, of which each two share a replica. Where one is lost, its replica is taken out, until both are started again."""
+    """Four hosts, of which each two share a replica. Where one is lost, its replica is taken out, and the other loses nothing."""
     hosts = real_hosts("2x2", 4).until_ready()
     hosts.until(lambda: hosts.metric("jaxserve_engine_up") == [1, 1])
     prompts, tokens = load_goldens("llama")
-    requests = [Request(f"{i}", tuple(prompts[i]), greedy(len(tokens[i]))) for i in range(8)]
-    expected = {(f"{i}", 0): tokens[i] for i in range(8)}
-    assert tokens_by_sample(hosts.answers(requests)) == expected
+    given = hosts.answers([Request(f"{i}", tuple(prompts[i]), greedy(len(tokens[i]))) for i in range(8)])
+    assert tokens_by_sample(given) == {(f"{i}", 0): tokens[i] for i in range(8)}
     hosts.until(lambda: min(hosts.metric("vllm:generation_tokens_total")) > 0)  # of both
 
     streams = [hosts.stream(), hosts.stream()]
@@ -166,9 +165,6 @@ def test_replicas_that_span_hosts_give_the_tokens_of_one(real_hosts: Callable[..
     assert hosts.last_line(2, 1, LOSS_TIME).startswith("jaxserve: error: host 1 was lost (")
     errors = ["error" in json.loads(list(stream)[-2].removeprefix("data: ")) for stream in streams]
     assert errors == [False, True]
-    hosts.start_again(2, 3)
-    hosts.until(lambda: hosts.metric("jaxserve_engine_up") == [1, 1])
-    assert tokens_by_sample(hosts.answers(requests)) == expected
 
 
 def test_whole_replicas_of_two_hosts_give_the_tokens_of_one(real_hosts: Callable[..., Launchers]):

@@ -18,7 +18,10 @@ from jaxserve.config import EngineOptions, HostOptions
 from jaxserve.errors import HostsFailed, StartupError
 from jaxserve.hosts.agreement import agree
 from jaxserve.hosts.discovery import discover
+from jaxserve.hosts.front import Front
 from jaxserve.hosts.leader import Leader
+from jaxserve.hosts.member import Member
+from jaxserve.hosts.placement import Placement, place
 from jaxserve.hosts.worker import Worker
 from jaxserve.weights import ModelSource
 from jaxserve.weights.fingerprint import fingerprint
@@ -300,5 +303,80 @@ def test_a_port_that_is_taken_is_one_line():
             leader = Leader("127.0.0.1", taken.getsockname()[1], 2, SECRET)
             with pytest.raises(StartupError, match=r"^cannot listen on 127.0.0.1:\d+: --coordinator must be an address of host 0"):
                 await leader.start()
+
+    asyncio.run(run())
+
+
+def test_where_replicas_lie():
+    def placed(mesh: str, count: int) -> list[Placement]:
+        return [place(EngineOptions(mesh=mesh), HostOptions(num_hosts=count, host_index=index)) for index in range(count)]
+
+    assert placed("4x2", 1) == [Placement(range(4), 1, 0)]
+    assert placed("4x2", 2) == [Placement(range(0, 2), 1, 0), Placement(range(2, 4), 1, 0)]
+    assert placed("2x4", 4) == [Placement(range(i // 2, i // 2 + 1), 2, i % 2) for i in range(4)]
+    assert placed("1x4", 2) == [Placement(range(1), 2, 0), Placement(range(1), 2, 1)]
+
+
+class Fellows:
+    """A Front of `--mesh 2x2` over four hosts, and members that have joined it."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.addresses: dict[int, str] = {}
+        hosts = HostOptions("", 4, 0, SECRET)
+        self.front = Front("127.0.0.1", self.port, EngineOptions(mesh="2x2"), hosts, {"--dtype": "auto"}, self.addresses.__setitem__)
+        self.stays: dict[int, asyncio.Task[str]] = {}
+
+    def join(self, index: int, **facts: object) -> Member:
+        member = Member("127.0.0.1", self.port, index, 4, SECRET, {"--dtype": "auto", **facts})
+        self.stays[index] = asyncio.create_task(member.stay())
+        return member
+
+
+def test_hosts_of_a_replica_find_each_other_and_come_back():
+    async def run() -> None:
+        fellows = Fellows()
+        await fellows.front.open()
+        worker, leader, first = (fellows.join(index) for index in (3, 2, 1))
+        fellows.front.tell_coordinator("10.0.0.1:1")
+        leader.tell_coordinator("10.0.0.3:3")
+        assert await asyncio.gather(worker.coordinator, first.coordinator) == ["10.0.0.3:3", "10.0.0.1:1"]
+        leader.tell_engine(1, "10.0.0.3:4")
+        fellows.front.tell_ready(0)
+        await until(lambda: fellows.front.serves)
+        assert fellows.addresses == {1: "10.0.0.3:4"}
+
+        # The leader ends and comes back, faster than its worker has found out.
+        await leader.close()
+        assert await fellows.stays[2] == ""
+        await until(lambda: fellows.addresses == {1: ""} and not fellows.front.serves)
+        fellows.join(2).tell_coordinator("10.0.0.3:5")
+        assert await fellows.stays[3] == "the host that leads this one's replica has begun anew"
+        assert await fellows.join(3).coordinator == "10.0.0.3:5"
+
+        # All replicas have been there: who was started otherwise is turned away alone.
+        await worker.close()
+        await first.close("it has no memory left")
+        await fellows.stays[1]
+        fellows.join(1, **{"--dtype": "float32"})
+        assert await fellows.stays[1] == "the hosts disagree on --dtype: auto on host 0, float32 on host 1"
+        assert not fellows.front.failed.is_set()
+        await fellows.front.close()
+        assert [await fellows.stays[2], await fellows.stays[3]] == ["", ""]
+
+    asyncio.run(run())
+
+
+def test_hosts_whose_model_files_differ_all_end():
+    async def run() -> None:
+        fellows = Fellows()
+        await fellows.front.open()
+        fellows.join(1).tell_facts({"the model's files": "b"})
+        await asyncio.sleep(0.1)
+        fellows.front.tell_facts({"the model's files": "a"})
+        told = "the hosts disagree on the model's files: a on host 0, b on host 1"
+        await until(fellows.front.failed.is_set)
+        await fellows.front.close(fellows.front.failure)
+        assert [fellows.front.failure, await fellows.stays[1]] == [told, told]
 
     asyncio.run(run())

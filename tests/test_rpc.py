@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import fields
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 from engine_double import EngineDouble
@@ -24,9 +25,11 @@ from jaxserve.errors import ContextTooLong, EngineUnavailable, GenerationFailed,
 from jaxserve.grammar import Grammar
 from jaxserve.request import EngineInfo, EngineStats, FinishReason, PromptLogprobs, Request, SamplingParams, TokenLogprobs, TokenOutput
 from jaxserve.rpc import client as client_module
+from jaxserve.rpc import engine_pb2 as pb
 from jaxserve.rpc import server as server_module
 from jaxserve.rpc import wire
 from jaxserve.rpc.client import EngineClient
+from jaxserve.rpc.handshake import StreamKey
 from jaxserve.rpc.router import Router
 from jaxserve.rpc.server import EngineServer
 
@@ -318,6 +321,55 @@ def test_engine_gone_and_back(tmp_path: Path):
         engine.close()
 
     asyncio.run(run())
+
+
+def test_an_engine_on_another_host(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Only who knows the secret reaches it, and only the engine that is meant; it tells before it leaves."""
+
+    async def run() -> None:
+        engine, key = EngineDouble("/its/own/path", step_seconds=0.01), StreamKey("sixteen characters", 1)
+        server = EngineServer(engine, "127.0.0.1", key)
+        await server.start()
+        place = tmp_path / "engine-1.address"
+        client = EngineClient(place, 1, key)
+        strangers = [EngineClient(place, 1, StreamKey("another secret of mine", 1)), EngineClient(place, 2, StreamKey(key.secret, 2))]
+        for each in (client, *strangers):
+            each.start()
+        place.write_text(server.address)
+        await _until(lambda: client.available)
+        assert (await _tokens(client, _request("r", max_tokens=3)))[0] == [10, 11, 12]
+        assert client.info is not None and client.info.model_path == ""
+
+        # One that does not prove anything itself is told nothing, whatever it asks for.
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            for first in (wire.generate_message(1, _request("s")), pb.ClientMessage(hello=pb.Hello(challenge=b"c" * 32))):
+                call = channel.stream_stream(client_module.METHOD, pb.ClientMessage.SerializeToString, pb.EngineMessage.FromString)()
+                await call.write(first)
+                answer = await call.read()
+                assert isinstance(answer, pb.EngineMessage) and answer.HasField("answer") and not answer.HasField("info")
+                await call.write(wire.generate_message(1, _request("s")))
+                assert await call.code() == grpc.StatusCode.UNAUTHENTICATED
+        assert not any(stranger.available for stranger in strangers) and engine.counters["prompt_tokens"] == 5
+
+        router = Router([client])
+        running = router.submit(_request("t", max_tokens=20, ignore_eos=True))
+        await running.read()
+        server.leave()
+        await _until(lambda: client.leaving)
+        with pytest.raises(EngineUnavailable):
+            router.submit(_request("u"))
+        while not running.finished:
+            await running.read()
+        place.unlink()
+        await server.stop(1.0)
+        await _until(lambda: not client.available)
+        assert client.num_losses == 0
+        for each in (client, *strangers):
+            await each.close()
+        engine.close()
+
+    asyncio.run(run())
+    assert "has another cluster secret, or is another engine" in caplog.text
 
 
 async def _until(condition: object) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from jaxserve.cli.flags import Parser
 from jaxserve.cli.serve import add_all_flags, read_options
+from jaxserve.hosts.placement import place
 
 DESCRIPTION = """\
 Compile what a server with the same flags would, and keep it in --compilation-cache-dir: that server then starts without compiling.
@@ -18,12 +19,13 @@ def run(arguments: Sequence[str]) -> int:
     add_all_flags(parser)
     environment = dict(os.environ)
     model, engine, _, hosts = read_options(arguments, environment, parser)
-    if hosts.span_hosts:
-        parser.error("a mesh over several hosts is compiled at its start, by host 0 for all of them")
+    placement = place(engine, hosts)
+    if placement.span > 1:
+        parser.error("a replica over several hosts is compiled at its start, by the first of them for all")
     from jaxserve.launcher.devices import device_environment
 
     # The devices that the server's first replica will see.
-    os.environ.update(environment | device_environment(engine, 0, environment))
+    os.environ.update(environment | device_environment(engine, 0, environment, count=len(placement.replicas)))
     from jaxserve.engine.precompile import precompile
 
     done = precompile(model, engine)

@@ -1,1 +1,1 @@
-"""Several hosts that serve one model: who they are, that they agree, and what the leader's engine tells the others. Imports no JAX."""
+"""Several hosts that serve together: who they are, what each runs, that they agree, and what host 0 and the others tell. Imports no JAX."""

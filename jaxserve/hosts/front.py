@@ -74,8 +74,8 @@ class Front:
         for index in sorted(self._facts.keys() - {0}):
             self._compare(index)
 
-    def tell_engine(self, replica: int, address: str) -> None:
-        """An engine of this host is there, or no more."""
+    def tell_ready(self, replica: int) -> None:
+        """An engine of this host can be asked."""
         self._missing.discard(replica)
 
     def tell_coordinator(self, address: str) -> None:

@@ -105,6 +105,7 @@ class Gate:
     async def close(self, reason: str = "") -> None:
         """Tell all that it is over, and wait a moment until they have gone."""
         self._closing = True
+        self.refusal = reason or "host 0 is ending"
         streams = list(self._streams.values())
         self.turn_away(None, reason)
         if streams:

@@ -27,6 +27,7 @@ class Member:
 
     def __init__(self, address: str, port: int, index: int, count: int, secret: str | None, facts: Mapping[str, object]):
         self.coordinator: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._leaving = False
         self._membership = Membership(address, port, index, count, secret)
         self.tell_facts(facts)
 
@@ -34,7 +35,7 @@ class Member:
         """Join, and hear host 0 until it is over.
 
         Returns:
-            why it is, in one line; "" where host 0 has finished its work.
+            why it is, in one line; "" where host 0 has finished its work, or this one has.
         """
         try:
             await self._membership.join()
@@ -47,7 +48,7 @@ class Member:
                         self.coordinator.set_result(address)
                     elif self.coordinator.result() != address:
                         return "the host that leads this one's replica has begun anew"
-            return self._membership.lost
+            return "" if self._leaving else self._membership.lost
         except StartupError as error:
             return str(error)
         finally:
@@ -66,6 +67,6 @@ class Member:
         self._membership.tell(pb.WorkerMessage(told=pb.Told(topic=COORDINATOR, text=address)))
 
     async def close(self, reason: str = "") -> None:
-        """Leave, and tell host 0 why, in one line; "" where this host's work is done."""
+        """Leave, and tell host 0 why, in one line; "" where this host's work is done. Then stay() ends."""
+        self._leaving = True
         await self._membership.say_last(reason)
-        await self._membership.hang_up()

@@ -79,14 +79,16 @@ class FellowHosts:
         """What an engine of this host tells its launcher."""
         if self._end is None:
             return
-        if news["event"] == "ready" and self._place.runs_engines:
-            self._end.tell_engine(replica, news["address"])
-        elif news["event"] == "found":
+        if news["event"] == "found":
             self._end.tell_facts({FILES_FACT: news["files"]})
+        elif news["event"] == "ready" and isinstance(self._end, Front):
+            self._end.tell_ready(replica)
+        elif news["event"] == "ready" and self._place.runs_engines:
+            self._end.tell_engine(replica, news["address"])
 
     def ended(self, replica: int) -> None:
         """An engine of this host is no more."""
-        if self._end is not None and self._place.runs_engines:
+        if isinstance(self._end, Member) and self._place.runs_engines:
             self._end.tell_engine(replica, "")
 
     async def close(self, reason: str = "") -> None:

@@ -48,7 +48,7 @@ class Router:
     @property
     def available(self) -> bool:
         """Whether any replica can be asked now."""
-        return any(client.available for client in self.clients)
+        return any(client.available and not client.leaving for client in self.clients)
 
     @property
     def info(self) -> EngineInfo:
