@@ -81,10 +81,11 @@ class FellowHosts:
             return
         if news["event"] == "found":
             self._end.tell_facts({FILES_FACT: news["files"]})
-        elif news["event"] == "ready" and isinstance(self._end, Front):
-            self._end.tell_ready(replica)
         elif news["event"] == "ready" and self._place.runs_engines:
-            self._end.tell_engine(replica, news["address"])
+            if isinstance(self._end, Front):
+                self._end.tell_ready(replica)
+            else:
+                self._end.tell_engine(replica, news["address"])
 
     def ended(self, replica: int) -> None:
         """An engine of this host is no more."""
