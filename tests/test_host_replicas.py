@@ -161,8 +161,9 @@ def test_replicas_that_span_hosts_give_the_tokens_of_one(real_hosts: Callable[..
     streams = [hosts.stream(), hosts.stream()]
     assert all(next(stream).startswith("data: {") for stream in streams)
     hosts.jax_process(3).kill()
-    assert hosts.last_line(3, 1, LOSS_TIME) == "jaxserve: error: worker was killed by SIGKILL"
-    assert hosts.last_line(2, 1, LOSS_TIME).startswith("jaxserve: error: host 1 was lost (")
+    whose = "replica 1, of hosts 2 to 3, here counted from 0: "
+    assert hosts.last_line(3, 1, LOSS_TIME) == f"jaxserve: error: {whose}worker was killed by SIGKILL"
+    assert hosts.last_line(2, 1, LOSS_TIME).startswith(f"jaxserve: error: {whose}host 1 was lost (")
     errors = ["error" in json.loads(list(stream)[-2].removeprefix("data: ")) for stream in streams]
     assert errors == [False, True]
 

@@ -351,7 +351,7 @@ def test_hosts_of_a_replica_find_each_other_and_come_back():
         assert await fellows.stays[2] == ""
         await until(lambda: fellows.addresses == {1: ""} and not fellows.front.serves)
         fellows.join(2).tell_coordinator("10.0.0.3:5")
-        assert await fellows.stays[3] == "the host that leads this one's replica has begun anew"
+        assert await fellows.stays[3] == "the first host of this one's replica has begun anew"
         assert await fellows.join(3).coordinator == "10.0.0.3:5"
 
         # All replicas have been there: who was started otherwise is turned away alone.

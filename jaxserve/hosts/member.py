@@ -47,7 +47,7 @@ class Member:
                     if not self.coordinator.done():
                         self.coordinator.set_result(address)
                     elif self.coordinator.result() != address:
-                        return "the host that leads this one's replica has begun anew"
+                        return "the first host of this one's replica has begun anew"
             return "" if self._leaving else self._membership.lost
         except StartupError as error:
             return str(error)

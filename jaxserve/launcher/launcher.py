@@ -254,7 +254,7 @@ class _Launcher:
                 return self._dismissed.set()
             if self._place.span > 1 and child in self._engines and not (self._ending and self._place.runs_engines):
                 # The others cannot go on without it: whatever started all of them has to start them anew.
-                return self._give_up(fate if child.told_reason else self._fate_among_hosts(child, fate))
+                return self._give_up(self._whose() + (fate if child.told_reason else self._fate_among_hosts(child, fate)))
             if self._ending:
                 return
             if not child.ever_ready:
@@ -266,6 +266,13 @@ class _Launcher:
             backoff = min(FIRST_BACKOFF * 2 ** (len(deaths) - 1), MAX_BACKOFF)
             logger.error("%s %s; it is started again in %.1f s", child.name, fate, backoff)
             await asyncio.sleep(backoff)
+
+    def _whose(self) -> str:
+        """Of several replicas that span hosts, which one a reason is about: in it hosts are counted from the replica's first."""
+        if self._fellows is None:
+            return ""
+        first = (self._hosts.host_index or 0) - self._place.index
+        return f"replica {self._place.replicas[0]}, of hosts {first} to {first + self._place.span - 1}, here counted from 0: "
 
     def _fate_among_hosts(self, child: ChildProcess, fate: str) -> str:
         jax_does = "; JAX does that where another host is lost" if fate.endswith("SIGABRT") else ""
