@@ -127,3 +127,22 @@ def test_regular_expressions_of_a_checkpoint(monkeypatch: pytest.MonkeyPatch) ->
     quantization = read_quantization({"quantization_config": compressed("int-quantized", INT8, TOKEN, ignore=(endless,))}, None)
     with pytest.raises(UnsupportedModel, match="takes too long to match"):
         quantization.scheme("model.layers.0.self_attn.k_proj")
+
+
+@pytest.mark.parametrize(
+    ("form", "size", "shards", "message"),
+    [
+        ("gptq", 100, 1, "mlp.down_proj has 100 columns, which are not packed in pieces of 8"),
+        ("awq", 100, 1, "has 100 rows, which are not packed in pieces of 8"),
+        ("mxfp4", 80, 1, "mlp.down_proj has 80 columns, which are not packed in pieces of 32"),
+        ("w4a16-sym", 100, 4, "mlp.down_proj: 25 columns for each device of 4 are an odd number, which int4 does not pack"),
+        ("nf4-double", 97, 1, "mlp.down_proj: 97 columns for each device of 1 are an odd number, which nf4 does not pack"),
+    ],
+)
+def test_sizes_that_a_format_does_not_have(form: str, size: int, shards: int, message: str, tmp_path: Path) -> None:
+    """Whatever the tensors are: config.json says it, before any is looked for."""
+    folder = write_quantized(tmp_path, FORMS[form])
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": size}))
+    with pytest.raises(StartupError, match=message):
+        load(folder, shards)

@@ -251,3 +251,5 @@ def _check_mesh(architecture: Architecture, shards: int) -> None:
             for axis in source.axes:
                 if not axis.divides(shards):
                     raise StartupError(f"{shards} devices cannot share this model's {axis.units} {axis.name} evenly")
+        if isinstance(parameter, QuantizedPart):
+            parameter.matrix.check_shards(shards)

@@ -10,7 +10,7 @@ from jaxserve.errors import UnsupportedModel
 from jaxserve.models.fields import Fields
 from jaxserve.models.formats.gptq import GROUPS, refuse
 from jaxserve.models.formats.packed_integers import read_packed, signed
-from jaxserve.models.formats.scheme import WORDS, Scheme, Tensors, Unpacked, cut_groups
+from jaxserve.models.formats.scheme import WORDS, Scheme, Tensors, Unpacked, cut_groups, divided
 from jaxserve.models.parameters import Stored
 from jaxserve.pallas_kernels import Layout
 
@@ -44,10 +44,10 @@ class AWQStorage:
 
     def tensors(self, scheme: Scheme, module: str, n: int, k: int) -> tuple[Stored, ...]:
         """As in `Storage`."""
-        groups = -(-k // (scheme.group or k))
+        groups, words = -(-k // (scheme.group or k)), divided(n, 8, module, "rows")
         return (
-            Stored(f"{module}.qweight", (k, n // 8), WORDS),
-            Stored(f"{module}.qzeros", (groups, n // 8), WORDS),
+            Stored(f"{module}.qweight", (k, words), WORDS),
+            Stored(f"{module}.qzeros", (groups, words), WORDS),
             Stored(f"{module}.scales", (groups, n)),
         )
 

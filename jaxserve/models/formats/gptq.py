@@ -11,7 +11,7 @@ import numpy as np
 from jaxserve.errors import UnsupportedModel, WeightsError
 from jaxserve.models.fields import Fields
 from jaxserve.models.formats.packed_integers import read_packed, signed
-from jaxserve.models.formats.scheme import WORDS, Scheme, Tensors, Unpacked, cut_groups, sorted_columns
+from jaxserve.models.formats.scheme import WORDS, Scheme, Tensors, Unpacked, cut_groups, divided, sorted_columns
 from jaxserve.models.parameters import Stored
 from jaxserve.pallas_kernels import Layout
 
@@ -62,7 +62,7 @@ class GPTQStorage:
         """As in `Storage`."""
         count, groups = 32 // scheme.layout.bits, -(-k // (scheme.group or k))
         return (
-            Stored(f"{module}.qweight", (k // count, n), WORDS),
+            Stored(f"{module}.qweight", (divided(k, count, module, "columns"), n), WORDS),
             Stored(f"{module}.qzeros", (groups, -(-n // count)), WORDS),
             Stored(f"{module}.scales", (groups, n)),
             Stored(f"{module}.g_idx", (k,), WORDS, optional=scheme.ordered),

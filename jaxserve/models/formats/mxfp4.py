@@ -7,7 +7,7 @@
 import numpy as np
 
 from jaxserve.models.formats.packed_integers import unpack_words
-from jaxserve.models.formats.scheme import Scheme, Tensors, Unpacked, cut_groups
+from jaxserve.models.formats.scheme import Scheme, Tensors, Unpacked, cut_groups, divided
 from jaxserve.models.parameters import Stored
 from jaxserve.pallas_kernels import Layout
 
@@ -26,8 +26,9 @@ class MXFP4Storage:
     def tensors(self, scheme: Scheme, module: str, n: int, k: int) -> tuple[Stored, ...]:
         """As in `Storage`."""
         codes, scales = _names(scheme, module)
-        shape = (n, k // _GROUP, _GROUP // 2) if scheme.variant == "blocks" else (n, k // 2)
-        return Stored(codes, shape, ("U8",)), Stored(scales, (n, k // _GROUP), _EXPONENTS)
+        groups = divided(k, _GROUP, module, "columns")
+        shape = (n, groups, _GROUP // 2) if scheme.variant == "blocks" else (n, k // 2)
+        return Stored(codes, shape, ("U8",)), Stored(scales, (n, groups), _EXPONENTS)
 
     def read(self, scheme: Scheme, tensors: Tensors, module: str, rows: slice, columns: slice) -> Unpacked:
         """As in `Storage`."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jaxserve.errors import WeightsError
+from jaxserve.errors import StartupError, WeightsError
 from jaxserve.models.formats.scheme import Scheme, Tensors, Unpacked
 from jaxserve.models.formats.storages import CHECKS, STORAGES
 from jaxserve.models.magnitude import largest_magnitude
@@ -65,6 +65,17 @@ class QuantizedMatrix:
     def local_size(self, shards: int) -> tuple[int, int]:
         """Rows and columns of one shard."""
         return sum(source.axes[0].local_size(shards) for source in self.sources), self.columns.local_size(shards)
+
+    def check_shards(self, shards: int) -> None:
+        """Whether so many devices can hold it.
+
+        Raises:
+            StartupError: the codes of a row would end within a byte.
+        """
+        columns = self.local_size(shards)[1]
+        if self.scheme.layout.bits == 4 and columns % 2:
+            name, kind = _module(self.sources[0]), self.scheme.layout.code
+            raise StartupError(f"{name}: {columns} columns for each device of {shards} are an odd number, which {kind} does not pack")
 
     def unpacked_shapes(self, shards: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The arrays of one shard, as `read` makes them."""

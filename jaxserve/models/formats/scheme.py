@@ -54,7 +54,11 @@ class Storage(Protocol):
     """One form of quantized matrices in checkpoints."""
 
     def tensors(self, scheme: Scheme, module: str, n: int, k: int) -> tuple[Stored, ...]:
-        """What there is of the matrix [n, k] of a module."""
+        """What there is of the matrix [n, k] of a module.
+
+        Raises:
+            WeightsError: no such matrix is stored so.
+        """
         ...
 
     def read(self, scheme: Scheme, tensors: Tensors, module: str, rows: slice, columns: slice) -> Unpacked:
@@ -67,6 +71,17 @@ class Storage(Protocol):
             WeightsError: the tensors contradict each other or the scheme.
         """
         ...
+
+
+def divided(size: int, by: int, module: str, axis: str) -> int:
+    """size / by, of the rows or columns of a module's matrix.
+
+    Raises:
+        WeightsError: that leaves a rest.
+    """
+    if size % by:
+        raise WeightsError(f"{module} has {size} {axis}, which are not packed in pieces of {by}, as quantization_config says")
+    return size // by
 
 
 def cut_groups(values: np.ndarray, columns: slice, scheme: Scheme) -> np.ndarray:
