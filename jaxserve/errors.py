@@ -15,13 +15,22 @@ JaxserveError
     └── HostsFailed       another host of the mesh is lost or cannot go on
 """
 
+_MOST_TOLD = 2000  # characters
+
 
 class JaxserveError(Exception):
     """Base of all errors raised on purpose; the message is fit for a user."""
 
 
 class StartupError(JaxserveError):
-    """The process cannot start."""
+    """The process cannot start.
+
+    The message is one line of what can be printed, and no longer than a page, whatever the names out of files in it are.
+    """
+
+    def __init__(self, message: str):
+        printable = "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in message[: _MOST_TOLD + 1])
+        super().__init__(printable if len(message) <= _MOST_TOLD else f"{printable[:_MOST_TOLD]} ...")
 
 
 class ModelNotFound(StartupError):

@@ -37,6 +37,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (changed("llama", partial_rotary_factor=0.5), "partial_rotary_factor"),
     (changed("llama", head_dim=9), "even head_dim"),
+    (changed("llama", head_dim=2**30), "head_dim 1073741824 is not supported"),
     (changed("llama", num_key_value_heads=3), "8 attention heads cannot share 3 KV heads"),
     (changed("llama", hidden_size=None), "hidden_size is missing"),
     (changed("llama", hidden_size="64"), "hidden_size must be a whole number"),

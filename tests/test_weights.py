@@ -1,6 +1,7 @@
 """Safetensors folders: what ends up where, and what is said of a damaged checkpoint."""
 
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -360,3 +361,28 @@ def test_folders_of_gguf_files(llama: Path, tmp_path: Path) -> None:
 def test_source_tells_folder_from_gguf(llama: Path) -> None:
     assert resolve_model(ModelOptions(model_id=str(llama))) == ModelSource(str(llama), "", llama)
     assert ModelSource("x", "", Path("x.gguf")).is_gguf
+
+
+def test_what_is_no_file_is_not_waited_for(llama: Path, tmp_path: Path) -> None:
+    """A pipe that nobody writes to, a link to itself: among the weights, or alone."""
+    os.mkfifo(llama / "other.safetensors")
+    (llama / "loop.safetensors").symlink_to("loop.safetensors")
+    load(llama)
+    (llama / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match="holds no safetensors files"):
+        load(llama)
+    os.mkfifo(tmp_path / "model.gguf")
+    with pytest.raises(ModelNotFound, match=r"has no config\.json"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["evil\nname\x1b[2J", "x" * 5000])
+def test_names_of_a_checkpoint_are_told_in_one_line_that_can_be_printed(name: str, llama: Path) -> None:
+    rewrite(llama, lambda tensors: tensors.update({name: np.zeros(3, np.float32)}))
+    with pytest.raises(WeightsError, match=r"not part of the model: (evil name|xxx)") as caught:
+        load(llama)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 2100
+    (llama / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name + "\ud800"}}))
+    with pytest.raises(WeightsError, match=r"lacks (evil name|xxx)") as caught:
+        load(llama)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 2100

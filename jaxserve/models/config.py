@@ -101,6 +101,8 @@ class ModelConfig:
         hidden_size = fields.integer("hidden_size")
         head_dim = fields.integer("head_dim", hidden_size // num_heads)
         context = fields.integer("max_position_embeddings")
+        if head_dim > _MOST_HEAD_DIM:  # its rotary frequencies are made before a tensor is looked for
+            raise UnsupportedModel(f"config.json: head_dim {head_dim} is not supported (up to {_MOST_HEAD_DIM} is)")
         rope = read_rope(config, head_dim, context, default_theta=10000.0)
         traits = family.traits(fields, num_layers)
         generation = Fields(generation_config or {}, "generation_config.json")
@@ -130,14 +132,14 @@ class ModelConfig:
         )
 
 
-_MOST_LAYERS = 1024
+_MOST_LAYERS, _MOST_HEAD_DIM = 1024, 1024
 _SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 
 
 def _refuse(fields: Fields) -> None:
     """Name what config.json asks for and the decoder does not compute."""
     if fields.values.get("hidden_act", "silu") != "silu":
-        raise UnsupportedModel(f"config.json: hidden_act {fields.values['hidden_act']!r} is not supported (silu is)")
+        raise UnsupportedModel(f"config.json: hidden_act {fields.values['hidden_act']!r:.80} is not supported (silu is)")
 
 
 def _group(windows: tuple[int | None, ...]) -> tuple[KVGroup, ...]:

@@ -1,6 +1,7 @@
 """Reading a folder of safetensors files, one or many."""
 
 import json
+import os
 from pathlib import Path
 from threading import Lock
 
@@ -85,12 +86,13 @@ def _files(folder: Path) -> list[Path]:
             paths = [folder / Path(name).name for name in names]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise WeightsError(f"{index} has no readable weight_map") from None
-        absent = [path.name for path in paths if not path.is_file()]
+        absent = [path.name for path in paths if not os.path.isfile(path)]  # which takes any name
         if absent:
             raise WeightsError(f"{folder} lacks {', '.join(absent[:3])}, which {index.name} names")
         return paths
     single = folder / "model.safetensors"
-    paths = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    # What is no file, as a pipe that nobody writes to, could be waited for without end.
+    paths = [single] if single.is_file() else sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if not paths:
         raise WeightsError(f"{folder} holds no safetensors files")
     return paths

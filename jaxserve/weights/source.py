@@ -94,7 +94,7 @@ def _gguf_inside(folder: Path) -> Path | None:
     """
     if (folder / "config.json").exists():
         return None
-    files = models_of(path.name for path in folder.iterdir() if _is_gguf(path))
+    files = models_of(path.name for path in folder.iterdir() if _is_gguf(path) and path.is_file())
     if len(files) > 1:
         names = ", ".join(files[:8])
         raise ModelNotFound(f"{folder} has {len(files)} .gguf files and no config.json: --model-id must name one of them ({names})")
