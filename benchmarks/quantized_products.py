@@ -1,0 +1,57 @@
+"""What `benchmarks.quantized_matmuls` multiplies: tokens, and weights of 4, 8 and 16 bits of the shapes of Llama-3.1-8B."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.pallas_kernels.quantized_matmul.weights import EightBitWeight, FourBitWeight
+
+BF16 = jnp.bfloat16
+READ_FLOOR_TBPS = 4.5  # measured on an H200: a sum over an array
+TENSOR_TFLOPS = {"bf16": 815, "w4": 815, "w4z": 815, "w4g32": 815, "fp8": 1630, "int8": 1630}
+SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336), "head": (128256, 4096)}  # [N, K]
+SHAPES["swiglu"] = SHAPES["gate_up"]  # with silu(gate) * up
+
+
+@dataclass(frozen=True)
+class Case:
+    """Tokens times a weight of a kind and shape."""
+
+    kind: str
+    shape: str
+    tokens: int
+
+    def floor(self, weight_bytes: int) -> float:
+        """Seconds below which no kernel can be."""
+        size, depth = SHAPES[self.shape]
+        return max(weight_bytes / READ_FLOOR_TBPS / 1e12, 2 * self.tokens * size * depth / TENSOR_TFLOPS[self.kind] / 1e12)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "size", "depth"))
+def make_weight(seed: jax.Array, kind: str, size: int, depth: int) -> Any:
+    """A random weight [N, K] of a kind."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+
+    def scales(groups: int, dtype: Any) -> jax.Array:
+        return (jax.random.uniform(keys[0], (groups, size), jnp.float32, 0.5, 1.5) * 0.01).astype(dtype)
+
+    if kind.startswith("w4"):
+        groups = depth // (32 if kind == "w4g32" else 128)
+        zeros = jax.random.randint(keys[1], (groups, size), 0, 16, jnp.int32).astype(jnp.uint8) if kind == "w4z" else None
+        return FourBitWeight(jax.random.bits(keys[2], (depth // 128, size, 32), jnp.uint16), scales(groups, jnp.float16), zeros)
+    if kind == "bf16":
+        return jax.random.normal(keys[2], (size, depth), BF16)
+    if kind == "int8":
+        codes = jax.lax.bitcast_convert_type(jax.random.bits(keys[2], (size, depth), jnp.uint8), jnp.int8)
+    else:
+        codes = jax.random.normal(keys[2], (size, depth), BF16).astype(jnp.float8_e4m3fn)
+    return EightBitWeight(codes, scales(1, jnp.float32), quantized_activations=True)
+
+
+def weight_bytes(kind: str, shape: str) -> int:
+    """Bytes of a weight of a kind, with its scales."""
+    abstract = jax.eval_shape(lambda: make_weight(jnp.int32(0), kind, *SHAPES[shape]))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
