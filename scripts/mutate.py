@@ -75,7 +75,13 @@ MUTATIONS = (
     Mutation(
         "gate and up swapped", "models/decoder.py", '("mlp.gate_proj", "mlp.up_proj")', '("mlp.up_proj", "mlp.gate_proj")', golden("llama")
     ),
-    Mutation("bias missing", "pallas_kernels/rotate_and_write_kv/reference.py", "qkv = qkv + bias[None, :]", "pass", golden("qwen2")),
+    Mutation(
+        "bias missing",
+        "pallas_kernels/rotate_and_write_kv/reference.py",
+        " + bias[None, :].astype(jnp.float32)",
+        "",
+        golden("qwen2"),
+    ),
     Mutation(
         "bias added once a shard",
         "models/layers.py",
@@ -94,14 +100,14 @@ MUTATIONS = (
     Mutation(
         "norm's weight ignored",
         "pallas_kernels/add_rms_norm/reference.py",
-        "* weight.reshape((1,) * (x.ndim - 1) + weight.shape)",
-        "",
+        "weight = weight.reshape(",
+        "weight = jnp.ones_like(weight).reshape(",
         golden("llama"),
     ),
     Mutation(
         "final norm missing",
         "models/decoder.py",
-        "normed, _ = self.norm(Branch(x), jnp.zeros_like(x), Shards())",
+        "normed, _ = self.norm(Branch(x), jnp.zeros_like(x), Shards(), self.norm.weight[...].dtype)",
         "normed = x",
         golden("llama"),
     ),
