@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_specs import SMALL, ArgSpec
 
 from jaxserve.pallas_kernels import AttentionMetadata, LayerKV, make_layer_kv, paged_attention, plan_attention, write_kv
 from jaxserve.pallas_kernels.gpu import Gpu
 from jaxserve.pallas_kernels.paged_attention import api
-from jaxserve.pallas_kernels.paged_attention.arg_specs import SMALL, ArgSpec
 from jaxserve.pallas_kernels.paged_attention.reference import paged_attention_reference
 
 SCALE = 0.3

@@ -1,4 +1,4 @@
-"""Named shapes of paged attention, for tests and benchmarks."""
+"""Named shapes of paged attention."""
 
 from dataclasses import dataclass, replace
 
@@ -36,21 +36,6 @@ class ArgSpec:
     def num_real_tokens(self) -> int:
         """Tokens without padding."""
         return sum(tokens for tokens, _ in self.rows)
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of float32 keys and values that the rows see at least once."""
-        seen = (min(length, self.window + tokens - 1) if self.window else length for tokens, length in self.rows)
-        return sum(seen) * self.num_kv_heads * self.head_dim * 8
-
-    @property
-    def flops(self) -> int:
-        """Of both products, over the scores that causality and window leave."""
-        scores = 0
-        for tokens, length in self.rows:
-            seen = np.arange(length - tokens, length) + 1
-            scores += int(np.minimum(seen, self.window or length).sum())
-        return 4 * scores * self.num_heads * self.head_dim
 
     def make(self, dtype: jnp.dtype, seed: int = 0) -> tuple[jax.Array, LayerKV, AttentionMetadata]:
         """Random queries and pages, in an order that is not the logical one; what no row may see is large, to be noticed."""
@@ -91,13 +76,6 @@ def _to_layout(pages: np.ndarray, dtype: jnp.dtype) -> jax.Array:
     return jnp.asarray(pages, dtype)
 
 
-def _decode(heads: tuple[int, int, int], *lengths: int, **options) -> ArgSpec:
-    return ArgSpec(*heads, rows=tuple((1, length) for length in lengths), decode_only=True, **options)
-
-
-SMOLLM2_135M = 9, 3, 64
-LLAMA_8B = 32, 8, 128
-
 _DECODE = ArgSpec(6, 2, 16, (), decode_only=True, num_rows=5, num_pages=48)
 _MIXED = ArgSpec(6, 2, 16, (), num_rows=6, num_tokens=240, num_pages=56)
 _WINDOW = replace(_MIXED, window=20)
@@ -124,13 +102,3 @@ SMALL: dict[str, ArgSpec] = {
     "pages of 48": ArgSpec(4, 2, 16, ((1, 300), (140, 400)), page_size=48),
 }
 """What an implementation must get right; quick everywhere, for many share their shapes."""
-
-REAL: dict[str, ArgSpec] = {
-    **{f"smollm2-135m decode {r} x {n}": _decode(SMOLLM2_135M, *[n] * r) for r in (1, 16) for n in (256, 1024, 4096)},
-    "smollm2-135m decode 15 x 128 and 4096": _decode(SMOLLM2_135M, *[128] * 15, 4096),
-    **{f"smollm2-135m prefill 512 after {n}": ArgSpec(*SMOLLM2_135M, rows=((512, 512 + n),)) for n in (0, 4096)},
-    "smollm2-135m 15 decodes x 256 and prefill 128": ArgSpec(*SMOLLM2_135M, rows=(*[(1, 256)] * 15, (128, 128))),
-    **{f"llama-8b decode {r} x {n}": _decode(LLAMA_8B, *[n] * r) for r, n in ((1, 16384), (8, 4096), (64, 4096), (256, 1024))},
-    **{f"llama-8b prefill {t} after {n}": ArgSpec(*LLAMA_8B, rows=((t, t + n),)) for t, n in ((2048, 0), (8192, 0), (2048, 8192))},
-}
-"""What is worth measuring."""
