@@ -80,7 +80,7 @@ class Group:
         def call() -> None:
             try:
                 done.set_result(function())
-            except Exception as error:
+            except Exception as error:  # raised in the thread that asked
                 done.set_exception(error)
 
         self._loop.call_soon_threadsafe(call)

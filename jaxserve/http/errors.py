@@ -202,7 +202,7 @@ def contain_errors(app: ASGIApp) -> ASGIApp:
     async def call(scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await app(scope, receive, send)
-        except Exception as error:
+        except Exception as error:  # Starlette raises again what it has answered with a 500
             if scope["type"] != "http":
                 raise
             logger.debug("answered already: %r", error)

@@ -132,7 +132,7 @@ def _in_thread[T](function: Callable[[], T]) -> "asyncio.Future[T]":
     def run() -> None:
         try:
             result = function()
-        except Exception as error:
+        except Exception as error:  # raised in whoever awaits it
             loop.call_soon_threadsafe(finish, future.set_exception, error)
         else:
             loop.call_soon_threadsafe(finish, future.set_result, result)

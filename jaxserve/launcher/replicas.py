@@ -118,7 +118,7 @@ class Replicas:
                 self._outputs.put(GenerationFailed(end))
             await closing
             ends.cancel()
-        except Exception as error:
+        except Exception as error:  # raised in the thread that waits until all are ready
             self._ready.set_exception(error)
         finally:
             closing.cancel()
