@@ -109,7 +109,7 @@ async def _answer(conversation: Conversation, options: ChatOptions, text: str) -
                 sys.stdout.write(piece.translate(CONTROLS))
                 sys.stdout.flush()
         finally:
-            await answer.aclose()  # type: ignore[attr-defined]
+            await answer.aclose()  # type: ignore[attr-defined]  of a generator
         sys.stdout.write("\n")
 
 

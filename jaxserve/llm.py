@@ -227,6 +227,7 @@ class LLM:
             InvalidRequest: as generate(), or the template refuses the messages.
         """
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        # The first element tells which of both was given: no type checker sees that.
         prompts = [self.tokenizer.apply_chat_template(list(c), **template_options)[1] for c in conversations]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
@@ -256,7 +257,7 @@ class LLM:
 
     def _as_params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if given is None:
-            given = SamplingParams(**self.info.defaults)  # type: ignore[arg-type]
+            given = SamplingParams(**self.info.defaults)  # type: ignore[arg-type]  checked by who read them
         if isinstance(given, SamplingParams):
             return [given] * count
         if len(given) != count:
@@ -344,4 +345,4 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         return [prompts]
     if prompts and isinstance(prompts[0], int):
         return [prompts]  # pyright: ignore[reportReturnType]
-    return list(prompts)  # pyright: ignore[reportArgumentType, reportReturnType]
+    return list(prompts)  # pyright: ignore[reportReturnType]

@@ -140,7 +140,7 @@ class Metrics:
         else:
             requests = self._registry
         joined = CollectorRegistry(auto_describe=False)
-        joined.register(_Joined(requests, self))  # type: ignore[arg-type]
+        joined.register(_Joined(requests, self))
         return generate_latest(joined)
 
     def engine_families(self) -> Iterator[Metric]:

@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-import demo_prompts  # noqa: E402
-import tiny_models  # noqa: E402
+import demo_prompts  # noqa: E402  found by the line above
+import tiny_models  # noqa: E402  likewise
 
 GOLDENS = ROOT / "tests" / "goldens"
 MIN_MARGIN = 2e-3

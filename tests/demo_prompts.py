@@ -31,7 +31,7 @@ PROMPTS: dict[str, dict[str, Any]] = {
     "summary": _chat("Summarize this in one sentence: " + _LONG),
     "json": _chat('Describe a book as a JSON object with the keys "title", "author", "year" and "characters".'),
     "emoji": _chat("What does 🦊🌊 mean? Réponds en français, s'il te plaît."),
-    "japanese": _chat("日本の首都はどこですか？ Please answer in English with three facts."),  # noqa: RUF001
+    "japanese": _chat("日本の首都はどこですか？ Please answer in English with three facts."),  # noqa: RUF001  a wide question mark is meant
     "plain": _text("Once upon a time, in a village by the sea,"),
     "one-word": _text("Yesterday"),
     "python": _text("def quicksort(items):\n    if len(items) <= 1:\n        return items\n    pivot ="),

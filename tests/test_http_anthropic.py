@@ -92,7 +92,7 @@ def test_thinking(front_ends: Callable[[str], LiveFrontEnd]):
         asked = _asked("<think>Let me see.</think>42", thinking={"type": "enabled", "budget_tokens": 1024})
         message = client.messages.create(**asked)
         assert [block.type for block in message.content] == ["thinking", "text"]
-        assert message.content[0].thinking == "Let me see."  # type: ignore[union-attr]
+        assert message.content[0].thinking == "Let me see."
         _, final = _stream(client, **asked)
         assert [block.type for block in final.content] == ["thinking", "text"] and final.content[0].thinking == "Let me see."
 

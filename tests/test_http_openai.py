@@ -353,13 +353,13 @@ def test_generation_defaults_of_the_model(tmp_path_factory: pytest.TempPathFacto
     assert told is not None
     seen: list[Any] = []
     submit = engine.submit
-    engine.submit = lambda request, sink: (seen.append(request.params), submit(request, sink))[1]  # type: ignore[method-assign]
+    engine.submit = lambda request, sink: (seen.append(request.params), submit(request, sink))[1]
     try:
         front_end.router.clients[0].info = replace(told, defaults={"temperature": 0.6, "top_k": 20.0})
         front_end.client.post("/v1/completions", json={"prompt": "a"}).raise_for_status()
         front_end.client.post("/v1/completions", json={"prompt": "a", "temperature": 0.1, "top_k": 0}).raise_for_status()
         front_end.client.post("/generate", json={"inputs": "a", "parameters": {"do_sample": True}}).raise_for_status()
     finally:
-        engine.submit = submit  # type: ignore[method-assign]
+        engine.submit = submit
         front_end.router.clients[0].info = told
     assert [(params.temperature, params.top_k) for params in seen] == [(0.6, 20), (0.1, 0), (1.0, 0)]

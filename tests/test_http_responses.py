@@ -78,8 +78,8 @@ def test_a_stream_tells_the_same_response(hermes: openai.OpenAI, asked: dict[str
 def test_logprobs(hermes: openai.OpenAI):
     asked: Any = {"input": "hey", "include": ["message.output_text.logprobs"], "top_logprobs": 2}
     whole = hermes.responses.create(model="double", temperature=0, **asked)
-    part = whole.output[0].content[0]  # type: ignore[union-attr]
-    assert [one.token for one in part.logprobs] == ["he", "y"] and len(part.logprobs[0].top_logprobs) == 2  # type: ignore[union-attr, arg-type]
+    part = whole.output[0].content[0]
+    assert [one.token for one in part.logprobs] == ["he", "y"] and len(part.logprobs[0].top_logprobs) == 2
     events, _ = _stream(hermes, **asked)
     told = [one.token for event in events if event.type == "response.output_text.delta" for one in event.logprobs]
     assert told == ["he", "y"]

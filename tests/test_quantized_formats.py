@@ -91,7 +91,7 @@ def test_weights_are_those_of_the_library_to_the_bit(name: str) -> None:
     """As a whole, by rows on 4 devices, by columns on 4; the latter cut groups of 64 and more."""
     case = Case(name)
     expected, (n, k) = case.dequantized, case.dequantized.shape
-    check_tensors([*case.matrix().parts().values()], case)  # type: ignore[arg-type]
+    check_tensors([*case.matrix().parts().values()], case)
     whole = unsorted(*dequantized(case.matrix(), case))
     by_rows = np.concatenate([unsorted(*dequantized(case.matrix(rows=4), case, shard, 4)) for shard in range(4)])
     parts = [dequantized(case.matrix(columns=4), case, shard, 4) for shard in range(4)]
@@ -109,7 +109,7 @@ def test_awq_with_a_group_a_row_is_that_of_128_where_rows_are_as_long() -> None:
     case = Case("awq-128")
     (scheme,) = read_quantization({"quantization_config": CONFIGS["awq-128"] | {"group_size": -1}}, None).schemes
     matrix = QuantizedMatrix(case.matrix().sources, scheme)
-    check_tensors([*matrix.parts().values()], case)  # type: ignore[arg-type]
+    check_tensors([*matrix.parts().values()], case)
     np.testing.assert_array_equal(dequantized(matrix, case)[0].astype(np.float16), case.dequantized)
 
 
@@ -162,7 +162,7 @@ def test_strategies_of_compressed_tensors_by_their_definition(weights: dict[str,
     def matrix(columns: int) -> QuantizedMatrix:
         return QuantizedMatrix((Source(f"{MODULE}.weight", (Axis("outputs", 16), Axis("inputs", 128, columns))),), scheme)
 
-    check_tensors([*matrix(0).parts().values()], checkpoint)  # type: ignore[arg-type]
+    check_tensors([*matrix(0).parts().values()], checkpoint)
     np.testing.assert_array_equal(dequantized(matrix(0), checkpoint)[0], expected)
     parts = [dequantized(matrix(4), checkpoint, shard, 4)[0] for shard in range(4)]
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), expected)
@@ -339,7 +339,7 @@ def test_tensors_that_do_not_fit_the_configuration() -> None:
     del case.shapes[f"{MODULE}.qzeros"]
     case.dtypes[f"{MODULE}.qweight"] = "I64"
     with pytest.raises(WeightsError) as caught:
-        check_tensors([*case.matrix().parts().values()], case)  # type: ignore[arg-type]
+        check_tensors([*case.matrix().parts().values()], case)
     for part in (f"missing: {MODULE}.qzeros", f"{MODULE}.scales is [2, 32], not [1, 32]", f"{MODULE}.qweight has dtype I64, not I32"):
         assert part in str(caught.value)
 

@@ -23,7 +23,7 @@ from jaxserve.pallas_kernels.quantized_matmul.reference import quantized_matmul_
 from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfig, quantized_matmul_triton
 
 BF16, F16, F32, FLOAT8 = (jnp.dtype(name) for name in ("bfloat16", "float16", "float32", "float8_e4m3fn"))
-NF4: tuple[float, ...] = tuple(TABLES["nf4"].tolist())  # pyright: ignore[reportArgumentType]
+NF4: tuple[float, ...] = tuple(TABLES["nf4"].tolist())
 HALF_OF_THE_LAST_BIT = {BF16: 2.5e-3, F16: 3e-4}
 
 

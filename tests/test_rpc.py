@@ -172,7 +172,7 @@ async def _served(folder: Path, engine: EngineDouble) -> AsyncIterator[EngineCli
 
 
 def _request(name: str, length: int = 5, **params: object) -> Request:
-    return Request(name, tuple(range(10, 10 + length)), SamplingParams(**{"temperature": 0.0, **params}))  # type: ignore[arg-type]
+    return Request(name, tuple(range(10, 10 + length)), SamplingParams(**{"temperature": 0.0, **params}))
 
 
 async def _tokens(client: EngineClient, request: Request) -> dict[int, list[int]]:

@@ -99,7 +99,7 @@ def _answers(llm: LLM, lines: Iterator[Line], input_format: str, sampling: Mappi
             else:
                 finished[place] = Answered(task, refused=True)
 
-    for (place, index), output in llm.stream(prompts()):  # type: ignore[misc]
+    for (place, index), output in llm.stream(prompts()):
         if place not in running:
             continue  # another prompt of its line was refused
         task, outputs = running[place]

@@ -68,7 +68,7 @@ def add_flags(parser: argparse.ArgumentParser, options: type, title: str, short:
 def read_flags[T](parser: argparse.ArgumentParser, arguments: argparse.Namespace, options: type[T], environment: Mapping[str, str]) -> T:
     """Build the options from parsed flags and the environment; `parser.error` with the first that is out of bounds."""
     values: dict[str, Any] = {}
-    for declared in fields(options):  # type: ignore[arg-type]
+    for declared in fields(options):  # type: ignore[arg-type]  of a dataclass
         if hasattr(arguments, declared.name):
             value = getattr(arguments, declared.name)
             values[declared.name] = tuple(value) if isinstance(value, list) else value
@@ -103,7 +103,7 @@ def _kind(declared: Field[Any]) -> type:
     annotation = declared.type
     if isinstance(annotation, types.UnionType):
         (annotation,) = [a for a in typing.get_args(annotation) if a is not types.NoneType]
-    return typing.get_origin(annotation) or annotation  # type: ignore[return-value]
+    return typing.get_origin(annotation) or annotation  # type: ignore[return-value]  a class in every options class
 
 
 def _help(declared: Field[Any]) -> str:

@@ -49,7 +49,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._rest_at: int | None = None  # where the data that was parsed last goes on behind its head
         self._resuming = False
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         if len(self.connections) > self._max_connections:
             self._refuse(b"503 Service Unavailable\r\nretry-after: %d" % RETRY_AFTER)
@@ -76,7 +76,7 @@ class LimitedProtocol(HttpToolsProtocol):
             rest = rest[self._rest_at :]
             self._rest_at = None
             self._resume_after_upgrade()
-            super().data_received(rest)  # type: ignore[arg-type]
+            super().data_received(rest)  # type: ignore[arg-type]  httptools takes a memoryview
         if self._in_head and self._num_bytes > MAX_HEAD_BYTES:
             self._refuse(b"431 Request Header Fields Too Large")
         elif self._num_bytes > self._most_bytes:
@@ -110,7 +110,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._arm_receive_timer(BODY_TIMEOUT)
         super().on_headers_complete()
         if self._body_may_be_too_large():
-            self.cycle.transport = _Lingering(self)  # type: ignore[assignment]
+            self.cycle.transport = _Lingering(self)  # type: ignore[assignment]  it has what a cycle uses of a transport
 
     def on_body(self, body: bytes) -> None:
         if not self._refused:

@@ -58,4 +58,4 @@ def import_kernel_libraries(platform: str) -> None:
         platform: of the programs: "cpu", "cuda".
     """
     if platform == "cuda":
-        from jax.experimental.mosaic import gpu  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        from jax.experimental.mosaic import gpu  # noqa: F401  importing it sets them

@@ -16,7 +16,7 @@ def import_transformers() -> None:
     """Import what `load_tokenizer` needs: it takes seconds, so a server does it while the model loads."""
     # It tells everybody on stderr that it cannot find PyTorch, which is as it should be.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    import transformers.models.auto.tokenization_auto  # noqa: F401
+    import transformers.models.auto.tokenization_auto  # noqa: F401  for the seconds alone
 
 
 def load_tokenizer(path: Path, tokenizer_config_path: str | None = None) -> Tokenizer:

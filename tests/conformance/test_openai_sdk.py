@@ -167,9 +167,9 @@ def test_error_classes(client: openai.OpenAI):
             client.chat.completions.create(**{"model": MODEL, "messages": CAPITAL, **fields})
         return caught.value
 
-    assert refused(openai.BadRequestError, temperature=-1).param == "temperature"  # type: ignore[attr-defined]
-    assert refused(openai.NotFoundError, model="gpt-5").code == "model_not_found"  # type: ignore[attr-defined]
-    assert refused(openai.BadRequestError, max_tokens=10**6).code == "context_length_exceeded"  # type: ignore[attr-defined]
+    assert refused(openai.BadRequestError, temperature=-1).param == "temperature"
+    assert refused(openai.NotFoundError, model="gpt-5").code == "model_not_found"
+    assert refused(openai.BadRequestError, max_tokens=10**6).code == "context_length_exceeded"
     broken: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object", "minProperties": -5}}}
     assert refused(openai.BadRequestError, response_format=broken)
     with pytest.raises(openai.BadRequestError, match="no embeddings"):

@@ -20,7 +20,7 @@ class AddRMSNormConfig:
 
     @classmethod
     def suited(cls, x: jax.Array) -> "AddRMSNormConfig":
-        """The cut measured best on an H200 (docs/performance_gpu.md): a thread holds 16 bytes of a row, until that makes 16 warps."""
+        """The cut for x [..., K] measured best (docs/performance_gpu.md): 16 bytes of a row a thread, until that makes 16 warps."""
         return cls(1, max(1, min(16, pl.next_power_of_2(x.shape[-1]) // 256)))
 
 

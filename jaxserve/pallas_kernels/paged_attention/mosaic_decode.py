@@ -37,7 +37,7 @@ class MosaicDecodeConfig:
 
     @classmethod
     def suited(cls, q: jax.Array, kv: LayerKV, num_multiprocessors: int) -> "MosaicDecodeConfig | None":
-        """`cut`; None where the kernel does not go or Triton's is faster."""
+        """`cut`, for q [R, H, D]; None where the kernel does not go or Triton's is faster."""
         _, num_kv_heads, page_size, head_dim = kv[0].shape
         num_rows, num_heads, _ = q.shape
         most_pairs = {192: 4, 256: 1}.get(head_dim, 0) * num_multiprocessors

@@ -37,7 +37,7 @@ class MosaicPrefillConfig:
 
     @classmethod
     def suited(cls, q: jax.Array, kv: LayerKV) -> "MosaicPrefillConfig | None":
-        """The cut measured best on an H200 (docs/performance_gpu.md); None where the kernel does not go."""
+        """The cut measured best on an H200 (docs/performance_gpu.md) for q [T, H, D]; None where the kernel does not go."""
         _, _, page_size, head_dim = kv[0].shape
         if head_dim % HALF or HALF % page_size or kv[0].dtype != q.dtype:
             return None

@@ -71,5 +71,5 @@ def plan_splits(
 
 
 def first_split(position: jax.Array, split_tokens: int, window: int | None) -> jax.Array:
-    """First split that a token at a position sees."""
+    """First split that a token at a position sees; int32 of any shape, as the position."""
     return jnp.zeros_like(position) if window is None else jnp.maximum(position - window + 1, 0) // split_tokens

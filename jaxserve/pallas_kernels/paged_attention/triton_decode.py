@@ -40,7 +40,7 @@ class TritonDecodeConfig:
 
     @classmethod
     def suited(cls, q: jax.Array, kv: LayerKV, num_multiprocessors: int) -> "TritonDecodeConfig":
-        """The cut measured best on an H200 (docs/performance_gpu.md)."""
+        """The cut measured best on an H200 (docs/performance_gpu.md) for q [R, H, D]."""
         num_pairs = q.shape[0] * kv[0].shape[1]
         block_kv = max(16, min(128, 64 * 128 // pl.next_power_of_2(q.shape[2])))
         if kv[0].dtype in FLOAT8:

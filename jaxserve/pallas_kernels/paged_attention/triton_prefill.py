@@ -31,7 +31,7 @@ class TritonPrefillConfig:
 
     @classmethod
     def suited(cls, q: jax.Array) -> "TritonPrefillConfig":
-        """The cut measured best on an H200 (docs/performance_gpu.md)."""
+        """The cut measured best on an H200 (docs/performance_gpu.md) for q [T, H, D]."""
         return cls() if q.shape[2] <= 128 else cls(64, 32, 4, 2)
 
 

@@ -96,9 +96,9 @@ def _multiply_on_gpu(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_d
     wide = wide_four_bit_config(x, weight, sums_dtype, gpu)
     mosaic, triton = mosaic_config(x, weight, sums_dtype, gpu), triton_config(x, weight, gpu)
     if wide is not None:
-        parts = quantized_matmul_wide(x, weight, config=wide)  # pyright: ignore[reportArgumentType]
+        parts = quantized_matmul_wide(x, weight, config=wide)
     elif eight is not None:
-        parts = eight_bit_matmul_mosaic(x, weight, config=eight)  # pyright: ignore[reportArgumentType]
+        parts = eight_bit_matmul_mosaic(x, weight, config=eight)
     elif mosaic is not None:
         parts = quantized_matmul_mosaic(x, weight, config=mosaic)
     elif triton is not None:

@@ -312,4 +312,5 @@ def _numbers(codes: jax.Array, piece: int, zeros: jax.Array, dtype: jnp.dtype, i
         return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
 
     # The decorator takes the first argument, a context, away.
+    # The decorator takes the first argument, a context, away.
     return four_bit_numbers(codes, zeros) if four_bit else eight_bit_numbers(codes)  # pyright: ignore[reportCallIssue]

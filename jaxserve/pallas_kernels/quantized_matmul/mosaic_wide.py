@@ -360,4 +360,4 @@ def _scaled_numbers(codes, half: int, zeros: list[jax.Array], scales: list[jax.A
 
     # The decorator takes the first argument, a context, away.
     operands = *(zeros[g] for g in groups), *(scales[g] for g in groups)
-    return scaled_numbers(codes, *operands)  # pyright: ignore[reportCallIssue, reportReturnType]
+    return scaled_numbers(codes, *operands)  # pyright: ignore[reportReturnType]

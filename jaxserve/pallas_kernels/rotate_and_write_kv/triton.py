@@ -28,7 +28,7 @@ class RotateConfig:
 
     @classmethod
     def suited(cls, qkv: jax.Array, kv: LayerKV) -> "RotateConfig":
-        """The cut measured best on an H200 (docs/performance_gpu.md): a thread holds 16 bytes of both halves of a head."""
+        """The cut for qkv [..., N] measured best on an H200 (docs/performance_gpu.md): a thread holds 16 bytes of both halves of a head."""
         _, num_kv_heads, _, head_dim = kv[0].shape
         shared = math.gcd(qkv.shape[-1] // head_dim, num_kv_heads)
         padded_dim = pl.next_power_of_2(head_dim)

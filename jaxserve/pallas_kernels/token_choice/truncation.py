@@ -294,7 +294,10 @@ def _truncate(whole: _Whole, scratch: _Scratch, lanes, row: Row) -> tuple[_Token
             target = jnp.where(i == 0, top_k.astype(jnp.float32), jnp.where(i == 1, top_p, row.typical_p) * mass)
             found, covered = tokens.covering(keys, target, mass, jnp.maximum(middle, reach - middle))
             new_bound = jnp.where(i == 2, bound, jnp.minimum(bound, found))
-            counted = lambda: _sum(tokens, lambda d: jnp.where(d <= new_bound, jnp.exp(-d), 0.0))  # noqa: E731
+
+            def counted():
+                return _sum(tokens, lambda d: jnp.where(d <= new_bound, jnp.exp(-d), 0.0))
+
             return new_bound, middle, jnp.where(i == 2, found, infinity), lax.cond(i == 0, counted, lambda: covered)
 
         return lax.cond(wanted, apply, lambda: (bound, mean, typical_bound, mass))
