@@ -231,6 +231,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt e5m2"),
     ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "weight_block_size"),
     ({"quant_method": "bitsandbytes"}, "neither load_in_4bit"),
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": True}, "both load_in_4bit and load_in_8bit"),
+    *(
+        ({"quant_method": "compressed-tensors", "format": form, "config_groups": {"a": {"weights": weights}}}, message)
+        for form, weights, message in (
+            ("mxfp4-pack-quantized", {"num_bits": 4, "type": "float", "group_size": 16}, "in groups of 32, and nothing else is"),
+            ("int-quantized", {"num_bits": 4, "type": "int", "strategy": "group"}, "4 bits of type 'int' in format int-quantized"),
+            ("mxfp8-quantized", {"num_bits": 8, "type": "float"}, "format mxfp8-quantized is not supported"),
+            ("marlin-24", {"num_bits": 4, "type": "int"}, "format marlin-24 is not supported"),
+        )
+    ),
     ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"}, "bnb_4bit_quant_storage"),
     ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo 'NVFP4' is not supported"),
     ({"quant_method": "modelopt", "quantization": {"quant_algo": "W4A8_AWQ"}}, "quantization: quant_algo 'W4A8_AWQ'"),
@@ -285,6 +295,16 @@ def test_quantize_that_names_what_the_checkpoint_has(config: str, quantize: str)
 def schemes(quantization: Quantization, *modules: str) -> list[bool]:
     """Whether each module is quantized."""
     return [quantization.scheme(module) is not None for module in modules]
+
+
+def test_activations_of_8_bits_are_not_rounded_where_weights_have_4() -> None:
+    """W4A8 is served as W4A16, which is more exact."""
+    config = CONFIGS["compressed-tensors-w4a16-group"]
+    (plain,) = read_quantization({"quantization_config": config}, None).schemes
+    (group,) = config["config_groups"].values()
+    for kind in ("int", "float"):
+        rounded = group | {"input_activations": {"num_bits": 8, "type": kind, "strategy": "token", "dynamic": True}}
+        assert read_quantization({"quantization_config": config | {"config_groups": {"a": rounded}}}, None).schemes == (plain,)
 
 
 def test_lists_of_dense_modules() -> None:

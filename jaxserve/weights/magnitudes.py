@@ -37,7 +37,8 @@ class Magnitudes:
     def noted(self, parameter: Parameter, array: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """The array of a parameter in the dtype that it is kept in; what float16 cannot hold becomes its largest number."""
         converted = array.dtype != dtype
-        if self._mesh.devices.flat[0].platform == "cpu" and not converted:
+        # Vectors are so short that fetching them takes less than a program for them.
+        if not converted and (array.ndim == 1 or self._mesh.devices.flat[0].platform == "cpu"):
             self._on_host[parameter] = float(np.max([largest_magnitude(np.asarray(shard.data)) for shard in array.addressable_shards]))
             return array
         kept, bits = _looker(self._mesh, parameter.spec, dtype if converted else None)(array)

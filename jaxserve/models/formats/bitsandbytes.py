@@ -28,10 +28,13 @@ def bitsandbytes_scheme(fields: Fields) -> Scheme:
     Raises:
         UnsupportedModel: an option that no code here serves.
     """
-    if fields.boolean("load_in_8bit", False):
+    four, eight = fields.boolean("load_in_4bit", False), fields.boolean("load_in_8bit", False)
+    if four == eight:
+        raise UnsupportedModel(
+            f"{fields.file}: {'both' if four else 'neither'} load_in_4bit {'and' if four else 'nor'} load_in_8bit is true"
+        )
+    if eight:
         return Scheme("bitsandbytes-int8", Layout("int8"))
-    if not fields.boolean("load_in_4bit", False):
-        raise UnsupportedModel(f"{fields.file}: neither load_in_4bit nor load_in_8bit is true")
     kind, storage = fields.values.get("bnb_4bit_quant_type") or "fp4", fields.values.get("bnb_4bit_quant_storage") or "uint8"
     if kind not in ("nf4", "fp4"):
         raise UnsupportedModel(f"{fields.file}: bnb_4bit_quant_type {kind!r:.80} is not supported (nf4 and fp4 are)")

@@ -70,6 +70,10 @@ def _scheme(group: Fields, form: str) -> Scheme:
     weights = Fields(_object(group, "weights"), f"{group.file}: weights")
     bits, kind, strategy = weights.integer("num_bits"), weights.values.get("type"), weights.values.get("strategy")
     if form == "mxfp4-pack-quantized":
+        if (bits, kind, weights.integer("group_size", 32)) != (4, "float", 32):
+            raise UnsupportedModel(
+                f"{weights.file}: format {form} is 4 bits of type 'float' in groups of 32, and nothing else is supported"
+            )
         return mxfp4_scheme("packed")
     known = {"float-quantized": [("float", 8)], "naive-quantized": [("float", 8), ("int", 8)], "int-quantized": [("int", 8)]}
     if (kind, bits) not in known.get(form, [("int", 4), ("int", 8)]):
