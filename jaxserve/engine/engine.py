@@ -10,7 +10,6 @@ sampler when step n was collected and the masks of step n+1 could be filled, whi
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,7 +43,6 @@ class Engine:
         sync: collect each step at once.
         decode_gap: observes step times and bounds prefill chunks while streams decode.
         constraints: the grammars of requests; without them info.no_grammars must say why.
-        clock: seconds, monotonic.
     """
 
     def __init__(
@@ -56,7 +54,6 @@ class Engine:
         sync: bool = False,
         decode_gap: DecodeGap | None = None,
         constraints: Constraints | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ):
         self.info = info
         self._runner = runner
@@ -64,7 +61,6 @@ class Engine:
         self._sync = sync
         self._decode_gap = decode_gap
         self._constraints = constraints
-        self._clock = clock
         self._prompt_scores = PromptScores()
         # What is on the device.
         self._in_flight: InFlight | None = None
@@ -89,7 +85,7 @@ class Engine:
         """
         request.validate(self.info)
         constrained = request.params.grammar is not None
-        self._scheduler.add(request, self._clock(), constrained=constrained, ready=not constrained)
+        self._scheduler.add(request, time.monotonic(), constrained=constrained, ready=not constrained)
         if request.params.prompt_logprobs is not None:
             self._prompt_scores.add(request)
         if constrained:
@@ -165,17 +161,17 @@ class Engine:
         return self._ended(refused)
 
     def _schedule(self) -> ScheduledBatch | None:
-        begin = self._clock()
+        begin = time.monotonic()
         batch = self._scheduler.schedule()
         if batch is not None:
-            self._schedule_times.observe(self._clock() - begin)
+            self._schedule_times.observe(time.monotonic() - begin)
         return batch
 
     def _dispatch(self, batch: ScheduledBatch) -> InFlight:
-        begin = self._clock()
+        begin = time.monotonic()
         step = self._runner.forward(batch) if batch.constrained else self._runner.dispatch(batch)
         self._num_steps += 1
-        now = self._clock()
+        now = time.monotonic()
         self._dispatch_times.observe(now - begin)
         return InFlight(batch, step, now)
 
@@ -194,9 +190,9 @@ class Engine:
         return outputs
 
     def _finish(self, step: InFlight) -> list[TokenOutput]:
-        begin = self._clock()
+        begin = time.monotonic()
         result = self._runner.collect(step.step)
-        now = self._clock()
+        now = time.monotonic()
         self._collect_times.observe(now - begin)
         on_device = now - max(step.dispatched_at, self._collected_at)
         self._device_times.observe(on_device)
