@@ -92,7 +92,8 @@ def test_logits_of_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     blocks: dict[str, tuple[np.ndarray, GGMLQuantizationType]] = {}
     for name in [name for name, tensor in tensors.items() if tensor.ndim == 2]:
         kind = kinds.get(name.removesuffix(".weight").split(".")[-1].removesuffix("_proj"), "Q8_0")
-        blocks[name] = random_blocks(kind, *tensors.pop(name).shape, random), GGMLQuantizationType[kind]
+        n, k = tensors.pop(name).shape
+        blocks[name] = random_blocks(kind, n, k, random), GGMLQuantizationType[kind]
     path = write_gguf(tmp_path / "model.gguf", "llama-wide", tensors, blocks=blocks)
     quantized = load(path)
     assert quantized.config.quantization.description == "gguf (Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, Q8_0)"

@@ -58,8 +58,9 @@ class KVScaling:
         declared = config.get("quantization_config") or config.get("compression_config")
         if not isinstance(declared, Mapping):
             return cls()
-        of_modelopt = declared.get("quantization") if isinstance(declared.get("quantization"), Mapping) else declared
-        algorithm, scheme = of_modelopt.get("kv_cache_quant_algo"), declared.get("kv_cache_scheme")
+        inner = declared.get("quantization")  # ModelOpt's own file has it one level deeper
+        algorithm = (inner if isinstance(inner, Mapping) else declared).get("kv_cache_quant_algo")
+        scheme = declared.get("kv_cache_scheme")
         if algorithm not in (None, "", "FP8"):
             return cls(refused=f"config.json: quantization_config: kv_cache_quant_algo {algorithm!r:.80} is not supported (FP8 is)")
         if scheme is None:

@@ -149,9 +149,10 @@ def _check_type(name: str, tensor: GGUFTensor) -> None:
 
     try:
         kind = GGMLQuantizationType(tensor.type)
-        _zeros(kind)
     except ValueError:
         raise WeightsError(f"GGUF: {name}: unknown quantization type {tensor.type}") from None
+    try:
+        _zeros(kind)
     except NotImplementedError:
         raise WeightsError(f"GGUF: {name}: quantization type {kind.name} is not supported") from None
     if tensor.shape[-1] % (block := GGML_QUANT_SIZES[kind][0]):
