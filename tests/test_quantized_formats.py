@@ -238,6 +238,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
             ("mxfp4-pack-quantized", {"num_bits": 4, "type": "float", "group_size": 16}, "in groups of 32, and nothing else is"),
             ("int-quantized", {"num_bits": 4, "type": "int", "strategy": "group"}, "4 bits of type 'int' in format int-quantized"),
             ("mxfp8-quantized", {"num_bits": 8, "type": "float"}, "format mxfp8-quantized is not supported"),
+            ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": False}, "zero points of floats"),
             ("marlin-24", {"num_bits": 4, "type": "int"}, "format marlin-24 is not supported"),
         )
     ),

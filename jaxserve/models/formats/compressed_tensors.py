@@ -86,6 +86,8 @@ def _scheme(group: Fields, form: str) -> Scheme:
         raise UnsupportedModel(f"{weights.file}: actorder {order!r:.80} is not supported")
     rounded, static = _activations(group, kind)
     if kind == "float":
+        if not weights.boolean("symmetric", True):
+            raise UnsupportedModel(f"{weights.file}: zero points of floats are not supported (symmetric: false)")
         block = weights.values.get("block_structure")
         if strategy == "block" and not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
             raise UnsupportedModel(f"{weights.file}: block_structure must be two sizes. Given: {block!r:.80}")

@@ -124,7 +124,8 @@ class QuantizedMatrix:
 
     def _fill(self, filled: Unpacked, tensors: Tensors, columns: slice, source: Source, rows: slice, first: int) -> None:
         read = slice(0, self.columns.size) if self.is_permuted else columns
-        part = STORAGES[self.scheme.stored].read(self.scheme, tensors, _module(source), rows, read)
+        with np.errstate(invalid="ignore", over="ignore"):  # what comes of it is looked at below
+            part = STORAGES[self.scheme.stored].read(self.scheme, tensors, _module(source), rows, read)
         if self.is_permuted:
             part = _of_columns(part, columns, self.scheme)
         for name, values in part.items():
