@@ -168,7 +168,7 @@ def test_shares_of_a_plan_cover_all_blocks_equally(window):
     assert all(np.diff(plan.row_starts) // 2 * 64 >= visible)
 
 
-def lowered(gpu: Gpu, decode_only: bool, head_dim: int, kv_dtype: jnp.dtype) -> str:
+def lowered(gpu: Gpu, decode_only: bool, head_dim: int, kv_dtype: jnp.dtype, page_size: int = 16) -> str:
     """StableHLO for CUDA of a layer of a step of 16 rows at serving sizes."""
     num_rows, num_tokens = 16, 16 if decode_only else 2048
 
@@ -176,7 +176,7 @@ def lowered(gpu: Gpu, decode_only: bool, head_dim: int, kv_dtype: jnp.dtype) -> 
         sizes = (num_rows, 512), num_rows, num_rows + 1, num_tokens, num_tokens
         return AttentionMetadata(*(jnp.zeros(size, jnp.int32) for size in sizes), decode_only=decode_only)
 
-    pages = jax.ShapeDtypeStruct((4096, 8, 16, head_dim), kv_dtype)
+    pages = jax.ShapeDtypeStruct((4096, 8, page_size, head_dim), kv_dtype)
     q = jax.ShapeDtypeStruct((num_tokens, 32, head_dim), BF16 if kv_dtype == BF16 else F16)
     call = functools.partial(paged_attention_gpu, scale=head_dim**-0.5, window=1024, soft_cap=30.0, gpu=gpu, out_dtype=BF16)
     layer = jax.jit(call)
@@ -194,6 +194,10 @@ def lowered(gpu: Gpu, decode_only: bool, head_dim: int, kv_dtype: jnp.dtype) -> 
 def test_mosaic_alone_computes_what_triton_is_faster_at():
     text = lowered(Gpu(132, is_hopper=True, only_mosaic=True), decode_only=True, head_dim=64, kv_dtype=F16)
     assert text.count("custom_call @mosaic_gpu_v2") == 1
+
+
+def test_mosaic_leaves_pages_of_few_tokens_to_triton():
+    assert "mosaic_gpu_v2" not in lowered(Gpu(132, is_hopper=True), decode_only=False, head_dim=192, kv_dtype=F16, page_size=4)
 
 
 @pytest.mark.parametrize("is_hopper", [False, True], ids=["triton", "mosaic"])

@@ -21,6 +21,8 @@ from jaxserve.pallas_kernels.paged_attention.combine import MASKED, combine_tran
 from jaxserve.pallas_kernels.paged_attention.decode_plan import plan_decode
 from jaxserve.pallas_kernels.paged_attention.triton_decode import soft_capped
 
+_TILE_ROWS = 8  # of SMEM as wgmma reads it
+
 
 @dataclass(frozen=True)
 class MosaicDecodeConfig:
@@ -33,7 +35,7 @@ class MosaicDecodeConfig:
     @staticmethod
     def goes(num_heads: int, num_kv_heads: int, head_dim: int, page_size: int) -> bool:
         """Whether the kernel computes these shapes at all."""
-        return head_dim in (64, 128, 192, 256) and HEIGHT % page_size == 0 and num_heads // num_kv_heads <= HEIGHT
+        return head_dim in (64, 128, 192, 256) and takes_pages(page_size) and num_heads // num_kv_heads <= HEIGHT
 
     @classmethod
     def suited(cls, q: jax.Array, kv: LayerKV, num_multiprocessors: int) -> "MosaicDecodeConfig | None":
@@ -50,6 +52,11 @@ class MosaicDecodeConfig:
         if head_dim > 128:
             return cls(HEIGHT, 3 if head_dim == 192 else 2, num_multiprocessors)
         return cls(2 * HEIGHT, 1, 2 * num_multiprocessors)
+
+
+def takes_pages(page_size: int) -> bool:
+    """Whether a page is whole tiles of SMEM, and a block whole pages."""
+    return page_size % _TILE_ROWS == 0 and HEIGHT % page_size == 0
 
 
 def decode_attention_mosaic(

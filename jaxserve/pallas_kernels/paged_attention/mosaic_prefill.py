@@ -21,6 +21,7 @@ from jaxserve.pallas_kernels.layer_kv import LayerKV
 from jaxserve.pallas_kernels.metadata import AttentionMetadata
 from jaxserve.pallas_kernels.mosaic import COMPUTE_REGISTERS, FETCH_REGISTERS, HEIGHT, swizzled
 from jaxserve.pallas_kernels.paged_attention.combine import MASKED
+from jaxserve.pallas_kernels.paged_attention.mosaic_decode import takes_pages
 from jaxserve.pallas_kernels.paged_attention.prefill_plan import RowSpan, plan_prefill, span_of_row
 from jaxserve.pallas_kernels.paged_attention.triton_decode import soft_capped
 
@@ -39,7 +40,7 @@ class MosaicPrefillConfig:
     def suited(cls, q: jax.Array, kv: LayerKV) -> "MosaicPrefillConfig | None":
         """The cut measured best on an H200 (docs/performance_gpu.md) for q [T, H, D]; None where the kernel does not go."""
         _, _, page_size, head_dim = kv[0].shape
-        if head_dim % HALF or HALF % page_size or kv[0].dtype != q.dtype:
+        if head_dim % HALF or not takes_pages(page_size) or kv[0].dtype != q.dtype:
             return None
         return cls(128 if head_dim <= 128 else HALF, 2)
 
