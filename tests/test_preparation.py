@@ -251,6 +251,18 @@ def test_gpus_that_reach_each_other_take_the_table_of_peers():
     assert [text.count('name = "all_reduce') > 0 for text in texts] == [False, True]
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend")
+def test_shards_that_no_kernel_takes_of_a_matrix_that_one_takes():
+    # Codes of 4 bits with a scale a row: 768 columns would be packed in blocks of 128, 192 on each of four GPUs are not.
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": -1}
+    model = ModelConfig.from_hf({**LLAMA, "intermediate_size": 768, "quantization_config": quantization})
+    config = RunnerConfig(16, 64)
+    plan = plan_kv_cache(model, config, 4, jnp.dtype(jnp.float16), 1 << 30)
+    here = Blueprint.of(Architecture.of(model), jnp.dtype(jnp.bfloat16), make_mesh(4), plan, config)
+    exported = export.deserialize(bytearray(lower(Programs(replace(here, **H200))[FORWARD], "cuda")))
+    assert {"uint8", "uint16"} <= {str(argument.dtype) for argument in exported.in_avals}
+
+
 def test_a_store_takes_nothing_that_it_did_not_write(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     store = ProgramStore(tmp_path / "folder")
     assert store.read("a") is None

@@ -113,9 +113,9 @@ class KVScale(Parameter):
         """What the checkpoint must hold; `read` looks at the shape."""
         return (Stored(self.sources[0].name, None),)
 
-    def dtype(self, activations: jnp.dtype) -> jnp.dtype:
+    def dtype(self, activations: jnp.dtype, shards: int = 1) -> jnp.dtype:
         """float32, whatever the model computes in."""
-        del activations
+        del activations, shards
         return jnp.dtype(jnp.float32)
 
     def read(self, read: Read, shard: int, shards: int, dtype: np.dtype) -> np.ndarray:

@@ -123,8 +123,9 @@ class Parameter:
         """What the checkpoint must hold."""
         return tuple(Stored(source.name, source.shape) for source in self.sources)
 
-    def dtype(self, activations: jnp.dtype) -> jnp.dtype:
-        """Of the array, where the model computes in `activations`."""
+    def dtype(self, activations: jnp.dtype, shards: int = 1) -> jnp.dtype:
+        """Of the array, where the model computes in `activations`, on however many shards."""
+        del shards
         return attention_dtype(activations) if self.after_norm else activations
 
     def prefixed(self, prefix: str) -> "Parameter":

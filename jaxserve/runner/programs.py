@@ -247,7 +247,9 @@ class Programs:
         dtype, shards = jnp.dtype(self.blueprint.dtype), self.blueprint.tensor_size
         with jax.sharding.use_abstract_mesh(self.mesh):  # how a quantized weight is packed depends on the device
             return tuple(
-                jax.ShapeDtypeStruct(parameter.shape(shards), parameter.dtype(dtype), sharding=NamedSharding(self.mesh, parameter.spec))
+                jax.ShapeDtypeStruct(
+                    parameter.shape(shards), parameter.dtype(dtype, shards), sharding=NamedSharding(self.mesh, parameter.spec)
+                )
                 for parameter in self.architecture.parameters
             )
 

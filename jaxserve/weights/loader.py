@@ -51,7 +51,7 @@ class OpenModel:
     def nbytes(self, shards: int) -> int:
         """Size of the weights on each of so many devices."""
         parameters = self.architecture.parameters
-        return sum(math.prod(parameter.local_shape(shards)) * parameter.dtype(self.dtype).itemsize for parameter in parameters)
+        return sum(math.prod(parameter.local_shape(shards)) * parameter.dtype(self.dtype, shards).itemsize for parameter in parameters)
 
     def load(self, mesh: Mesh) -> Model:
         """Put the weights on the devices of a mesh with an axis "tensor".

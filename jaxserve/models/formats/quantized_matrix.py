@@ -171,10 +171,10 @@ class QuantizedPart:
         first, *rest = self.local_shape(shards)
         return first * (shards if self.matrix.sharded else 1), *rest
 
-    def dtype(self, activations: jnp.dtype) -> jnp.dtype:
-        """Of the array, whatever the model computes in."""
+    def dtype(self, activations: jnp.dtype, shards: int = 1) -> jnp.dtype:
+        """Of the array, whatever the model computes in; a GPU's kernels may take a whole matrix and not a shard of it."""
         del activations
-        return jnp.dtype(self.matrix.packed_shapes(1)[self.name].dtype)
+        return jnp.dtype(self.matrix.packed_shapes(shards)[self.name].dtype)
 
     def prefixed(self, prefix: str) -> "QuantizedPart":
         """The same with `prefix` before the names of its sources."""
