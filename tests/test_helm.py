@@ -127,6 +127,9 @@ def test_what_is_rendered_is_what_kubernetes_takes(chart: Chart, name: str):
     expected |= {"PodMonitor"} if "podMonitor" in VALUES[name] else set()
     expected |= {"PersistentVolumeClaim"} if "weights" not in VALUES[name] else set()
     assert set(documents) == expected
+    for group in documents.get("LeaderWorkerSet", ()):  # with several replicas, each pod restarts for itself
+        policy = group["spec"]["leaderWorkerTemplate"]["restartPolicy"]
+        assert policy == ("None" if name == "replicas over hosts" else "RecreateGroupOnPodRestart")
 
 
 @pytest.mark.parametrize("name", VALUES)

@@ -307,6 +307,11 @@ def test_replicas_see_their_own_gpus(tmp_path: Path):
     assert device_environment(mesh, 0, {"CUDA_VISIBLE_DEVICES": "7,5,3,1"}, tmp_path) == {"CUDA_VISIBLE_DEVICES": "7,5"}
     assert device_environment(EngineOptions(mesh="1x4"), 0, {}, tmp_path) == {}
     assert device_environment(mesh, 1, {"JAX_PLATFORMS": "cpu"}, tmp_path) == {}
+    # Of a mesh over several hosts, the replicas of this one.
+    assert device_environment(EngineOptions(mesh="4x2"), 1, {}, tmp_path, count=2) == {"CUDA_VISIBLE_DEVICES": "2,3"}
+    assert device_environment(EngineOptions(mesh="2x4"), 0, {}, tmp_path, count=1) == {}
+    with pytest.raises(DeviceError, match="--mesh 6x2 needs 6 GPUs of each host; there are 4"):
+        device_environment(EngineOptions(mesh="6x2"), 0, {}, tmp_path, count=3)
     with pytest.raises(DeviceError, match="needs 4 GPUs; there are 2"):
         device_environment(mesh, 0, {"CUDA_VISIBLE_DEVICES": "0,1"}, tmp_path)
 

@@ -161,6 +161,8 @@ class Gate:
             return f"the hosts disagree on jaxserve's version: {self._version} on host 0, {hello.version} on host {index}"
         if hello.num_hosts != self._count:
             return f"the hosts disagree on --num-hosts: {self._count} on host 0, {hello.num_hosts} on host {index}"
+        if index >= self._count:
+            return f"--host-index must be less than --num-hosts ({self._count}). Given: {index}"
         if index in self._streams:
             return f"there are two hosts with --host-index {index}"
         return self.refusal

@@ -25,6 +25,7 @@ CONNECT_TIME = 5.0  # seconds until an address that does not answer is given up
 SOCKET_POLL_INTERVAL = 0.02  # seconds
 HANG_UP_TIME = 0.5  # seconds
 LOOKAHEAD_BYTES = 4096  # a step of 256 samples
+REMOTE_LOOKAHEAD_BYTES = 65536  # so much a round trip: over a network a step with log probabilities should not take several
 # Outputs of one request that may wait for whoever reads it; beyond, the request is aborted.
 MAX_UNREAD_OUTPUTS = 8192
 
@@ -272,7 +273,7 @@ class EngineClient:
             ("grpc.enable_http_proxy", 0),
             # Little is sent ahead of the reader, so that where it is slower than the engine the server merges steps: what waits here
             # would cost it a wakeup and a socket write for every token.
-            ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
+            ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES if self._key is None else REMOTE_LOOKAHEAD_BYTES),
             ("grpc.http2.bdp_probe", 0),
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 500),
