@@ -1,6 +1,7 @@
 """Membership: any other host's end of its stream to host 0."""
 
 import asyncio
+import contextlib
 from typing import Any
 
 import grpc
@@ -33,7 +34,7 @@ class Membership:
         self._index, self._count = index, count
         self._secret = secret
         self._version = own_version()
-        self._pending: asyncio.Queue[pb.WorkerMessage] = asyncio.Queue()
+        self._pending: asyncio.Queue[pb.WorkerMessage | None] = asyncio.Queue()
         reconnect = ("initial", "min", "max")
         self._channel = grpc.aio.insecure_channel(
             self._coordinator,
@@ -91,9 +92,11 @@ class Membership:
             return
         try:
             async with asyncio.timeout(FAREWELL_TIME):
-                await self._stream.write(pb.WorkerMessage(failed=pb.Ended(reason=reason)))
-                await self._stream.done_writing()
-        except (TimeoutError, grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError):
+                self.tell(pb.WorkerMessage(failed=pb.Ended(reason=reason)))
+                self._pending.put_nowait(None)  # nothing comes after it
+                await asyncio.wait([self._writing])
+                await self._stream.code()  # it has been heard
+        except (TimeoutError, grpc.aio.BaseError):
             pass
 
     async def _handshake(self) -> None:
@@ -118,8 +121,10 @@ class Membership:
         return StartupError(f"host 0 ({self._coordinator}) has another --cluster-secret")
 
     async def _write(self) -> None:
-        while True:
-            await self._stream.write(await self._pending.get())
+        with contextlib.suppress(grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError):  # the stream is over: read() tells
+            while (message := await self._pending.get()) is not None:
+                await self._stream.write(message)
+            await self._stream.done_writing()
 
 
 def _one_line(text: str | None) -> str:

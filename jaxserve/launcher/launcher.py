@@ -153,6 +153,7 @@ class _Launcher:
             await _first(self._signalled.wait(), self._gave_up.wait(), self._dismissed.wait())
             if self._dismissed.is_set():
                 await self._end_engines(END_TIME)
+                await self._leave_hosts()
                 return 0
             if self._gave_up.is_set():
                 self._accept_no_more()
@@ -162,7 +163,10 @@ class _Launcher:
             await _first(self._drain(), self._signalled.wait(), self._gave_up.wait(), self._dismissed.wait())
             if self._gave_up.is_set():
                 return _fail(self._reason)
-            return 128 + self._signals[1] if self._signalled.is_set() else 0
+            if self._signalled.is_set():
+                return 128 + self._signals[1]
+            await self._leave_hosts()
+            return 0
         finally:
             for task in tasks[len(children) :]:
                 task.cancel()
@@ -200,10 +204,9 @@ class _Launcher:
         if self._hosts.leads:
             self._accept_no_more()
             await _all_ended(self._http, self._server.graceful_termination_timeout + EXTRA_TIME)
-            await asyncio.gather(self._end_engines(END_TIME), self._leave_hosts())
+            await self._end_engines(END_TIME)
         else:  # engines on other hosts than the http processes see to it themselves
             await self._end_engines(self._server.graceful_termination_timeout + END_TIME)
-            await self._leave_hosts()
 
     async def _end_engines(self, timeout: float) -> None:
         for child in self._engines:
