@@ -11,18 +11,23 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
-from jaxserve.config import EngineOptions, HostOptions
+from jaxserve.config import EngineOptions, HostOptions, ModelOptions
 from jaxserve.errors import HostsFailed, StartupError
+from jaxserve.hosts.addresses import resolve
 from jaxserve.hosts.agreement import agree
 from jaxserve.hosts.discovery import discover
 from jaxserve.hosts.front import Front
 from jaxserve.hosts.leader import Leader
 from jaxserve.hosts.member import Member
 from jaxserve.hosts.placement import Placement, place
+from jaxserve.hosts.secret import proof
+from jaxserve.hosts.wire import METHOD
 from jaxserve.hosts.worker import Worker
+from jaxserve.launcher.fellow_hosts import FellowHosts
 from jaxserve.weights import ModelSource
 from jaxserve.weights.fingerprint import fingerprint
 
@@ -74,6 +79,19 @@ def test_hosts_are_discovered():
 def test_hosts_that_cannot_be(options: HostOptions, mesh: str, environment: dict[str, str], told: str):
     with pytest.raises(StartupError, match=told):
         discover(options, EngineOptions(mesh=mesh), environment)
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "told"),
+    [("0:5000", "must be an address that the other hosts can reach. Given: 0:5000"), ("a..b:5000", "a..b:5000: this is no host's name")],
+)
+def test_coordinators_that_lead_nowhere(coordinator: str, told: str):
+    with pytest.raises(StartupError, match=told):
+        asyncio.run(resolve(coordinator))
+
+
+def test_a_secret_may_be_any_bytes():
+    assert proof(os.fsdecode(b"\xff" * 16), 0, 1, b"a", b"b") != proof(os.fsdecode(b"\xfe" * 16), 0, 1, b"a", b"b")
 
 
 class Gathered:
@@ -198,8 +216,8 @@ def test_what_hosts_tell_each_other(tmp_path: Path):
     asyncio.run(run())
 
 
-def test_strangers_do_not_join():
-    """The wrong secret is told by the worker, and does not disturb the leader; nor does it teach who asks."""
+def test_strangers_do_not_join(caplog: pytest.LogCaptureFixture):
+    """The wrong secret is told by the worker, and does not disturb the leader; nor does it teach who asks, nor does what is no message."""
 
     async def run() -> None:
         async with hosts_of(2) as hosts:
@@ -213,12 +231,34 @@ def test_strangers_do_not_join():
             with pytest.MonkeyPatch.context() as patch, pytest.raises(StartupError, match="has another --cluster-secret"):
                 patch.setattr(module, "is_proof", lambda digest, expected: True)
                 await trusting.join()
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{hosts.port}") as channel:
+                call = channel.stream_stream(METHOD)()
+                await call.write(b"\xff" * 99)
+                assert await call.code() == grpc.StatusCode.UNAUTHENTICATED
             await hosts.join(1)
             await asyncio.to_thread(hosts.leader.wait_for_all)
             # Once all are there, one more is turned away.
             with pytest.raises(StartupError, match="there are two hosts with --host-index 1"):
                 await hosts.worker(1).join()
             assert hosts.leader.failure is None
+
+    asyncio.run(run())
+    assert "DecodeError" not in caplog.text and caplog.text.count("did not show that it knows the cluster secret") == 3
+
+
+def test_a_host_is_not_ready_before_host_0_has_let_it_in(tmp_path: Path):
+    async def run() -> None:
+        mesh, hosts = EngineOptions(mesh="2x1"), HostOptions(f"127.0.0.1:{free_port()}", 2, 1, SECRET)
+        fellows = FellowHosts(tmp_path, ModelOptions("m"), mesh, hosts)
+        staying, joining = asyncio.create_task(fellows.stay()), asyncio.create_task(fellows.join())
+        await fellows.placed.wait()
+        await asyncio.sleep(0)
+        assert not joining.done()
+        front = Front("127.0.0.1", int((hosts.coordinator or "").split(":")[1]), mesh, hosts, {}, lambda replica, address: None)
+        await front.open()
+        await joining
+        await front.close()
+        assert await staying == ""
 
     asyncio.run(run())
 
@@ -333,7 +373,7 @@ class Fellows:
         return member
 
 
-def test_hosts_of_a_replica_find_each_other_and_come_back():
+def test_hosts_of_a_replica_find_each_other_and_come_back(caplog: pytest.LogCaptureFixture):
     async def run() -> None:
         fellows = Fellows()
         await fellows.front.open()
@@ -361,10 +401,13 @@ def test_hosts_of_a_replica_find_each_other_and_come_back():
         fellows.join(1, **{"--dtype": "float32"})
         assert await fellows.stays[1] == "the hosts disagree on --dtype: auto on host 0, float32 on host 1"
         assert not fellows.front.failed.is_set()
+        await until(lambda: 1 in fellows.front._gate.missing)
         await fellows.front.close()
         assert [await fellows.stays[2], await fellows.stays[3]] == ["", ""]
 
     asyncio.run(run())
+    serves_no_more = [each.message for each in caplog.records if "host 1 serves no more" in each.message]
+    assert serves_no_more == ["host 1 serves no more until it is started again: it has no memory left"]
 
 
 def test_hosts_whose_model_files_differ_all_end():

@@ -349,6 +349,9 @@ def test_an_engine_on_another_host(tmp_path: Path, caplog: pytest.LogCaptureFixt
                 assert isinstance(answer, pb.EngineMessage) and answer.HasField("answer") and not answer.HasField("info")
                 await call.write(wire.generate_message(1, _request("s")))
                 assert await call.code() == grpc.StatusCode.UNAUTHENTICATED
+            call = channel.stream_stream(client_module.METHOD)()
+            await call.write(b"\xff" * 99)  # which is no message
+            assert await call.code() == grpc.StatusCode.UNAUTHENTICATED
         assert not any(stranger.available for stranger in strangers) and engine.counters["prompt_tokens"] == 5
 
         router = Router([client])

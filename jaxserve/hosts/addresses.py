@@ -23,7 +23,7 @@ async def resolve(coordinator: str) -> tuple[str, int]:
     """The IP address and the port of "HOST:PORT"; a name that nobody knows yet, as of a pod that is being started, is waited for.
 
     Raises:
-        StartupError: nobody knows it in time.
+        StartupError: nobody knows it in time, it is no name, or stands for all addresses of a host.
     """
     host, port = split_address(coordinator)
     loop = asyncio.get_running_loop()
@@ -31,11 +31,17 @@ async def resolve(coordinator: str) -> tuple[str, int]:
     while True:
         try:
             found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            return str(found[0][4][0]), port
+            break
+        except UnicodeError:
+            raise StartupError(f"--coordinator {coordinator}: this is no host's name") from None
         except OSError as error:
             if loop.time() > deadline:
                 raise StartupError(f"--coordinator {coordinator}: {error.strerror}") from None
         await asyncio.sleep(RESOLVE_INTERVAL)
+    address = str(found[0][4][0])
+    if ipaddress.ip_address(address).is_unspecified:  # "0" stands for it too
+        raise StartupError(f"--coordinator must be an address that the other hosts can reach. Given: {coordinator}")
+    return address, port
 
 
 def use_interface_to(address: str, port: int) -> None:

@@ -153,6 +153,7 @@ class Front:
             self._fail(reason)
         else:
             logger.error("host %d is turned away: %s", index, reason)
+            self._leaving[index] = ""  # and no more is to be said of it
             self._gate.turn_away(index, reason)
 
     def _fail(self, reason: str) -> None:

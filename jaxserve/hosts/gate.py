@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from jaxserve.errors import StartupError
 from jaxserve.hosts import worker_pb2 as pb
@@ -116,7 +117,7 @@ class Gate:
         try:
             async with asyncio.timeout(HANDSHAKE_TIME):
                 hello = await self._handshake(messages, context)
-        except TimeoutError:
+        except (TimeoutError, DecodeError, grpc.aio.BaseError):
             hello = None
         if hello is None:
             logger.warning("%s wanted to join as a host and did not show that it knows the cluster secret", context.peer())

@@ -22,10 +22,12 @@ class Member:
         facts: what all hosts must have been told alike.
 
     Attributes:
+        welcomed: set once host 0 has let this one in.
         coordinator: where this host's replica waits for its workers, once host 0 tells.
     """
 
     def __init__(self, address: str, port: int, index: int, count: int, secret: str | None, facts: Mapping[str, object]):
+        self.welcomed = asyncio.Event()
         self.coordinator: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._leaving = False
         self._membership = Membership(address, port, index, count, secret)
@@ -39,6 +41,7 @@ class Member:
         """
         try:
             await self._membership.join()
+            self.welcomed.set()
             while (message := await self._membership.read()) is not None:
                 if message.WhichOneof("message") == "ended":
                     return message.ended.reason

@@ -29,8 +29,9 @@ def proof(
         callers_challenge, answerers_challenge: of this connection, of who opened it and who listens.
         purpose: what the stream is for, so that a proof of one kind is none of another.
     """
+    key = (secret or "").encode(errors="surrogatepass")  # variables may hold any bytes, which Python takes for lone surrogates
     said = f"jaxserve {purpose}".encode() + prover.to_bytes(4) + number.to_bytes(4) + callers_challenge + answerers_challenge
-    return hmac.digest((secret or "").encode(), said, hashlib.sha256)
+    return hmac.digest(key, said, hashlib.sha256)
 
 
 def is_proof(digest: bytes, expected: bytes) -> bool:

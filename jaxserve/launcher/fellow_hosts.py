@@ -75,6 +75,12 @@ class FellowHosts:
         except StartupError as error:
             return str(error)
 
+    async def join(self) -> None:
+        """Wait until engines can be started, and host 0 knows of this host."""
+        await self.placed.wait()
+        if isinstance(self._end, Member):
+            await self._end.welcomed.wait()
+
     def heard(self, replica: int, news: dict[str, Any]) -> None:
         """What an engine of this host tells its launcher."""
         if self._end is None:

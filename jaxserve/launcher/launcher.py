@@ -294,6 +294,8 @@ class _Launcher:
     async def _tell_ready(self) -> None:
         for child in [*self._engines, *self._http]:
             await child.ready.wait()
+        if self._fellows is not None:
+            await self._fellows.join()
         seconds = time.monotonic() - self._started_at
         if not self._http:
             logger.info("ready: host %d of %d after %.1f s; host 0 serves", self._hosts.host_index, self._hosts.num_hosts, seconds)

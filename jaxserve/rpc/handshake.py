@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from jaxserve.hosts.secret import is_proof, new_challenge, proof
 from jaxserve.rpc import engine_pb2 as pb
@@ -43,7 +44,7 @@ async def admit(messages: AsyncIterator[pb.ClientMessage], context: Any, key: St
             own = new_challenge()
             await context.write(pb.EngineMessage(answer=pb.Answer(challenge=own, digest=key.proof(_ENGINE, callers, own))))
             digest = (await anext(messages, pb.ClientMessage())).proof.digest
-    except (TimeoutError, grpc.aio.BaseError):
+    except (TimeoutError, DecodeError, grpc.aio.BaseError):
         return False
     return is_proof(digest, key.proof(_CALLER, callers, own))
 
