@@ -284,6 +284,22 @@ def test_startup_errors_are_one_line(server: Callable[..., Server]):
         assert each.nothing_left()
 
 
+def test_an_error_that_nobody_foresaw_ends_the_launcher(short_path: Path):
+    program = (
+        "import sys\n"
+        "from jaxserve.config import EngineOptions, HostOptions, ModelOptions, ServerOptions\n"
+        "from jaxserve.launcher.fellow_hosts import FellowHosts\n"
+        "from jaxserve.launcher.launcher import launch\n"
+        "async def stay(self): raise LookupError('of no kind')\n"
+        "FellowHosts.stay = stay\n"
+        "hosts = HostOptions('127.0.0.1:29400', 2, 1)\n"
+        "sys.exit(launch(ModelOptions('m'), EngineOptions(mesh='2x1'), ServerOptions(), ('sleep', '60'), hosts))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(short_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 1 and done.stderr.endswith("jaxserve: error: LookupError: of no kind\n")
+
+
 def test_no_tokenizer_is_a_startup_error(tmp_path: Path):
     live = LiveFrontEnd(tmp_path / "nothing")
     with pytest.raises(AssertionError, match="does not get ready"):

@@ -149,6 +149,8 @@ class _Launcher:
         logger.info("starting %d http and %d engine processes", len(self._http), len(self._engines))
         tasks = [asyncio.create_task(self._supervise(child)) for child in children]
         tasks += [asyncio.create_task(self._tell_ready()), asyncio.create_task(self._stay_among_hosts())]
+        for task in tasks:
+            task.add_done_callback(self._look_at)
         try:
             await _first(self._signalled.wait(), self._gave_up.wait(), self._dismissed.wait())
             if self._dismissed.is_set():
@@ -286,6 +288,12 @@ class _Launcher:
             return False
         elsewhere = self._fellows is not None and self._fellows.serves
         return elsewhere or any(engine.ready.is_set() for engine in self._engines if engine is not child)
+
+    def _look_at(self, task: asyncio.Task[None]) -> None:
+        """An error that nobody foresaw in what keeps the server together ends it: in silence it would serve half, or nothing."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("the launcher failed", exc_info=error)
+            self._give_up(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
     def _give_up(self, reason: str) -> None:
         self._reason = self._reason or reason
