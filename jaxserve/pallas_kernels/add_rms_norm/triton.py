@@ -24,6 +24,7 @@ class AddRMSNormConfig:
         return cls(1, max(1, min(16, pl.next_power_of_2(x.shape[-1]) // 256)))
 
 
+@functools.partial(jax.jit, static_argnames=("eps", "dtype", "config", "interpret"))
 def add_rms_norm_triton(
     x: jax.Array,
     residual: jax.Array,

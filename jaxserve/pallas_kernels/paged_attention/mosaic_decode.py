@@ -59,6 +59,7 @@ def takes_pages(page_size: int) -> bool:
     return page_size % _TILE_ROWS == 0 and HEIGHT % page_size == 0
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "config", "out_dtype", "interpret"))
 def decode_attention_mosaic(
     q: jax.Array,
     kv: LayerKV,

@@ -45,6 +45,7 @@ class MosaicPrefillConfig:
         return cls(128 if head_dim <= 128 else HALF, 2)
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "config", "out_dtype", "interpret"))
 def prefill_attention_mosaic(
     q: jax.Array,
     kv: LayerKV,

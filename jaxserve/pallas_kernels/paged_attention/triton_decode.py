@@ -58,6 +58,7 @@ def soft_capped(scores: jax.Array, soft_cap: float | None, unit: float) -> jax.A
     return (1 - 2 / (doubled + 1)) * (soft_cap * math.log2(math.e))
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "config", "out_dtype", "interpret"))
 def decode_attention_triton(
     q: jax.Array,
     kv: LayerKV,

@@ -35,6 +35,7 @@ class TritonPrefillConfig:
         return cls() if q.shape[2] <= 128 else cls(64, 32, 4, 2)
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "config", "out_dtype", "interpret"))
 def prefill_attention_triton(
     q: jax.Array,
     kv: LayerKV,

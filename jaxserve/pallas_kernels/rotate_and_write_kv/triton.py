@@ -36,6 +36,7 @@ class RotateConfig:
         return cls(4 if qkv.shape[-2] >= 1024 else 1, block_heads, max(1, block_heads * padded_dim // 512))
 
 
+@functools.partial(jax.jit, static_argnames=("eps", "dtype", "config", "interpret"))
 def rotate_and_write_kv_triton(
     qkv: jax.Array,
     rotation: tuple[jax.Array, jax.Array],
