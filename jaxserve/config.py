@@ -15,6 +15,8 @@ from jaxserve.errors import StartupError
 
 EXECUTABLES_FOLDER = "executables"
 """Of compiled programs that are loaded as they are, in the compilation cache's."""
+LOWERED_FOLDER = "lowered"
+"""Of lowered programs, in the compilation cache's."""
 
 
 def option(

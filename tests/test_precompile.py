@@ -36,3 +36,6 @@ def test_a_start_after_it_compiles_nothing(tiny_checkpoint: Callable[[str], Path
     assert int(start[1]) == 0 and int(start[2]) >= 7
     assert list((tmp_path / "cache").glob("jit_*")) and not list((tmp_path / "cache").glob("jit_forward*"))  # they are kept once
     assert int(told[1]) >= int(start[2]) and Path(told[2]) == tmp_path / "cache"
+    for folder in map((tmp_path / "cache").joinpath, ("executables", "lowered")):
+        (listed,) = folder.glob("prepared-*")
+        assert set(listed.read_text().split()) == {path.name for path in folder.iterdir()} - {listed.name}

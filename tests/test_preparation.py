@@ -1,7 +1,9 @@
 """Starting a runner: what an earlier start lowered is used, and nothing else is; programs keep their donations and shardings."""
 
 import logging
+import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 from jax import export, monitoring
 
 import jaxserve
-from jaxserve.config import EXECUTABLES_FOLDER, ModelOptions
+from jaxserve.config import EXECUTABLES_FOLDER, LOWERED_FOLDER, ModelOptions
 from jaxserve.lowering_processes import LoweringProcesses
 from jaxserve.models import Architecture, Model, ModelConfig
 from jaxserve.models.kv_scaling import KVScaling
@@ -123,7 +125,7 @@ def test_another_config_or_a_damaged_file_is_made_again(prepare, config: RunnerC
     dict(prepare(config)[0].programs())
     compiled.clear()
     folder = Path(config.compilation_cache_dir or "")
-    executables, lowered_folder = folder / EXECUTABLES_FOLDER, folder / preparation.LOWERED_FOLDER
+    executables, lowered_folder = folder / EXECUTABLES_FOLDER, folder / LOWERED_FOLDER
     sound = damage_two(executables)
     again, lowered = prepare(config)
     dict(again.programs())
@@ -273,3 +275,55 @@ def test_a_store_takes_nothing_that_it_did_not_write(tmp_path: Path, caplog: pyt
     (tmp_path / "file").write_text("")
     ProgramStore(tmp_path / "file").write("a", b"data")
     assert "not kept" in caplog.text
+
+
+def test_a_store_deletes_what_nobody_uses(tmp_path: Path):
+    def use_hours_ago(hours: float, *names: str) -> None:
+        for name in names:
+            os.utime(tmp_path / name, (now - 3600 * hours,) * 2)
+
+    def names() -> set[str]:
+        return {path.name for path in tmp_path.iterdir() if not path.name.startswith("prepared")}
+
+    now, size = time.time(), 132  # a digest of 32 bytes is in it
+    earlier = ProgramStore(tmp_path)
+    for name in "abcdefg":
+        earlier.write(name, b"1" * 100)
+    (tmp_path / "h.12345").write_bytes(b"a writer died")
+    use_hours_ago(0, "g")
+    use_hours_ago(2, "e")
+    use_hours_ago(3, "f")
+    use_hours_ago(4, "a", "b", "c", "d")
+    ProgramStore(tmp_path).keep_used(since=now - 3600 * 3)  # `jaxserve compile` made e, f and g
+    use_hours_ago(50, "e", "f", "h.12345")
+    use_hours_ago(5, "c")
+    store = ProgramStore(tmp_path)
+    assert store.has("a") and not store.has("x")
+    store.clean(1 << 20)
+    assert names() == set("abcdefg")  # all but what is half written
+    beside = sum(path.stat().st_size for path in tmp_path.glob("prepared*"))
+    store.clean(6 * size + beside)
+    assert names() == set("abdefg")
+    ProgramStore(tmp_path).clean(0)  # another process: a was used within the hour
+    assert names() == set("aefg")
+    use_hours_ago(6, "a")
+    store.clean(0)  # in use here
+    ProgramStore(tmp_path / "missing").clean(0)
+    ProgramStore(None).clean(0)
+    assert names() == set("aefg") and store.read("a") == b"1" * 100
+
+
+def test_a_start_leaves_what_it_uses(prepare, monkeypatch: pytest.MonkeyPatch, config: RunnerConfig):
+    monkeypatch.setattr(preparation, "_MOST_EXECUTABLES", 0)
+    monkeypatch.setattr(preparation, "_MOST_LOWERED", 0)
+    folders = [Path(config.compilation_cache_dir or "") / name for name in (EXECUTABLES_FOLDER, LOWERED_FOLDER)]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+        (folder / "of_an_older_version").write_bytes(b"")
+        for path in folder.iterdir():
+            os.utime(path, (1e9, 1e9))
+    prepared, _ = prepare(config)
+    count = len(dict(prepared.programs()))
+    kept = [{path.name for path in folder.iterdir()} for folder in folders]
+    assert [len(names) for names in kept] == [count, count + 1]  # beside the lowered ones lie the bytes of temporaries
+    assert not any("of_an_older_version" in names for names in kept)

@@ -76,6 +76,10 @@ class Executables:
         self._store.write(self._name(blueprint, key), data)
         monitoring.record_event(KEPT_EVENT)
 
+    def clean(self, most_bytes: int) -> None:
+        """Delete those that nobody has used for long; as `ProgramStore.clean`."""
+        self._store.clean(most_bytes)
+
     def _name(self, blueprint: Blueprint, key: ProgramKey) -> str:
         return blueprint.digest(f"executable {key.name} {self._compiler}")
 
