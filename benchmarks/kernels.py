@@ -152,7 +152,7 @@ def seconds_per_layer(contender: "Contender", shape: Shape) -> float:
 
     @functools.partial(jax.jit, donate_argnums=0)
     def chain(q, pools, metadata):
-        metadata = plan_attention(metadata, page_size=shape.page_size, num_kv_heads=shape.num_kv_heads, window=None)
+        metadata = plan_attention(metadata, q, pools[0], window=None)
         for i in range(num_layers):
             q = layer(q, pools[i % num_pools], metadata)
         return q

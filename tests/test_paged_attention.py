@@ -19,7 +19,7 @@ SCALE = 0.3
 
 @partial(jax.jit, static_argnames=("window", "soft_cap"))
 def planned_attention(q: jax.Array, kv: LayerKV, metadata: AttentionMetadata, window: int | None, soft_cap: float | None) -> jax.Array:
-    metadata = plan_attention(metadata, page_size=kv[0].shape[2], num_kv_heads=kv[0].shape[1], window=window)
+    metadata = plan_attention(metadata, q, kv, window=window)
     return paged_attention(q, kv, metadata, scale=SCALE, window=window, soft_cap=soft_cap)
 
 

@@ -14,7 +14,7 @@ from jaxserve.pallas_kernels import AttentionMetadata
 from jaxserve.pallas_kernels.gpu import Gpu
 from jaxserve.pallas_kernels.paged_attention.decode_items import make_arrivals, plan_items
 from jaxserve.pallas_kernels.paged_attention.decode_plan import plan_decode, worker_of_block
-from jaxserve.pallas_kernels.paged_attention.gpu import paged_attention_gpu
+from jaxserve.pallas_kernels.paged_attention.gpu import paged_attention_gpu, plan_attention_gpu
 from jaxserve.pallas_kernels.paged_attention.mosaic_decode import MosaicDecodeConfig, decode_attention_mosaic
 from jaxserve.pallas_kernels.paged_attention.mosaic_prefill import MosaicPrefillConfig, prefill_attention_mosaic
 from jaxserve.pallas_kernels.paged_attention.reference import paged_attention_reference
@@ -182,7 +182,7 @@ def lowered(gpu: Gpu, decode_only: bool, head_dim: int, kv_dtype: jnp.dtype, pag
     layer = jax.jit(call)
 
     def step(q, kv, metadata):
-        metadata = dataclasses.replace(metadata, plan=make_arrivals(num_rows, 8))
+        metadata = dataclasses.replace(metadata, plan=plan_attention_gpu(metadata, q, kv, window=1024, gpu=gpu))
         return layer(q, kv, metadata)
 
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")

@@ -11,7 +11,15 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.kv_scaling import KVScale
 from jaxserve.models.layers import Branch, Embedding, Linear, Place, RMSNorm, norm_weight
 from jaxserve.models.parameters import Axis, Source
-from jaxserve.pallas_kernels import AttentionMetadata, LayerKV, Shards, attention_dtype, paged_attention, rotate_and_write_kv
+from jaxserve.pallas_kernels import (
+    AttentionMetadata,
+    LayerKV,
+    Shards,
+    attention_dtype,
+    paged_attention,
+    plan_attention,
+    rotate_and_write_kv,
+)
 
 Rotation = tuple[jax.Array, jax.Array]
 
@@ -179,6 +187,13 @@ class Decoder(nnx.Module):
         x = self.embedding(token_ids, self.residual_dtype(dtype, shards))
         residual = jnp.zeros_like(x.parts)
         rotation = self.config.rope(positions)
+        heads = self.config.num_heads // shards.count, self.config.head_dim
+        q = jax.ShapeDtypeStruct((token_ids.shape[0], *heads), attention_dtype(dtype))
+        layers = [(self.layers[group.layers[0]].attention, kv[group.layers[0]]) for group in self.config.kv_groups]
+        metadata = tuple(
+            plan_attention(of_group, q, cache, window=attention.window, implementation=attention.implementation)
+            for of_group, (attention, cache) in zip(metadata, layers, strict=True)
+        )
         caches = []
         for layer, cache, group in zip(self.layers, kv, self.config.group_of_layer, strict=True):
             graphdef, state = nnx.split(layer)

@@ -18,7 +18,7 @@ class AttentionMetadata:
             query_starts[R] on are padding.
         write_pages: [T] page that takes each token's K and V; padding tokens name a page out of range, which drops them.
         write_offsets: [T] place in that page.
-        plan: the step's work as the device's implementation wants it laid out, or memory that its layers hand on, by `plan_attention`;
+        plan: the step's work as the device's implementation wants it laid out, and memory that its layers hand on, by `plan_attention`;
             None: made anew for each layer.
         decode_only: static; every row has exactly one token: T == R and token i belongs to row i.
         deterministic: static; what a token gets must be the same to the bit wherever in the step it stands, whatever stands beside it,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.pallas_kernels import AttentionMetadata, plan_attention
+from jaxserve.pallas_kernels import AttentionMetadata
 from jaxserve.pallas_kernels.token_options import Column
 from jaxserve.request import Request, SamplingParams
 from jaxserve.runner.buckets import Bucket
@@ -165,8 +165,8 @@ def unpack_batch(
     token_ids = jnp.where(fields.token_ids < 0, last_tokens[slots[row], 0], fields.token_ids)
     kv_lens = jnp.where(fields.lengths > 0, fields.starts + fields.lengths, 0)
 
-    def group_metadata(table: jax.Array, num_pages: int, window: int | None) -> AttentionMetadata:
-        metadata = AttentionMetadata(
+    def group_metadata(table: jax.Array, num_pages: int) -> AttentionMetadata:
+        return AttentionMetadata(
             page_table=table.at[slots].get(mode="promise_in_bounds"),
             kv_lens=kv_lens,
             query_starts=query_starts,
@@ -175,9 +175,8 @@ def unpack_batch(
             decode_only=decode_only,
             deterministic=deterministic,
         )
-        return plan_attention(metadata, page_size=plan.page_size, num_kv_heads=plan.num_kv_heads, window=window)
 
-    metadata = tuple(map(group_metadata, page_tables, plan.num_pages, plan.windows))
+    metadata = tuple(map(group_metadata, page_tables, plan.num_pages))
     return DeviceBatch(token_ids, positions, metadata, last), page_tables
 
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxserve.pallas_kernels.gpu import Gpu, local_gpu
 from jaxserve.pallas_kernels.layer_kv import LayerKV
 from jaxserve.pallas_kernels.metadata import AttentionMetadata
-from jaxserve.pallas_kernels.paged_attention.decode_items import make_arrivals
 from jaxserve.pallas_kernels.paged_attention.xla import paged_attention_xla
 from jaxserve.pallas_kernels.paged_attention.xla_plan import XlaPlan, plan_xla
 
@@ -65,23 +64,31 @@ def chosen_gpu(implementation: str) -> Gpu | None:
     return replace(gpu, is_hopper=gpu.is_hopper and implementation != "triton", only_mosaic=implementation == "mosaic")
 
 
-def plan_attention(metadata: AttentionMetadata, *, page_size: int, num_kv_heads: int, window: int | None) -> AttentionMetadata:
-    """Lay out a step's attention once for all layers of a KV group.
-
-    The kernels for GPUs lay out their work by themselves, the same in each layer: XLA then does it once. What they need is memory that
-    goes from layer to layer.
+def plan_attention(
+    metadata: AttentionMetadata,
+    q: jax.Array | jax.ShapeDtypeStruct,
+    kv: LayerKV,
+    *,
+    window: int | None,
+    implementation: str = "auto",
+) -> AttentionMetadata:
+    """Lay out a step's attention once for all layers of a KV group; a deterministic step's kernel for GPUs does that by itself.
 
     Args:
         metadata: of the group.
-        page_size: tokens a page.
-        num_kv_heads: on one device.
-        window: the layers'.
+        q: of a layer, or its shape and dtype.
+        kv: of a layer; only shapes and dtypes matter.
+        window, implementation: the layers'.
     """
-    if local_gpu() is not None and metadata.deterministic:
+    gpu = chosen_gpu(implementation)
+    if gpu is None or q.dtype == jnp.float32:
+        return replace(metadata, plan=plan_xla(metadata, page_size=kv[0].shape[2], window=window))
+    if metadata.deterministic:
         return metadata
-    if local_gpu() is not None:
-        return replace(metadata, plan=make_arrivals(metadata.page_table.shape[0], num_kv_heads))
-    return replace(metadata, plan=plan_xla(metadata, page_size=page_size, window=window))
+    # Pallas takes over a second to import: not where there is no GPU.
+    from jaxserve.pallas_kernels.paged_attention.gpu import plan_attention_gpu
+
+    return replace(metadata, plan=plan_attention_gpu(metadata, q, kv, window=window, gpu=gpu))
 
 
 def paged_attention(

@@ -1,5 +1,6 @@
 """Paged attention on NVIDIA GPUs: which kernel takes which tokens of a step."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -8,11 +9,38 @@ import jax.numpy as jnp
 from jaxserve.pallas_kernels.gpu import Gpu
 from jaxserve.pallas_kernels.layer_kv import LayerKV
 from jaxserve.pallas_kernels.metadata import AttentionMetadata
+from jaxserve.pallas_kernels.paged_attention.decode_items import make_arrivals
+from jaxserve.pallas_kernels.paged_attention.decode_plan import DecodePlan
 from jaxserve.pallas_kernels.paged_attention.mosaic_decode import MosaicDecodeConfig, decode_attention_mosaic
-from jaxserve.pallas_kernels.paged_attention.mosaic_prefill import MosaicPrefillConfig, prefill_attention_mosaic
+from jaxserve.pallas_kernels.paged_attention.mosaic_prefill import BLOCK_Q, MosaicPrefillConfig, prefill_attention_mosaic
+from jaxserve.pallas_kernels.paged_attention.prefill_plan import PrefillPlan, plan_prefill
 from jaxserve.pallas_kernels.paged_attention.triton_decode import TritonDecodeConfig, decode_attention_triton
 from jaxserve.pallas_kernels.paged_attention.triton_deterministic import DeterministicConfig, deterministic_attention_triton
 from jaxserve.pallas_kernels.paged_attention.triton_prefill import TritonPrefillConfig, prefill_attention_triton
+
+_Shaped = jax.Array | jax.ShapeDtypeStruct
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GpuPlan:
+    """What the layers of a KV group have in common. Made anew in each, it would be XLA's to find out, in a module of five times the size.
+
+    Attributes:
+        decoded_lens: int32 [R], `kv_lens` of the rows that the decode kernel takes, 0 of the others.
+        decode: that kernel's work: Mosaic's shares, or Triton's items.
+        arrivals: Triton's counters; None for Mosaic's.
+        prefill: the prefill kernel's tiles; None for a step of decodes, as all that follows.
+        row_tokens: int32 [R] a token of each row, its only one where the decode kernel takes it.
+        decoded_tokens: int32 [R] where the decode kernel's result goes; nowhere (T) for rows that it does not take.
+    """
+
+    decoded_lens: jax.Array
+    decode: DecodePlan | jax.Array
+    arrivals: jax.Ref | None
+    prefill: PrefillPlan | None
+    row_tokens: jax.Array | None
+    decoded_tokens: jax.Array | None
 
 
 def paged_attention_gpu(
@@ -36,29 +64,55 @@ def paged_attention_gpu(
         longest = metadata.page_table.shape[1] * kv[0].shape[2]
         config = DeterministicConfig.suited(q, kv, longest, gpu.num_multiprocessors)
         return deterministic_attention_triton(q, kv, metadata, config=config, **options)
+    plan = metadata.plan if isinstance(metadata.plan, GpuPlan) else plan_attention_gpu(metadata, q, kv, window=window, gpu=gpu)
     if metadata.decode_only:
-        return _decode(q, kv, metadata, metadata.kv_lens, gpu, options)
-    starts = metadata.query_starts[:-1]
-    single = metadata.query_starts[1:] - starts == 1
-    num_tokens = q.shape[0]
-    rows = q[jnp.minimum(starts, num_tokens - 1)]
-    decoded = _decode(rows, kv, metadata, jnp.where(single, metadata.kv_lens, 0), gpu, options)
-    prefilled = _prefill(q, kv, metadata, gpu, options)
-    return prefilled.at[jnp.where(single, starts, num_tokens)].set(decoded, mode="drop")
+        return _decode(q, kv, metadata, plan, gpu, options)
+    decoded = _decode(q[plan.row_tokens], kv, metadata, plan, gpu, options)
+    config = _prefill_config(q, kv, gpu)
+    prefill = prefill_attention_mosaic if isinstance(config, MosaicPrefillConfig) else prefill_attention_triton
+    return prefill(q, kv, metadata, plan=plan.prefill, config=config, **options).at[plan.decoded_tokens].set(decoded, mode="drop")
 
 
-def _decode(q: jax.Array, kv: LayerKV, metadata: AttentionMetadata, kv_lens: jax.Array, gpu: Gpu, options: dict) -> jax.Array:
-    config = MosaicDecodeConfig.suited(q, kv, gpu.num_multiprocessors) if gpu.is_hopper else None
+def plan_attention_gpu(metadata: AttentionMetadata, q: _Shaped, kv: LayerKV, *, window: int | None, gpu: Gpu) -> GpuPlan:
+    """Lay out what the layers of a KV group have in common, for a step that is not deterministic.
+
+    Args:
+        q: of a layer, or its shape and dtype.
+        kv: of a layer; only shapes and dtypes matter.
+    """
+    num_tokens, num_kv_heads = q.shape[0], kv[0].shape[1]
+    if metadata.decode_only:
+        lens, prefill, row_tokens, decoded_tokens = metadata.kv_lens, None, None, None
+        rows = q
+    else:
+        starts = metadata.query_starts[:-1]
+        single = metadata.query_starts[1:] - starts == 1
+        lens, row_tokens = jnp.where(single, metadata.kv_lens, 0), jnp.minimum(starts, num_tokens - 1)
+        decoded_tokens = jnp.where(single, starts, num_tokens)
+        config = _prefill_config(q, kv, gpu)
+        block_q = BLOCK_Q if isinstance(config, MosaicPrefillConfig) else config.block_q
+        prefill = plan_prefill(metadata, num_tokens=num_tokens, block_q=block_q)
+        rows = jax.ShapeDtypeStruct((starts.shape[0], *q.shape[1:]), q.dtype)
+    config = _decode_config(rows, kv, gpu)
+    arrivals = make_arrivals(rows.shape[0], num_kv_heads) if isinstance(config, TritonDecodeConfig) else None
+    return GpuPlan(lens, config.plan(lens, num_kv_heads, window), arrivals, prefill, row_tokens, decoded_tokens)
+
+
+def _decode(q: jax.Array, kv: LayerKV, metadata: AttentionMetadata, plan: GpuPlan, gpu: Gpu, options: dict) -> jax.Array:
+    config = _decode_config(q, kv, gpu)
+    if isinstance(plan.decode, DecodePlan):
+        return decode_attention_mosaic(q, kv, metadata.page_table, plan.decoded_lens, plan=plan.decode, config=config, **options)
+    places: dict[str, Any] = dict(items=plan.decode, arrivals=plan.arrivals)
+    return decode_attention_triton(q, kv, metadata.page_table, plan.decoded_lens, config=config, **places, **options)
+
+
+def _decode_config(q: _Shaped, kv: LayerKV, gpu: Gpu) -> MosaicDecodeConfig | TritonDecodeConfig:
     if gpu.only_mosaic:
-        config = MosaicDecodeConfig.cut(q.shape[2], gpu.num_multiprocessors)
-    if config is not None:
-        return decode_attention_mosaic(q, kv, metadata.page_table, kv_lens, config=config, **options)
-    config = TritonDecodeConfig.suited(q, kv, gpu.num_multiprocessors)
-    return decode_attention_triton(q, kv, metadata.page_table, kv_lens, arrivals=metadata.plan, config=config, **options)
+        return MosaicDecodeConfig.cut(q.shape[2], gpu.num_multiprocessors)
+    config = MosaicDecodeConfig.suited(q, kv, gpu.num_multiprocessors) if gpu.is_hopper else None
+    return config or TritonDecodeConfig.suited(q, kv, gpu.num_multiprocessors)
 
 
-def _prefill(q: jax.Array, kv: LayerKV, metadata: AttentionMetadata, gpu: Gpu, options: dict) -> jax.Array:
+def _prefill_config(q: _Shaped, kv: LayerKV, gpu: Gpu) -> MosaicPrefillConfig | TritonPrefillConfig:
     config = MosaicPrefillConfig.suited(q, kv) if gpu.is_hopper else None
-    if config is not None:
-        return prefill_attention_mosaic(q, kv, metadata, config=config, **options)
-    return prefill_attention_triton(q, kv, metadata, config=TritonPrefillConfig.suited(q), **options)
+    return config or TritonPrefillConfig.suited(q)

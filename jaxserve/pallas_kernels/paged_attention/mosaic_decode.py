@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxserve.pallas_kernels.layer_kv import LayerKV
 from jaxserve.pallas_kernels.mosaic import HEIGHT, see_out, swizzled
 from jaxserve.pallas_kernels.paged_attention.combine import MASKED, combine_transposed
-from jaxserve.pallas_kernels.paged_attention.decode_plan import plan_decode
+from jaxserve.pallas_kernels.paged_attention.decode_plan import DecodePlan, plan_decode
 from jaxserve.pallas_kernels.paged_attention.triton_decode import soft_capped
 
 _TILE_ROWS = 8  # of SMEM as wgmma reads it
@@ -53,6 +53,10 @@ class MosaicDecodeConfig:
             return cls(HEIGHT, 3 if head_dim == 192 else 2, num_multiprocessors)
         return cls(2 * HEIGHT, 1, 2 * num_multiprocessors)
 
+    def plan(self, kv_lens: jax.Array, num_kv_heads: int, window: int | None) -> DecodePlan:
+        """The shares of a step, as `plan_decode`."""
+        return plan_decode(kv_lens, num_kv_heads=num_kv_heads, block_kv=self.block_kv, window=window, num_workers=self.num_workers)
+
 
 def takes_pages(page_size: int) -> bool:
     """Whether a page is whole tiles of SMEM, and a block whole pages."""
@@ -66,6 +70,7 @@ def decode_attention_mosaic(
     page_table: jax.Array,
     kv_lens: jax.Array,
     *,
+    plan: DecodePlan | None = None,
     scale: float,
     window: int | None,
     soft_cap: float | None,
@@ -76,12 +81,16 @@ def decode_attention_mosaic(
     """Attention of one token a row: q [R, H, D], page_table int32 [R, P], kv_lens int32 [R] -> [R, H, D]; zeros for a padding row.
 
     K and V are of q's type, bfloat16 or float16, the result of `out_dtype` (q's); D is a multiple of 64, block_kv of the page size.
+
+    Args:
+        plan: from the config's `plan`; None: made for this call.
     """
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads, page_size = kv[0].shape[1], kv[0].shape[2]
     group = num_heads // num_kv_heads
     block_kv, stages = config.block_kv, config.num_stages
-    plan = plan_decode(kv_lens, num_kv_heads=num_kv_heads, block_kv=block_kv, window=window, num_workers=config.num_workers)
+    if plan is None:
+        plan = config.plan(kv_lens, num_kv_heads, window)
     queries = _query_tiles(q, group, num_rows * num_kv_heads)
     lanes = queries.shape[1]
     kv_tiles = plgpu.SMEM((stages, block_kv, head_dim), kv[0].dtype, transforms=swizzled(head_dim, kv[0].dtype))

@@ -22,7 +22,7 @@ from jaxserve.pallas_kernels.metadata import AttentionMetadata
 from jaxserve.pallas_kernels.mosaic import COMPUTE_REGISTERS, FETCH_REGISTERS, HEIGHT, swizzled
 from jaxserve.pallas_kernels.paged_attention.combine import MASKED
 from jaxserve.pallas_kernels.paged_attention.mosaic_decode import takes_pages
-from jaxserve.pallas_kernels.paged_attention.prefill_plan import RowSpan, plan_prefill, span_of_row
+from jaxserve.pallas_kernels.paged_attention.prefill_plan import PrefillPlan, RowSpan, plan_prefill, span_of_row
 from jaxserve.pallas_kernels.paged_attention.triton_decode import soft_capped
 
 HALF = HEIGHT  # tokens of a warpgroup
@@ -51,6 +51,7 @@ def prefill_attention_mosaic(
     kv: LayerKV,
     metadata: AttentionMetadata,
     *,
+    plan: PrefillPlan | None = None,
     scale: float,
     window: int | None,
     soft_cap: float | None,
@@ -61,11 +62,14 @@ def prefill_attention_mosaic(
     """Bottom-right causal attention of each token over its row's pages: q [T, H, D] -> [T, H, D]; finite for padding tokens.
 
     K and V are of q's type, the result of `out_dtype` (q's, or another of as many bits).
+
+    Args:
+        plan: of tiles of BLOCK_Q tokens; None: made for this call.
     """
     options: dict[str, Any] = dict(scale=scale, window=window, soft_cap=soft_cap, config=config)
     num_tokens, num_heads, head_dim = q.shape
     page_size = kv[0].shape[2]
-    plan = plan_prefill(metadata, num_tokens=num_tokens, block_q=BLOCK_Q)
+    plan = plan or plan_prefill(metadata, num_tokens=num_tokens, block_q=BLOCK_Q)
     num_tiles = plan.tiles.shape[0]
     padded = jnp.pad(q, ((0, num_tiles * BLOCK_Q - num_tokens), (0, 0), (0, 0)))
     tiled = swizzled(head_dim, q.dtype)

@@ -49,6 +49,10 @@ class TritonDecodeConfig:
             return cls(block_kv, 4, 2, (2 if num_pairs <= num_multiprocessors else 3) * num_multiprocessors)
         return cls(block_kv, 4, 1, 4 * num_multiprocessors)
 
+    def plan(self, kv_lens: jax.Array, num_kv_heads: int, window: int | None) -> jax.Array:
+        """The items of a step, as `plan_items`."""
+        return plan_items(kv_lens, num_kv_heads=num_kv_heads, block_kv=self.block_kv, window=window, num_programs=self.num_programs)
+
 
 def soft_capped(scores: jax.Array, soft_cap: float | None, unit: float) -> jax.Array:
     """soft_cap * tanh(scores * unit / soft_cap), or scores * unit without a cap, times log2(e): what exp2 takes."""
@@ -65,6 +69,7 @@ def decode_attention_triton(
     page_table: jax.Array,
     kv_lens: jax.Array,
     *,
+    items: jax.Array | None = None,
     arrivals: jax.Ref | None = None,
     scale: float,
     window: int | None,
@@ -78,13 +83,15 @@ def decode_attention_triton(
     A float8 cache is read as float16, which holds every float8 value (Triton converts one to the other in half an instruction).
 
     Args:
+        items: from `plan_items` with the config's numbers; None: made for this call.
         arrivals: from `make_arrivals`; None: made for this call.
         out_dtype: of the result; None: q's.
     """
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = kv[0].shape[1]
     group = num_heads // num_kv_heads
-    items = plan_items(kv_lens, num_kv_heads=num_kv_heads, block_kv=config.block_kv, window=window, num_programs=config.num_programs)
+    if items is None:
+        items = config.plan(kv_lens, num_kv_heads, window)
     kernel = functools.partial(_decode_kernel, scale=scale, window=window, soft_cap=soft_cap, config=config, interpret=interpret)
     partials = items.shape[0], group
     counts = jnp.zeros((num_rows * num_kv_heads,), jnp.int32) if arrivals is None else arrivals[...]

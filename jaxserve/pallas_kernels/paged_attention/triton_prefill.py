@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plt
 from jaxserve.pallas_kernels.layer_kv import FLOAT8, LayerKV
 from jaxserve.pallas_kernels.metadata import AttentionMetadata
 from jaxserve.pallas_kernels.paged_attention.combine import MASKED
-from jaxserve.pallas_kernels.paged_attention.prefill_plan import plan_prefill, span_of_row
+from jaxserve.pallas_kernels.paged_attention.prefill_plan import PrefillPlan, plan_prefill, span_of_row
 from jaxserve.pallas_kernels.paged_attention.triton_decode import padded_lanes, soft_capped
 
 
@@ -41,6 +41,7 @@ def prefill_attention_triton(
     kv: LayerKV,
     metadata: AttentionMetadata,
     *,
+    plan: PrefillPlan | None = None,
     scale: float,
     window: int | None,
     soft_cap: float | None,
@@ -51,9 +52,12 @@ def prefill_attention_triton(
     """Bottom-right causal attention of each token over its row's pages: q [T, H, D] -> [T, H, D]; finite for padding tokens.
 
     A float8 cache is read as float16, which holds every float8 value. The result is of `out_dtype`, q's if not another one.
+
+    Args:
+        plan: of tiles of the config's `block_q` tokens; None: made for this call.
     """
     num_tokens, num_heads, _ = q.shape
-    plan = plan_prefill(metadata, num_tokens=num_tokens, block_q=config.block_q)
+    plan = plan or plan_prefill(metadata, num_tokens=num_tokens, block_q=config.block_q)
     operands = (
         q, *kv, metadata.page_table, metadata.kv_lens, metadata.query_starts, plan.tiles, plan.first_rows, plan.end_rows,
     )  # fmt: skip
