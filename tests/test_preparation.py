@@ -1,5 +1,6 @@
 """Starting a runner: what an earlier start lowered is used, and nothing else is; programs keep their donations and shardings."""
 
+import contextlib
 import logging
 import os
 import shutil
@@ -16,7 +17,7 @@ from jax import export, monitoring
 
 import jaxserve
 from jaxserve.config import EXECUTABLES_FOLDER, LOWERED_FOLDER, ModelOptions
-from jaxserve.lowering_processes import LoweringProcesses
+from jaxserve.lowering_processes import LoweringFailed, LoweringProcesses
 from jaxserve.models import Architecture, Model, ModelConfig
 from jaxserve.models.kv_scaling import KVScaling
 from jaxserve.runner import ModelRunner, Preparation, RunnerConfig, make_mesh, preparation
@@ -189,7 +190,7 @@ def test_more_temporaries_than_expected(prepare, config: RunnerConfig, tmp_path:
 
 def test_other_processes_lower(prepare, config: RunnerConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch):
     config = replace(config, compilation_cache_dir=str(tmp_path))
-    prepared, lowered = prepare(config, num_processes=1)
+    prepared, lowered = prepare(config, num_processes=2)
     assert len(dict(prepared.programs())) == 8
     assert not lowered and not caplog.records
     # One that cannot even start: what it should have done is done here.
@@ -198,6 +199,17 @@ def test_other_processes_lower(prepare, config: RunnerConfig, tmp_path: Path, ca
     prepared, lowered = prepare(replace(config, masked=True), num_processes=1, processes=processes)
     assert len(dict(prepared.programs())) == 9
     assert lowered and "lowered in this process: in another one: the process died" in caplog.text
+
+
+def test_lowering_processes_end_with_whom_they_lower_for():
+    processes = LoweringProcesses(2)
+    with contextlib.suppress(OSError):
+        for lines in processes._lines:
+            lines.close()
+    assert processes._process.wait() == 0  # which waits for those that it forked
+    with pytest.raises(LoweringFailed, match="the process died"):
+        processes.lower("", "", Path(), "")
+    processes.close()
 
 
 def test_any_edit_of_a_source_counts(tmp_path: Path):

@@ -1,16 +1,18 @@
-"""A process that lowers programs for another one, without its devices: `python -m jaxserve.runner.lowering_process`.
+"""Processes that lower programs for another one, without its devices: `python -m jaxserve.runner.lowering_process SOCKET ...`.
 
-Such a process reads lines of JSON, {"blueprint", "name", "folder", "file"}, writes the lowered program into the folder and answers
-each with {"error", "seconds"}: null where it succeeded, and CPU time. It ends when its input does, so also when the process that started
-it dies.
+One imports JAX and is forked, once for each socket. Such a process reads lines of JSON, {"blueprint", "name", "folder", "file"}, writes
+the lowered program into the folder and answers each with {"error", "seconds"}: null where it succeeded, and CPU time. It ends when its
+input does, so also when the process that started it dies.
 """
 
 import importlib
 import json
+import os
+import socket
 import sys
 import time
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -24,9 +26,13 @@ from jaxserve.runner.programs import Programs
 _NO_DIALECT = "jaxlib.mlir.dialects.tt"
 
 
-def serve(tasks: IO[str], answers: IO[str]) -> None:
-    """Be such a process."""
-    blueprint, programs, names, told = "", None, {}, 0.0
+def serve(tasks: IO[str], answers: IO[str], started: float = 0.0) -> None:
+    """Be such a process.
+
+    Args:
+        started: seconds of CPU time that are told with the first program.
+    """
+    blueprint, programs, names, told = "", None, {}, -started
     for line in tasks:
         task: Mapping[str, str] = json.loads(line)
         try:
@@ -46,12 +52,31 @@ def serve(tasks: IO[str], answers: IO[str]) -> None:
         answers.flush()
 
 
+def fork(sockets: Sequence[int]) -> None:
+    """Have a process serve each of these sockets, and wait until all have ended. There must be no other thread."""
+    started, children = time.process_time(), []
+    for number in sockets:
+        if child := os.fork():
+            children.append(child)
+            continue
+        try:
+            for other in sockets:
+                if other != number:  # kept open they would hide the end of whoever serves them
+                    os.close(other)
+            with socket.socket(fileno=number) as connection, connection.makefile("rw") as lines:
+                serve(lines, lines, 0.0 if children else started)
+        finally:
+            os._exit(0)
+    for number in sockets:
+        os.close(number)
+    for child in children:
+        os.waitpid(child, 0)
+
+
 if __name__ == "__main__":
-    # Whatever else is printed must not look like an answer.
-    answers, sys.stdout = sys.stdout, sys.stderr
     # While there is nothing to do yet: what kernels import when the first of them is lowered.
     importlib.import_module("jax.experimental.pallas.mosaic_gpu")
     importlib.import_module("jax.experimental.pallas.triton")
     # jaxlib has Triton's dialect elsewhere than where MLIR looks for it, 1400 times a program, with each operation anew: up to 0.5 s.
     sys.modules.setdefault(_NO_DIALECT, types.ModuleType(_NO_DIALECT))
-    serve(sys.stdin, answers)
+    fork([int(number) for number in sys.argv[1:]])
