@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+type Queries = jax.Array | jax.ShapeDtypeStruct  # of a layer [T, H, D], or what they are like
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.gpu import Gpu, local_gpu
 from jaxserve.pallas_kernels.layer_kv import LayerKV
-from jaxserve.pallas_kernels.metadata import AttentionMetadata
+from jaxserve.pallas_kernels.metadata import AttentionMetadata, Queries
 from jaxserve.pallas_kernels.paged_attention.xla import paged_attention_xla
 from jaxserve.pallas_kernels.paged_attention.xla_plan import XlaPlan, plan_xla
 
@@ -66,7 +66,7 @@ def chosen_gpu(implementation: str) -> Gpu | None:
 
 def plan_attention(
     metadata: AttentionMetadata,
-    q: jax.Array | jax.ShapeDtypeStruct,
+    q: Queries,
     kv: LayerKV,
     *,
     window: int | None,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.gpu import Gpu
 from jaxserve.pallas_kernels.layer_kv import LayerKV
-from jaxserve.pallas_kernels.metadata import AttentionMetadata
+from jaxserve.pallas_kernels.metadata import AttentionMetadata, Queries
 from jaxserve.pallas_kernels.paged_attention.decode_items import make_arrivals
 from jaxserve.pallas_kernels.paged_attention.decode_plan import DecodePlan
 from jaxserve.pallas_kernels.paged_attention.mosaic_decode import MosaicDecodeConfig, decode_attention_mosaic
@@ -18,13 +18,11 @@ from jaxserve.pallas_kernels.paged_attention.triton_decode import TritonDecodeCo
 from jaxserve.pallas_kernels.paged_attention.triton_deterministic import DeterministicConfig, deterministic_attention_triton
 from jaxserve.pallas_kernels.paged_attention.triton_prefill import TritonPrefillConfig, prefill_attention_triton
 
-_Shaped = jax.Array | jax.ShapeDtypeStruct
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class GpuPlan:
-    """What the layers of a KV group have in common. Made anew in each, it would be XLA's to find out, in a module of five times the size.
+    """What the layers of a KV group have in common. Made anew in each, XLA would have to find out that it is the same.
 
     Attributes:
         decoded_lens: int32 [R], `kv_lens` of the rows that the decode kernel takes, 0 of the others.
@@ -69,11 +67,14 @@ def paged_attention_gpu(
         return _decode(q, kv, metadata, plan, gpu, options)
     decoded = _decode(q[plan.row_tokens], kv, metadata, plan, gpu, options)
     config = _prefill_config(q, kv, gpu)
-    prefill = prefill_attention_mosaic if isinstance(config, MosaicPrefillConfig) else prefill_attention_triton
-    return prefill(q, kv, metadata, plan=plan.prefill, config=config, **options).at[plan.decoded_tokens].set(decoded, mode="drop")
+    if isinstance(config, MosaicPrefillConfig):
+        prefilled = prefill_attention_mosaic(q, kv, metadata, plan=plan.prefill, config=config, **options)
+    else:
+        prefilled = prefill_attention_triton(q, kv, metadata, plan=plan.prefill, config=config, **options)
+    return prefilled.at[plan.decoded_tokens].set(decoded, mode="drop")
 
 
-def plan_attention_gpu(metadata: AttentionMetadata, q: _Shaped, kv: LayerKV, *, window: int | None, gpu: Gpu) -> GpuPlan:
+def plan_attention_gpu(metadata: AttentionMetadata, q: Queries, kv: LayerKV, *, window: int | None, gpu: Gpu) -> GpuPlan:
     """Lay out what the layers of a KV group have in common, for a step that is not deterministic.
 
     Args:
@@ -99,20 +100,21 @@ def plan_attention_gpu(metadata: AttentionMetadata, q: _Shaped, kv: LayerKV, *, 
 
 
 def _decode(q: jax.Array, kv: LayerKV, metadata: AttentionMetadata, plan: GpuPlan, gpu: Gpu, options: dict) -> jax.Array:
-    config = _decode_config(q, kv, gpu)
-    if isinstance(plan.decode, DecodePlan):
-        return decode_attention_mosaic(q, kv, metadata.page_table, plan.decoded_lens, plan=plan.decode, config=config, **options)
-    places: dict[str, Any] = dict(items=plan.decode, arrivals=plan.arrivals)
-    return decode_attention_triton(q, kv, metadata.page_table, plan.decoded_lens, config=config, **places, **options)
+    config, step = _decode_config(q, kv, gpu), (metadata.page_table, plan.decoded_lens)
+    if isinstance(config, MosaicDecodeConfig):
+        assert isinstance(plan.decode, DecodePlan)
+        return decode_attention_mosaic(q, kv, *step, plan=plan.decode, config=config, **options)
+    assert isinstance(plan.decode, jax.Array)
+    return decode_attention_triton(q, kv, *step, items=plan.decode, arrivals=plan.arrivals, config=config, **options)
 
 
-def _decode_config(q: _Shaped, kv: LayerKV, gpu: Gpu) -> MosaicDecodeConfig | TritonDecodeConfig:
+def _decode_config(q: Queries, kv: LayerKV, gpu: Gpu) -> MosaicDecodeConfig | TritonDecodeConfig:
     if gpu.only_mosaic:
         return MosaicDecodeConfig.cut(q.shape[2], gpu.num_multiprocessors)
     config = MosaicDecodeConfig.suited(q, kv, gpu.num_multiprocessors) if gpu.is_hopper else None
     return config or TritonDecodeConfig.suited(q, kv, gpu.num_multiprocessors)
 
 
-def _prefill_config(q: _Shaped, kv: LayerKV, gpu: Gpu) -> MosaicPrefillConfig | TritonPrefillConfig:
+def _prefill_config(q: Queries, kv: LayerKV, gpu: Gpu) -> MosaicPrefillConfig | TritonPrefillConfig:
     config = MosaicPrefillConfig.suited(q, kv) if gpu.is_hopper else None
     return config or TritonPrefillConfig.suited(q)

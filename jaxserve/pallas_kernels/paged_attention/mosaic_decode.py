@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxserve.pallas_kernels.layer_kv import LayerKV
+from jaxserve.pallas_kernels.metadata import Queries
 from jaxserve.pallas_kernels.mosaic import HEIGHT, see_out, swizzled
 from jaxserve.pallas_kernels.paged_attention.combine import MASKED, combine_transposed
 from jaxserve.pallas_kernels.paged_attention.decode_plan import DecodePlan, plan_decode
@@ -38,7 +39,7 @@ class MosaicDecodeConfig:
         return head_dim in (64, 128, 192, 256) and takes_pages(page_size) and num_heads // num_kv_heads <= HEIGHT
 
     @classmethod
-    def suited(cls, q: jax.Array, kv: LayerKV, num_multiprocessors: int) -> "MosaicDecodeConfig | None":
+    def suited(cls, q: Queries, kv: LayerKV, num_multiprocessors: int) -> "MosaicDecodeConfig | None":
         """`cut`, for q [R, H, D]; None where the kernel does not go or Triton's is faster."""
         _, num_kv_heads, page_size, head_dim = kv[0].shape
         num_rows, num_heads, _ = q.shape

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxserve.pallas_kernels.layer_kv import LayerKV
-from jaxserve.pallas_kernels.metadata import AttentionMetadata
+from jaxserve.pallas_kernels.metadata import AttentionMetadata, Queries
 from jaxserve.pallas_kernels.mosaic import COMPUTE_REGISTERS, FETCH_REGISTERS, HEIGHT, swizzled
 from jaxserve.pallas_kernels.paged_attention.combine import MASKED
 from jaxserve.pallas_kernels.paged_attention.mosaic_decode import takes_pages
@@ -37,7 +37,7 @@ class MosaicPrefillConfig:
     num_stages: int = 2
 
     @classmethod
-    def suited(cls, q: jax.Array, kv: LayerKV) -> "MosaicPrefillConfig | None":
+    def suited(cls, q: Queries, kv: LayerKV) -> "MosaicPrefillConfig | None":
         """The cut measured best on an H200 (docs/performance_gpu.md) for q [T, H, D]; None where the kernel does not go."""
         _, _, page_size, head_dim = kv[0].shape
         if head_dim % HALF or not takes_pages(page_size) or kv[0].dtype != q.dtype:

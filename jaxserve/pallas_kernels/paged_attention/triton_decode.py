@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from jaxserve.pallas_kernels.layer_kv import FLOAT8, LayerKV
+from jaxserve.pallas_kernels.metadata import Queries
 from jaxserve.pallas_kernels.paged_attention.combine import MASKED
 from jaxserve.pallas_kernels.paged_attention.decode_items import NUM_FIELDS, DecodeItem, plan_items
 
@@ -39,7 +40,7 @@ class TritonDecodeConfig:
         return 2 * self.num_blocks + 1
 
     @classmethod
-    def suited(cls, q: jax.Array, kv: LayerKV, num_multiprocessors: int) -> "TritonDecodeConfig":
+    def suited(cls, q: Queries, kv: LayerKV, num_multiprocessors: int) -> "TritonDecodeConfig":
         """The cut measured best on an H200 (docs/performance_gpu.md) for q [R, H, D]."""
         num_pairs = q.shape[0] * kv[0].shape[1]
         block_kv = max(16, min(128, 64 * 128 // pl.next_power_of_2(q.shape[2])))

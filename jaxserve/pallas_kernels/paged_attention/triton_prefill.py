@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from jaxserve.pallas_kernels.layer_kv import FLOAT8, LayerKV
-from jaxserve.pallas_kernels.metadata import AttentionMetadata
+from jaxserve.pallas_kernels.metadata import AttentionMetadata, Queries
 from jaxserve.pallas_kernels.paged_attention.combine import MASKED
 from jaxserve.pallas_kernels.paged_attention.prefill_plan import PrefillPlan, plan_prefill, span_of_row
 from jaxserve.pallas_kernels.paged_attention.triton_decode import padded_lanes, soft_capped
@@ -30,7 +30,7 @@ class TritonPrefillConfig:
     num_stages: int = 3
 
     @classmethod
-    def suited(cls, q: jax.Array) -> "TritonPrefillConfig":
+    def suited(cls, q: Queries) -> "TritonPrefillConfig":
         """The cut measured best on an H200 (docs/performance_gpu.md) for q [T, H, D]."""
         return cls() if q.shape[2] <= 128 else cls(64, 32, 4, 2)
 
