@@ -24,7 +24,7 @@ from benchmarks.rows import add_row_flags, make_rows
 from jaxserve.pallas_kernels import AttentionMetadata, LayerKV, layer_kv_shape, paged_attention, plan_attention
 from jaxserve.pallas_kernels.gpu import Gpu, local_gpu
 from jaxserve.pallas_kernels.paged_attention.api import IMPLEMENTATIONS
-from jaxserve.pallas_kernels.paged_attention.gpu import paged_attention_gpu
+from jaxserve.pallas_kernels.paged_attention.gpu import paged_attention_gpu, plan_attention_gpu
 from jaxserve.pallas_kernels.paged_attention.reference import paged_attention_reference
 from jaxserve.pallas_kernels.paged_attention.xla import paged_attention_xla
 from jaxserve.pallas_kernels.paged_attention.xla_plan import plan_xla
@@ -152,7 +152,7 @@ def seconds_per_layer(contender: "Contender", shape: Shape) -> float:
 
     @functools.partial(jax.jit, donate_argnums=0)
     def chain(q, pools, metadata):
-        metadata = plan_attention(metadata, q, pools[0], window=None)
+        metadata = contender.plan(metadata, q, pools[0])
         for i in range(num_layers):
             q = layer(q, pools[i % num_pools], metadata)
         return q
@@ -174,25 +174,38 @@ def seconds_per_layer(contender: "Contender", shape: Shape) -> float:
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to compute a step. `prepare` brings a layer's pages to the form it wants and is not timed."""
+    """One way to compute a step.
+
+    Attributes:
+        prepare: brings a layer's pages to the form it wants; not timed.
+        plan: lays out a step for all layers.
+    """
 
     name: str
     attention: Attention
     prepare: Callable[[LayerKV, AttentionMetadata], LayerKV] = lambda kv, _: kv
+    plan: Callable[[AttentionMetadata, jax.Array, LayerKV], AttentionMetadata] = lambda metadata, *_: metadata
     one_fresh_prompt: bool = False
 
 
 def one_contender(shape: Shape, attention: str) -> list[Contender]:
     """What serves with `--attention`."""
     options = dict(scale=shape.head_dim**-0.5, window=None, soft_cap=None, implementation=attention)
-    return [Contender(attention, functools.partial(paged_attention, **options))]
+    plan = functools.partial(plan_attention, window=None, implementation=attention)
+    return [Contender(attention, functools.partial(paged_attention, **options), plan=plan)]
 
 
 def contenders(shape: Shape, gpu: Gpu) -> list[Contender]:
     """What serves on this GPU, our kernels for GPUs that are no Hopper, and what others made."""
     options = dict(scale=shape.head_dim**-0.5, window=None, soft_cap=None)
-    triton = Gpu(gpu.num_multiprocessors, is_hopper=False)
-    found = [Contender(name, functools.partial(paged_attention_gpu, gpu=g, **options)) for name, g in (("served", gpu), ("triton", triton))]
+
+    def ours(name: str, gpu: Gpu) -> Contender:
+        def plan(metadata, q, kv):
+            return replace(metadata, plan=plan_attention_gpu(metadata, q, kv, window=None, gpu=gpu))
+
+        return Contender(name, functools.partial(paged_attention_gpu, gpu=gpu, **options), plan=plan)
+
+    found = [ours("served", gpu), ours("triton", Gpu(gpu.num_multiprocessors, is_hopper=False))]
     if shape.name in ("decode_attention_b64_4k", "decode_attention_b8_4k", "decode_attention_b1_16k"):
 
         def stock(q, kv, metadata):
