@@ -3,7 +3,9 @@
 import json
 import os
 import random
+import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -21,6 +23,7 @@ from jaxserve.models import Model, ModelConfig
 from jaxserve.models.parameters import Parameter
 from jaxserve.weights import ModelSource, resolve_model
 from jaxserve.weights.loader import load_model, read_config, resolve_dtype
+from jaxserve.weights.read_ahead import read_ahead
 
 
 def load(folder: Path, tensor: int = 1, load_format: str = "auto") -> Model:
@@ -75,8 +78,7 @@ def test_shards_hold_their_heads_units_and_vocabulary(tiny_checkpoint: Callable[
         np.testing.assert_array_equal(shards(leaves["lm_head.weight"])[i], tensors["lm_head.weight"][80 * i : 80 * i + 80])
 
 
-def test_many_files_are_read_as_one(tmp_path: Path, tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jaxserve.weights.safetensors_folder._REMAP_BYTES", 10_000)
+def test_many_files_are_read_as_one(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
     one = load(tiny_checkpoint("qwen2"))
     many = load(write_checkpoint(tmp_path / "sharded", "qwen2", max_shard_tensors=4))
     (tmp_path / "sharded" / "model.safetensors.index.json").unlink()
@@ -84,6 +86,27 @@ def test_many_files_are_read_as_one(tmp_path: Path, tiny_checkpoint: Callable[[s
     for leaf, *others in zip(one.leaves, many.leaves, unindexed.leaves, strict=True):
         for other in others:
             np.testing.assert_array_equal(leaf, other)
+
+
+def test_reading_ahead_keeps_order_and_ends_at_the_first_error() -> None:
+    """No more is read than was asked for and the threads hold; what fails is raised in its place, and nothing is read after it."""
+    ahead = len(os.sched_getaffinity(0))
+    begun: list[int] = []
+
+    def read(item: int) -> int:
+        begun.append(item)
+        if item == 3:
+            raise WeightsError("damaged")
+        return 10 * item
+
+    reads = read_ahead(read, range(1000))
+    assert [next(reads) for _ in range(3)] == [0, 10, 20]
+    with pytest.raises(WeightsError, match="damaged"):
+        next(reads)
+    assert len(begun) <= 3 + ahead
+    with closing(read_ahead(read, range(4, 1000))) as unfinished:
+        assert next(unfinished) == 40
+    assert max(begun) <= 4 + ahead and not any(thread.name.startswith("read") for thread in threading.enumerate())
 
 
 def test_half_precision_checkpoints_are_widened_on_the_cpu(llama: Path) -> None:

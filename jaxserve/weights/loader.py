@@ -3,8 +3,10 @@
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from jaxserve.weights.gguf_file import GGUFCheckpoint
 from jaxserve.weights.input_moments import input_moments
 from jaxserve.weights.magnitudes import Magnitudes
 from jaxserve.weights.quantized import load_and_quantize, load_stored, random_matrix
+from jaxserve.weights.read_ahead import read_ahead
 from jaxserve.weights.safetensors_folder import SafetensorsCheckpoint
 from jaxserve.weights.source import ModelSource
 
@@ -62,29 +65,52 @@ class OpenModel:
         parameters, checkpoint = self.architecture.parameters, self.checkpoint
         order = {name: i for i, name in enumerate(checkpoint.shapes if checkpoint else ())}
         by_file = sorted(parameters, key=lambda parameter: order.get(parameter.tensors[0].name, 0))
-        matrices: dict[QuantizedMatrix, dict[str, jax.Array]] = {}
+        # The parts of a quantized matrix come together.
+        units = list(dict.fromkeys(parameter if isinstance(parameter, Parameter) else parameter.matrix for parameter in by_file))
         magnitudes = Magnitudes(mesh)
         moments = self._input_moments(magnitudes, mesh)
-        arrays: dict[Parameter | QuantizedPart, jax.Array] = {}
-        for parameter in by_file:
-            if isinstance(parameter, Parameter):
-                arrays[parameter] = self._load(parameter, magnitudes, mesh)
-                continue
-            if parameter.matrix not in matrices:
-                matrices[parameter.matrix] = self._load_matrix(parameter.matrix, moments, magnitudes, mesh)
-            arrays[parameter] = matrices[parameter.matrix][parameter.name]
+        arrays: dict[Parameter, jax.Array] = {}
+        matrices: dict[QuantizedMatrix, dict[str, jax.Array]] = {}
+        with closing(self._dense_arrays(units, mesh)) as dense:
+            for unit in units:
+                if isinstance(unit, Parameter):
+                    arrays[unit] = self._kept(unit, next(dense), magnitudes)
+                elif checkpoint is None:
+                    matrices[unit] = random_matrix(unit, mesh)
+                elif unit.scheme.stored == "dense":
+                    inputs = moments[unit.sources] if by_moments(unit.scheme.layout) else None
+                    matrices[unit] = load_and_quantize(unit, self._kept(unit.dense, next(dense), magnitudes), inputs, mesh)
+                else:
+                    matrices[unit] = load_stored(unit, checkpoint, mesh)
         if checkpoint is not None:
             magnitudes.check(checkpoint, self.dtype, tied=self.architecture.config.tie_embeddings)
-        return Model(self.architecture, tuple(arrays[parameter] for parameter in parameters), self.dtype)
+        leaves = (
+            arrays[parameter] if isinstance(parameter, Parameter) else matrices[parameter.matrix][parameter.name]
+            for parameter in parameters
+        )
+        return Model(self.architecture, tuple(leaves), self.dtype)
 
-    def _load(self, parameter: Parameter, magnitudes: Magnitudes, mesh: Mesh) -> jax.Array:
-        # Rounded as all weights are, and then converted on the devices: bfloat16 to float16 takes a CPU core ten seconds for an 8B model.
+    def _dense_arrays(self, units: Iterable[Parameter | QuantizedMatrix], mesh: Mesh) -> Generator[jax.Array]:
+        """Of the parameters among them, and of the matrices that are quantized here, as `_read` gives them."""
+        dense: list[Parameter] = []
+        for unit in units:
+            if isinstance(unit, Parameter):
+                dense.append(unit)
+            elif self.checkpoint is not None and unit.scheme.stored == "dense":
+                dense.append(unit.dense)
+        read = partial(self._read, mesh=mesh)
+        # Random arrays are made on the devices, by programs that threads would compile more than once.
+        yield from map(read, dense) if self.checkpoint is None else read_ahead(read, dense)
+
+    def _kept(self, parameter: Parameter, array: jax.Array, magnitudes: Magnitudes) -> jax.Array:
+        """What `_read` gave, in the dtype that it is kept in."""
         dtype = parameter.dtype(self.dtype)
-        array = self._read(parameter, mesh, self.dtype if parameter.after_norm else dtype)
         made_up = self.checkpoint is None and array.dtype == dtype
         return array if made_up else magnitudes.noted(parameter, array, dtype)
 
-    def _read(self, parameter: Parameter, mesh: Mesh, dtype: jnp.dtype) -> jax.Array:
+    def _read(self, parameter: Parameter, mesh: Mesh) -> jax.Array:
+        # Rounded as all weights are, and then converted on the devices: bfloat16 to float16 takes a CPU core ten seconds for an 8B model.
+        dtype = self.dtype if parameter.after_norm else parameter.dtype(self.dtype)
         checkpoint, shards, axis = self.checkpoint, mesh.shape["tensor"], parameter.sharded_axis
         if checkpoint is None:
             return random_array(parameter, mesh, dtype)
@@ -102,17 +128,11 @@ class OpenModel:
         schemes = self.architecture.config.quantization.schemes
         if self.checkpoint is None or not any(scheme.stored == "dense" and by_moments(scheme.layout) for scheme in schemes):
             return {}
-        return input_moments(self.architecture.config, lambda parameter: self._load(parameter, magnitudes, mesh), mesh, self.dtype)
 
-    def _load_matrix(
-        self, matrix: QuantizedMatrix, moments: Mapping[tuple[Source, ...], jax.Array], magnitudes: Magnitudes, mesh: Mesh
-    ) -> dict[str, jax.Array]:
-        if self.checkpoint is None:
-            return random_matrix(matrix, mesh)
-        if matrix.scheme.stored == "dense":
-            inputs = moments[matrix.sources] if by_moments(matrix.scheme.layout) else None
-            return load_and_quantize(matrix, self._load(matrix.dense, magnitudes, mesh), inputs, mesh)
-        return load_stored(matrix, self.checkpoint, mesh)
+        def load(parameter: Parameter) -> jax.Array:
+            return self._kept(parameter, self._read(parameter, mesh), magnitudes)
+
+        return input_moments(self.architecture.config, load, mesh, self.dtype)
 
 
 def open_model(

@@ -3,7 +3,6 @@
 import json
 import os
 from pathlib import Path
-from threading import Lock
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,15 +10,21 @@ from safetensors import SafetensorError, safe_open
 
 from jaxserve.errors import WeightsError
 
-_REMAP_BYTES = 64 << 20
-# Of which safetensors makes no numpy arrays.
-_MAPPED = {"F8_E4M3": np.dtype(jnp.float8_e4m3fn), "F8_E8M0": np.dtype(np.uint8)}
+_DTYPES = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "BOOL": np.bool_},
+        **{"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2, "F8_E8M0": np.uint8},
+        **{f"{kind}{bits}": f"{kind.lower()}{bits // 8}" for kind in "IU" for bits in (8, 16, 32, 64)},
+    }.items()
+}
 
 
 class SafetensorsCheckpoint:
     """The tensors of a model folder.
 
-    One file is mapped at a time, and mapped anew after each 64 MB read: pages of a mapped file count as memory of the process.
+    safetensors checks the files. What is read is mapped for as long as it is copied, since pages of a mapped file count as memory of the
+    process; threads read beside each other.
 
     Args:
         folder: with model.safetensors, or files and model.safetensors.index.json.
@@ -40,25 +45,18 @@ class SafetensorsCheckpoint:
                     if name in self.shapes:
                         raise WeightsError(f"{name} is both in {self._file_of[name].name} and in {path.name}")
                     self._file_of[name], self.shapes[name], self.dtypes[name] = path, tuple(tensor.get_shape()), tensor.get_dtype()
-            if _MAPPED.keys() & {self.dtypes[name] for name in self.shapes if self._file_of[name] == path}:
-                self._offsets |= _offsets(path)
-        self._path: Path | None = None
-        self._bytes_read = 0
-        self._lock = Lock()
+            self._offsets |= _offsets(path)
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Part of a tensor in the dtype of the file. From any thread."""
-        path = self._file_of[name]
+        path, shape = self._file_of[name], self.shapes[name]
+        if (dtype := _DTYPES.get(self.dtypes[name])) is None:
+            raise WeightsError(f"{path.name}: {name} is {self.dtypes[name]}, which is not read")
+        if 0 in shape:
+            return np.empty(shape, dtype)[index]
         try:
-            if (dtype := _MAPPED.get(self.dtypes[name])) is not None:
-                return np.array(np.memmap(path, dtype, "r", self._offsets[name], self.shapes[name])[index])
-            with self._lock:
-                if path != self._path or self._bytes_read > _REMAP_BYTES:
-                    self._path, self._file, self._bytes_read = path, _open(path), 0
-                part = self._file.get_slice(name)[index]
-                self._bytes_read += part.nbytes
-                return part
-        except (SafetensorError, OSError) as error:
+            return np.array(np.memmap(path, dtype, "r", self._offsets[name], shape)[index])
+        except (ValueError, OSError) as error:  # the file has become shorter, or is gone
             raise WeightsError(f"{path.name}: {name} cannot be read: {error}") from None
 
 
