@@ -291,8 +291,9 @@ def test_a_store_takes_nothing_that_it_did_not_write(tmp_path: Path, caplog: pyt
 
 def test_a_store_deletes_what_nobody_uses(tmp_path: Path):
     def use_hours_ago(hours: float, *names: str) -> None:
+        then = now - 3600 * hours
         for name in names:
-            os.utime(tmp_path / name, (now - 3600 * hours,) * 2)
+            os.utime(tmp_path / name, (then, then))
 
     def names() -> set[str]:
         return {path.name for path in tmp_path.iterdir() if not path.name.startswith("prepared")}
