@@ -13,7 +13,10 @@ LANES = 64  # a line of the cache with codes of 8 bits
 _BLOCK = 32  # columns that are summed up before their sum is scaled
 _FEWEST_COLUMNS = 16  # of a block: with fewer, scaling costs as much as the products
 FEW_TOKENS = 4  # by benchmarks/gguf_decode.py on 2 cores: from 5 on a float32 tile that all tokens share is made faster
-_TILE_ELEMENTS = 256 * 1024  # of float32, which the second-level caches hold
+# Of float32. So few that XLA leaves each loop over them to one thread, whose cache has them: two threads that write and read what the other
+# one has take up to five times as long, where their cores are far apart. With many tokens products take longer than that: larger tiles pay.
+_TILE_ELEMENTS, _MANY_TOKENS_TILE_ELEMENTS = 64 * 1024, 512 * 1024
+_MANY_TOKENS = 128
 
 
 @jax.tree_util.register_dataclass
@@ -144,7 +147,8 @@ def _many_tokens(x: jax.Array, weight: TiledWeight) -> jax.Array:
     """Some tiles at a time are widened to float32, and multiplied while the cache has them."""
     tokens, depth = x.shape
     tiles, lanes = weight.codes.shape[0], weight.codes.shape[3]
-    most = max(_TILE_ELEMENTS // (depth * lanes), 1)
+    elements = _TILE_ELEMENTS if tokens < _MANY_TOKENS else _MANY_TOKENS_TILE_ELEMENTS
+    most = max(elements // (depth * lanes), 1)
     together = next(count for count in range(min(most, tiles), 0, -1) if tiles % count == 0)
 
     def product(part: TiledWeight) -> jax.Array:
