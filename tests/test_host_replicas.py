@@ -174,7 +174,4 @@ def test_whole_replicas_of_two_hosts_give_the_tokens_of_one(real_hosts: Callable
     prompts, tokens = load_goldens("llama")
     given = hosts.answers([Request(f"{i}", tuple(prompts[i]), greedy(len(tokens[i]))) for i in range(8)])
     assert tokens_by_sample(given) == {(f"{i}", 0): tokens[i] for i in range(8)}
-    hosts.until(lambda: min(hosts.metric("vllm:generation_tokens_total")) > 0)
-    hosts.jax_process(1).kill()
-    hosts.until(lambda: hosts.metric("jaxserve_engine_losses_total") == [0, 1])
-    hosts.until(lambda: hosts.metric("jaxserve_engine_up") == [1, 1])
+    hosts.until(lambda: min(hosts.metric("vllm:generation_tokens_total")) > 0)  # of both
