@@ -78,6 +78,15 @@ def last_line(server: Server, code: int = 1, timeout: float = LOSS_TIME) -> str:
     return server.log().strip().splitlines()[-1]
 
 
+def both_give_the_tokens_of_one(hosts: Launchers) -> None:
+    """Two replicas, each of which computes some of the goldens."""
+    hosts.until(lambda: hosts.metric("jaxserve_engine_up") == [1, 1])
+    prompts, tokens = load_goldens("llama")
+    given = hosts.answers([Request(f"{i}", tuple(prompts[i]), greedy(len(tokens[i]))) for i in range(8)])
+    assert tokens_by_sample(given) == {(f"{i}", 0): tokens[i] for i in range(8)}
+    hosts.until(lambda: min(hosts.metric("vllm:generation_tokens_total")) > 0)
+
+
 def up(server: Server) -> list[float]:
     return server.metric("jaxserve_engine_up")
 
@@ -152,11 +161,7 @@ def test_hosts_that_were_started_otherwise_and_hosts_that_are_told_to_end(cluste
 def test_replicas_that_span_hosts_give_the_tokens_of_one(real_hosts: Callable[..., Launchers]):
     """Four hosts, of which each two share a replica. Where one is lost, its replica is taken out, and the other loses nothing."""
     hosts = real_hosts("2x2", 4).until_ready()
-    hosts.until(lambda: hosts.metric("jaxserve_engine_up") == [1, 1])
-    prompts, tokens = load_goldens("llama")
-    given = hosts.answers([Request(f"{i}", tuple(prompts[i]), greedy(len(tokens[i]))) for i in range(8)])
-    assert tokens_by_sample(given) == {(f"{i}", 0): tokens[i] for i in range(8)}
-    hosts.until(lambda: min(hosts.metric("vllm:generation_tokens_total")) > 0)  # of both
+    both_give_the_tokens_of_one(hosts)
 
     streams = [hosts.stream(), hosts.stream()]
     assert all(next(stream).startswith("data: {") for stream in streams)
@@ -170,8 +175,4 @@ def test_replicas_that_span_hosts_give_the_tokens_of_one(real_hosts: Callable[..
 
 def test_whole_replicas_of_two_hosts_give_the_tokens_of_one(real_hosts: Callable[..., Launchers]):
     hosts = real_hosts("2x1", 2).until_ready()
-    hosts.until(lambda: hosts.metric("jaxserve_engine_up") == [1, 1])
-    prompts, tokens = load_goldens("llama")
-    given = hosts.answers([Request(f"{i}", tuple(prompts[i]), greedy(len(tokens[i]))) for i in range(8)])
-    assert tokens_by_sample(given) == {(f"{i}", 0): tokens[i] for i in range(8)}
-    hosts.until(lambda: min(hosts.metric("vllm:generation_tokens_total")) > 0)  # of both
+    both_give_the_tokens_of_one(hosts)

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
@@ -11,7 +11,6 @@ from queue import SimpleQueue
 from jaxserve.config import EngineOptions, ModelOptions, ServerOptions
 from jaxserve.errors import EngineUnavailable, GenerationFailed, JaxserveError
 from jaxserve.launcher.engine_group import EngineGroup
-from jaxserve.launcher.launcher import ENGINE_COMMAND
 from jaxserve.request import EngineInfo, EngineStats, Request, TokenOutput
 from jaxserve.rpc.client import Submission
 
@@ -24,7 +23,6 @@ class Replicas:
 
     Args:
         model, engine: options; the mesh says how many.
-        command: what runs an engine process.
 
     Attributes:
         info: what the engines have in common.
@@ -35,10 +33,10 @@ class Replicas:
 
     info: EngineInfo
 
-    def __init__(self, model: ModelOptions, engine: EngineOptions, command: Sequence[str] = ENGINE_COMMAND):
+    def __init__(self, model: ModelOptions, engine: EngineOptions):
         # Whoever asks knows how much is in flight; refusals are for a server's clients.
         engine = replace(engine, max_concurrent_requests=NO_LIMIT)
-        self._group = EngineGroup(model, engine, ServerOptions(log_level="warning"), command)
+        self._group = EngineGroup(model, engine, ServerOptions(log_level="warning"))
         self._outputs: SimpleQueue[TokenOutput | GenerationFailed] = SimpleQueue()
         self._failure: GenerationFailed | None = None
         self._ready: Future[None] = Future()
