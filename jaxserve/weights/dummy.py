@@ -19,11 +19,17 @@ type Axes = tuple[tuple[Axis, ...], ...]
 """Of the tensors that are stacked along their first axis."""
 
 
-def random_array(parameter: Parameter, mesh: Mesh, dtype: jnp.dtype) -> jax.Array:
-    """Uniform weights of standard deviation 0.02, norms of one; the same in every run."""
+def random_array(parameter: Parameter, mesh: Mesh, dtype: jnp.dtype, kept: jnp.dtype | None = None) -> jax.Array:
+    """Uniform weights of standard deviation 0.02, norms of one; the same in every run.
+
+    Args:
+        dtype: that they are rounded to.
+        kept: what they are kept in; None: that, too.
+    """
+    kept = kept or dtype
     if parameter.initializer == "ones":
-        return jnp.ones(parameter.shape(mesh.shape["tensor"]), dtype, device=NamedSharding(mesh, parameter.spec))
-    return _maker(mesh, parameter.spec, axes_of(parameter.sources), dtype)(seed_of(parameter.sources))
+        return jnp.ones(parameter.shape(mesh.shape["tensor"]), kept, device=NamedSharding(mesh, parameter.spec))
+    return _maker(mesh, parameter.spec, axes_of(parameter.sources), dtype, kept)(seed_of(parameter.sources))
 
 
 def axes_of(sources: Sequence[Source]) -> Axes:
@@ -37,10 +43,16 @@ def seed_of(sources: Sequence[Source]) -> np.uint32:
 
 
 @functools.cache
-def _maker(mesh: Mesh, spec: PartitionSpec, axes: Axes, dtype: jnp.dtype) -> Callable[[np.uint32], jax.Array]:
+def _maker(mesh: Mesh, spec: PartitionSpec, axes: Axes, dtype: jnp.dtype, kept: jnp.dtype) -> Callable[[np.uint32], jax.Array]:
+    rounding = jnp.finfo(dtype)
+
     def make(seed: jax.Array) -> jax.Array:
         unit = random_bits(seed, axes).astype(jnp.float32) * jnp.float32(2**-32) - jnp.float32(0.5)
-        return (unit * jnp.float32(_STANDARD_DEVIATION * 12**0.5)).astype(dtype)
+        weights = unit * jnp.float32(_STANDARD_DEVIATION * 12**0.5)
+        if dtype == kept:
+            return weights.astype(dtype)
+        # XLA would leave out a conversion between two others.
+        return lax.reduce_precision(weights, rounding.nexp, rounding.nmant).astype(kept)
 
     return jax.jit(jax.shard_map(make, mesh=mesh, in_specs=PartitionSpec(), out_specs=spec, check_vma=False))
 

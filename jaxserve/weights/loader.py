@@ -23,6 +23,7 @@ from jaxserve.models.kv_scaling import KVScaling, is_kv_scale
 from jaxserve.models.parameters import Parameter, Source
 from jaxserve.pallas_kernels import ScaleDtype
 from jaxserve.weights.checkpoint import HEAD, Checkpoint, check_tensors, embeddings_are_tied
+from jaxserve.weights.compaction import compacted
 from jaxserve.weights.dummy import random_array
 from jaxserve.weights.gguf_file import GGUFCheckpoint
 from jaxserve.weights.input_moments import input_moments
@@ -62,6 +63,9 @@ class OpenModel:
         Raises:
             WeightsError: a file cannot be read, or weights are infinite or not numbers; one line.
         """
+        return Model(self.architecture, compacted(self._leaves(mesh)), self.dtype)
+
+    def _leaves(self, mesh: Mesh) -> list[jax.Array]:
         parameters, checkpoint = self.architecture.parameters, self.checkpoint
         order = {name: i for i, name in enumerate(checkpoint.shapes if checkpoint else ())}
         by_file = sorted(parameters, key=lambda parameter: order.get(parameter.tensors[0].name, 0))
@@ -84,11 +88,10 @@ class OpenModel:
                     matrices[unit] = load_stored(unit, checkpoint, mesh)
         if checkpoint is not None:
             magnitudes.check(checkpoint, self.dtype, tied=self.architecture.config.tie_embeddings)
-        leaves = (
+        return [
             arrays[parameter] if isinstance(parameter, Parameter) else matrices[parameter.matrix][parameter.name]
             for parameter in parameters
-        )
-        return Model(self.architecture, tuple(leaves), self.dtype)
+        ]
 
     def _dense_arrays(self, units: Iterable[Parameter | QuantizedMatrix], mesh: Mesh) -> Generator[jax.Array]:
         """Of the parameters among them, and of the matrices that are quantized here, as `_read` gives them."""
@@ -104,16 +107,14 @@ class OpenModel:
 
     def _kept(self, parameter: Parameter, array: jax.Array, magnitudes: Magnitudes) -> jax.Array:
         """What `_read` gave, in the dtype that it is kept in."""
-        dtype = parameter.dtype(self.dtype)
-        made_up = self.checkpoint is None and array.dtype == dtype
-        return array if made_up else magnitudes.noted(parameter, array, dtype)
+        return array if self.checkpoint is None else magnitudes.noted(parameter, array, parameter.dtype(self.dtype))
 
     def _read(self, parameter: Parameter, mesh: Mesh) -> jax.Array:
         # Rounded as all weights are, and then converted on the devices: bfloat16 to float16 takes a CPU core ten seconds for an 8B model.
         dtype = self.dtype if parameter.after_norm else parameter.dtype(self.dtype)
         checkpoint, shards, axis = self.checkpoint, mesh.shape["tensor"], parameter.sharded_axis
         if checkpoint is None:
-            return random_array(parameter, mesh, dtype)
+            return random_array(parameter, mesh, dtype, parameter.dtype(self.dtype))
         local = parameter.local_shape(shards)
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
