@@ -81,6 +81,7 @@ def join(
             eos_token_ids=frozenset(info.eos_token_ids),
             max_prefill_tokens_while_decoding=None if gap is None else gap.max_prefill_tokens,
             step_sizes=runner.step_sizes,
+            max_scored_tokens=runner.max_scored_tokens,
         ),
         [KVGroupPages(num_pages, window) for num_pages, window in runner.kv_groups],
     )

@@ -1,7 +1,9 @@
 """The decoder that all families share: attention and a gated feed-forward network, each behind a norm and around a residual."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -52,26 +54,36 @@ class Attention(nnx.Module):
         shards: Shards,
         dtype: jnp.dtype,
         residual_dtype: jnp.dtype,
+        sampled: "SampledRows | None" = None,
     ) -> tuple[Branch, LayerKV]:
         """x [T, hidden] -> what is to be added to the residual stream, and the layer's cache with this step's keys and values in it.
 
         Args:
             dtype: of activations. x is of the dtype that the projection's matrix takes.
             residual_dtype: of the residual stream.
+            sampled: the tokens that queries are computed of; None: all.
         """
-        mixed, kv = self.mix(x, rotation, kv, metadata, dtype)
+        mixed, kv = self.mix(x, rotation, kv, metadata, dtype, sampled)
         return self.output.branch(mixed, shards, residual_dtype), kv
 
     def mix(
-        self, x: jax.Array, rotation: Rotation, kv: LayerKV, metadata: AttentionMetadata, dtype: jnp.dtype
+        self,
+        x: jax.Array,
+        rotation: Rotation,
+        kv: LayerKV,
+        metadata: AttentionMetadata,
+        dtype: jnp.dtype,
+        sampled: "SampledRows | None" = None,
     ) -> tuple[jax.Array, LayerKV]:
-        """x [T, hidden] -> what the local heads give, [T, heads * head_dim], and the cache; as `__call__`."""
+        """x [T, hidden] -> what the local heads give, [T or R, heads * head_dim], and the cache; as `__call__`."""
         bias = None if self.qkv.bias is None else self.qkv.bias[...]
         norms = None if self.norms is None else tuple(weight[...] for weight in self.norms)
         scales = None if self.kv_scales is None else (self.kv_scales[0][...], self.kv_scales[1][...])
         qkv = self.qkv.matrix.matmul_parts(x)
         of_heads = attention_dtype(dtype)
         q, kv = rotate_and_write_kv(qkv, rotation, kv, metadata, bias=bias, norms=norms, eps=self.norm_eps, dtype=of_heads, scales=scales)
+        if sampled is not None:
+            q, metadata = sampled.take(q), sampled.metadata
         out = paged_attention(
             q,
             kv,
@@ -84,6 +96,38 @@ class Attention(nnx.Module):
             out_dtype=dtype,
         )
         return out.reshape(out.shape[0], -1), kv
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SampledRows:
+    """The tokens of a step that something is sampled from, one a row. What the last layer makes of the others nobody reads.
+
+    Attributes:
+        last: int32 [R], as `Decoder` takes it.
+        metadata: of a step of these tokens alone, planned.
+    """
+
+    last: jax.Array
+    metadata: AttentionMetadata
+
+    @classmethod
+    def of(cls, last: jax.Array, metadata: AttentionMetadata, q: jax.ShapeDtypeStruct, cache: LayerKV, attention: Attention) -> Self:
+        """Lay out their attention over a layer's cache.
+
+        Args:
+            metadata: of the step.
+            q: of the layer, all tokens.
+        """
+        starts = jnp.arange(last.shape[0] + 1, dtype=jnp.int32)
+        metadata = replace(metadata, query_starts=starts, plan=None, decode_only=True)
+        rows = jax.ShapeDtypeStruct((last.shape[0], *q.shape[1:]), q.dtype)
+        plan = plan_attention(metadata, rows, cache, window=attention.window, implementation=attention.implementation)
+        return cls(last, plan)
+
+    def take(self, x: jax.Array) -> jax.Array:
+        """[T, ...] -> [R, ...]."""
+        return x.at[self.last].get(mode="promise_in_bounds")
 
 
 class GatedMLP(nnx.Module):
@@ -110,17 +154,26 @@ class DecoderLayer(nnx.Module):
         self.mlp = GatedMLP(config, place)
 
     def __call__(
-        self, x: Branch, residual: jax.Array, rotation: Rotation, kv: LayerKV, metadata: AttentionMetadata, shards: Shards
+        self,
+        x: Branch,
+        residual: jax.Array,
+        rotation: Rotation,
+        kv: LayerKV,
+        metadata: AttentionMetadata,
+        shards: Shards,
+        sampled: SampledRows | None = None,
     ) -> tuple[Branch, jax.Array, LayerKV]:
         """Each norm first adds what the branch before it computed, x, to the residual stream.
 
         Returns:
-            x of the feed-forward network, still to be added; the residual stream; the cache with this step's keys and values in it.
+            x of the feed-forward network, still to be added; the residual stream; the cache with this step's keys and values in it. The
+            first two of the `sampled` tokens alone, where these are given.
         """
         with jax.named_scope("attention"):
             dtype = self.attention_norm.weight[...].dtype
             normed, residual = self.attention_norm(x, residual, shards, self.attention.qkv.matrix.input_dtype(dtype))
-            x, kv = self.attention(normed, rotation, kv, metadata, shards, dtype, residual.dtype)
+            x, kv = self.attention(normed, rotation, kv, metadata, shards, dtype, residual.dtype, sampled)
+            residual = residual if sampled is None else sampled.take(residual)
         with jax.named_scope("mlp"):
             normed, residual = self.mlp_norm(x, residual, shards, self.mlp.gate_up.matrix.input_dtype(dtype))
             return self.mlp(normed, shards, dtype, residual.dtype), residual, kv
@@ -136,9 +189,10 @@ def _call_layer(
     kv: LayerKV,
     metadata: AttentionMetadata,
     shards: Shards,
+    sampled: SampledRows | None,
 ) -> tuple[Branch, jax.Array, LayerKV]:
     """Layers of one kind have equal graph definitions, so that each kind is traced once; the compiler still sees them unrolled."""
-    return nnx.merge(graphdef, state)(x, residual, rotation, kv, metadata, shards)
+    return nnx.merge(graphdef, state)(x, residual, rotation, kv, metadata, shards, sampled)
 
 
 class Decoder(nnx.Module):
@@ -169,7 +223,9 @@ class Decoder(nnx.Module):
         metadata: tuple[AttentionMetadata, ...],
         last: jax.Array,
         shards: Shards,
-    ) -> tuple[jax.Array, tuple[LayerKV, ...], jax.Array]:
+        *,
+        whole: bool = True,
+    ) -> tuple[jax.Array, tuple[LayerKV, ...], jax.Array | None]:
         """Compute one step.
 
         Args:
@@ -178,10 +234,12 @@ class Decoder(nnx.Module):
             metadata: one a KV group.
             last: int32 [R], where in the flat axis the token stands that each row samples from.
             shards: how they add up.
+            whole: static; whether the last layer computes all tokens. If not, it computes their keys and values and for the rest those of
+                `last` alone, which must be one for each row of the metadata. Of prompts that saves most of one layer's time.
 
         Returns:
             Logits, float32 [R, vocab_size], the same on every shard; the caches with this step's keys and values; what the last layer
-            gives, [T, hidden], from which `logits` makes those of any other token.
+            gives, [T, hidden], from which `logits` makes those of any other token: None where it is not whole.
         """
         dtype = self.norm.weight[...].dtype
         x = self.embedding(token_ids, self.residual_dtype(dtype, shards))
@@ -190,16 +248,23 @@ class Decoder(nnx.Module):
         heads = self.config.num_heads // shards.count, self.config.head_dim
         q = jax.ShapeDtypeStruct((token_ids.shape[0], *heads), attention_dtype(dtype))
         layers = [(self.layers[group.layers[0]].attention, kv[group.layers[0]]) for group in self.config.kv_groups]
+        sampled = None
+        if not whole:
+            group = self.config.group_of_layer[-1]
+            sampled = SampledRows.of(last, metadata[group], q, kv[-1], self.layers[-1].attention)
         metadata = tuple(
             plan_attention(of_group, q, cache, window=attention.window, implementation=attention.implementation)
             for of_group, (attention, cache) in zip(metadata, layers, strict=True)
         )
         caches = []
-        for layer, cache, group in zip(self.layers, kv, self.config.group_of_layer, strict=True):
+        for i, (layer, cache, group) in enumerate(zip(self.layers, kv, self.config.group_of_layer, strict=True)):
             graphdef, state = nnx.split(layer)
-            x, residual, cache = _call_layer(graphdef, state, x, residual, rotation, cache, metadata[group], shards)
+            rows = sampled if i == len(self.layers) - 1 else None
+            x, residual, cache = _call_layer(graphdef, state, x, residual, rotation, cache, metadata[group], shards, rows)
             caches.append(cache)
         hidden = x.added_to(residual, shards)
+        if not whole:
+            return self.logits(hidden, shards), tuple(caches), None
         return self.logits(hidden.at[last].get(mode="promise_in_bounds"), shards), tuple(caches), hidden.astype(dtype)
 
     def logits(self, x: jax.Array, shards: Shards) -> jax.Array:

@@ -57,9 +57,11 @@ class Architecture:
         metadata: tuple[AttentionMetadata, ...],
         last: jax.Array,
         shards: Shards,
-    ) -> tuple[jax.Array, tuple[LayerKV, ...], jax.Array]:
+        *,
+        whole: bool = True,
+    ) -> tuple[jax.Array, tuple[LayerKV, ...], jax.Array | None]:
         """`Decoder.__call__` on local shards of the arrays; to be traced inside `jax.shard_map`, never called as it is."""
-        return self._decoder(leaves)(token_ids, positions, kv, metadata, last, shards)
+        return self._decoder(leaves)(token_ids, positions, kv, metadata, last, shards, whole=whole)
 
     def logits(self, leaves: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:
         """`Decoder.logits`, likewise."""
@@ -112,7 +114,7 @@ class Model:
         return self.architecture.specs
 
     @property
-    def apply(self) -> Callable[..., tuple[jax.Array, tuple[LayerKV, ...], jax.Array]]:
+    def apply(self) -> Callable[..., tuple[jax.Array, tuple[LayerKV, ...], jax.Array | None]]:
         """`Architecture.apply`."""
         return self.architecture.apply
 

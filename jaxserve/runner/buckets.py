@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Self
 
 _FEWEST = 8  # rows of a decode step on a GPU: products take so many at least, and fewer would have to be padded before each
+_MOST_WHOLE = 1024  # tokens; in smaller steps a layer's products of the sampled rows alone cost almost as much as those of all
 _FEW = 64  # rows of the small mixed shapes for prompts alone, on a GPU
 
 
@@ -70,6 +71,14 @@ class Buckets:
     def step_sizes(self) -> tuple[int, ...]:
         """Tokens of the shapes that are not decode-only, ascending."""
         return tuple(sorted({bucket.num_tokens for bucket in self._mixed}))
+
+    @property
+    def max_scored_tokens(self) -> int:
+        """Tokens of the largest shape that gives the last layer's state of every token, for the scores of prompts. Larger ones, which
+        hold more tokens than rows, give it of the sampled rows alone, and their last layer computes little else.
+        """
+        fewest = max(_MOST_WHOLE, *(bucket.num_rows for bucket in self))
+        return min((tokens for tokens in self.step_sizes if tokens >= fewest), default=max(self.step_sizes))
 
     def __iter__(self) -> Iterator[Bucket]:
         """All of them."""

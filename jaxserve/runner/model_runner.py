@@ -95,6 +95,11 @@ class ModelRunner:
         return self._buckets.step_sizes
 
     @property
+    def max_scored_tokens(self) -> int:
+        """As in Buckets."""
+        return self._buckets.max_scored_tokens
+
+    @property
     def logits(self) -> jax.Array:
         """Of the step between forward() and sample(), float32 [rows of the bucket's logits, V]: for checks."""
         return self._executor.logits

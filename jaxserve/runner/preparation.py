@@ -130,6 +130,11 @@ class Preparation:
         """Of all programs, in the order of programs()."""
         return list(self._futures)
 
+    @property
+    def max_scored_tokens(self) -> int:
+        """As in Buckets."""
+        return self._programs.buckets.max_scored_tokens
+
     def plan(self) -> KVCachePlan:
         """The sizes of the KV cache, once the largest program is compiled. To be called when the weights are loaded."""
         if self._file_of_temporaries is not None:

@@ -91,7 +91,7 @@ class Programs:
         self.mesh = blueprint.mesh
         self.architecture = Architecture.of(blueprint.model, blueprint.attention)
         self.leaves = self._leaves()
-        hidden = self._array((blueprint.max_batch_tokens, blueprint.model.hidden_size), jnp.dtype(blueprint.dtype))
+        hidden = self._array((self.buckets.max_scored_tokens, blueprint.model.hidden_size), jnp.dtype(blueprint.dtype))
         self.state = abstract_state(self.plan, blueprint.num_slots, blueprint.model.vocab_size, hidden, self.mesh)
 
     def __iter__(self) -> Iterator[ProgramKey]:
@@ -144,6 +144,7 @@ class Programs:
 
     def _forward(self, layout: BatchLayout, logit_rows: int) -> Callable[..., tuple[DeviceState, jax.Array, jax.Array]]:
         padding = logit_rows - layout.bucket.num_rows
+        whole = layout.bucket.num_tokens <= self.buckets.max_scored_tokens
 
         def forward(
             leaves: tuple[jax.Array, ...], state: DeviceState, packed: jax.Array, peers: jax.Array | None = None
@@ -155,8 +156,9 @@ class Programs:
                 last = jnp.pad(last, (0, padding))
                 columns = jnp.concatenate([columns, np.tile(neutral_columns(), (padding, 1))])
             shards = Shards(peers, deterministic=self.blueprint.deterministic)
-            logits, kv, x = self.architecture.apply(leaves, batch.token_ids, batch.positions, state.kv, batch.metadata, last, shards)
-            hidden = jax.lax.dynamic_update_slice(state.hidden, x, (0, 0))
+            tokens = batch.token_ids, batch.positions
+            logits, kv, x = self.architecture.apply(leaves, *tokens, state.kv, batch.metadata, last, shards, whole=whole)
+            hidden = state.hidden if x is None else jax.lax.dynamic_update_slice(state.hidden, x, (0, 0))
             return DeviceState(kv, tables, state.sampling, hidden), logits, columns
 
         return forward

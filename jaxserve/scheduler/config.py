@@ -20,6 +20,7 @@ class SchedulerConfig:
         max_prefill_tokens_while_decoding: most prompt tokens a step computes beside running decodes, which bounds the gap that their
             streams see: a number, or a function called once a step. None is no bound but max_batch_tokens.
         step_sizes: token counts that cost what they hold, ascending; a step between two of them costs as much as the larger.
+        max_scored_tokens: most tokens of a step that scores some of a prompt; None is no bound but max_batch_tokens.
         num_speculative_tokens: K: a step yields up to 1 + K tokens a sample; pages are reserved for all of them.
 
     Raises:
@@ -34,14 +35,14 @@ class SchedulerConfig:
     eos_token_ids: frozenset[int] = field(default_factory=frozenset)
     max_prefill_tokens_while_decoding: Callable[[], int] | int | None = None
     step_sizes: tuple[int, ...] = ()
+    max_scored_tokens: int | None = None
     num_speculative_tokens: int = 0
 
     def __post_init__(self) -> None:
         """Check that every running sample can have its tokens in every step."""
-        if self.max_batch_tokens < self.max_batch_size:
-            raise StartupError(
-                f"a step's token budget ({self.max_batch_tokens}) must hold one token of each running request ({self.max_batch_size})"
-            )
+        least = min(self.max_batch_tokens, self.max_scored_tokens or self.max_batch_tokens)
+        if least < self.max_batch_size:
+            raise StartupError(f"a step's token budget ({least}) must hold one token of each running request ({self.max_batch_size})")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ SHORT_SHARE = 4  # one part of so many of the budget is held for short prompts; 
 MAX_LOOKED_AT = 256  # prompts, in the search for short ones
 
 
-def tokens_for_prompts(config: SchedulerConfig, num_decodes: int, wanted: Iterable[int]) -> int:
+def tokens_for_prompts(config: SchedulerConfig, num_decodes: int, wanted: Iterable[int], scores: bool = False) -> int:
     """Most tokens that prompts get in a step: what is left beside its decodes, fewer where their streams must not wait long.
 
     Where what there is to compute would leave much padding in the next larger size of a step, it is what fills a smaller one. What is
@@ -20,8 +20,10 @@ def tokens_for_prompts(config: SchedulerConfig, num_decodes: int, wanted: Iterab
     Args:
         num_decodes: tokens of the step that are not of prompts.
         wanted: tokens that each prompt still needs, looked at until they use up the budget.
+        scores: whether one of them is scored.
     """
-    budget, bound = config.max_batch_tokens - num_decodes, config.max_prefill_tokens_while_decoding
+    most = min(config.max_batch_tokens, config.max_scored_tokens or config.max_batch_tokens) if scores else config.max_batch_tokens
+    budget, bound = most - num_decodes, config.max_prefill_tokens_while_decoding
     if bound is not None and num_decodes:
         budget = min(budget, max(1, bound() if callable(bound) else bound))
     num_wanted = 0

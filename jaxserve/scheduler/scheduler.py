@@ -128,7 +128,7 @@ class Scheduler:
         rows, behind = self._schedule_decodes()
         num_decodes = len(rows)
         wanted = (sample.num_behind for sample in chain(behind, islice(self._waiting, len(self._free_slots))))
-        num_tokens = tokens_for_prompts(self._config, num_decodes, wanted)
+        num_tokens = tokens_for_prompts(self._config, num_decodes, wanted, self._num_scoring > 0 and self._may_score(behind))
         shared = PrefillBudget(num_tokens, self._needs(behind) if self._num_scoring else ())
         chunks = self._schedule_chunks(behind, shared)
         admitted, page_copies = self._admit_waiting(shared)
@@ -250,6 +250,11 @@ class Scheduler:
             for sample in self._waiting:
                 if sample.ready and sample.lacking is None:
                     yield sample.num_tokens if sample.index == 0 else 1, sample.scores_prompt
+
+    def _may_score(self, behind: list[Sample]) -> bool:
+        """Whether one of the prompts is scored that this step may compute: of those that run, and of those that admission looks at."""
+        looked_at = islice(self._waiting, len(self._free_slots) + MAX_LOOKED_AT)
+        return any(sample.scores_prompt for sample in chain(behind, looked_at))
 
     def _schedule_chunks(self, behind: Iterable[Sample], budget: PrefillBudget) -> list[ScheduledRow]:
         """Return rows for the running samples that are behind, the earliest first, until the budget is used up."""
