@@ -4,9 +4,10 @@
 
 FOLDER holds a config.json and a tokenizer; the weights are random. The engine runs with its default flags but for three: dummy
 weights, no prefix cache, requests of at most 32768 tokens. Prompts are token ids uniform in 3..48999, new ones for every run; greedy,
-`ignore_eos`, all requests sent at once. A decode step is (time of [1024 in, 257 out] - time of [1024 in, 1 out]) / 256. Each
-figure is the median of the repetitions. A decode figure comes with the host's milliseconds a step, by verb. What sampling adds to a step
-is benchmarks.sampled_steps' to say: the difference of two such figures, each with seconds of prefill in it, is off by up to a millisecond.
+`ignore_eos`, all requests sent at once. A decode step is (time of [1024 in, 257 out] - time of [1024 in, 1 out]) / 256; it is left out
+where the prompts take so many steps (--max-batch-prefill-tokens) that the first requests end before the last begin. Each figure is the
+median of the repetitions. A decode figure comes with the host's milliseconds a step, by verb. What sampling adds to a step is
+benchmarks.sampled_steps' to say: the difference of two such figures, each with seconds of prefill in it, is off by up to a millisecond.
 
 With --quantize rows are called after the format: fp8_decode_step_b1_ms. fp8 is the engine's flag; w4 serves the shape as a GPTQ
 checkpoint of 4 bits in groups of 128. On a mesh of T devices they begin with tpT and the label: tp2_8b_decode_step_b1_ms.
@@ -71,8 +72,10 @@ class Measurement:
         self._workload = Workload(llm)
 
     def decode(self, count: int) -> None:
-        """Milliseconds of a decode step of `count` requests."""
+        """Milliseconds of a decode step of `count` requests; left out where most steps would have fewer that decode."""
         milliseconds = self._step_milliseconds(count)
+        if milliseconds is None:
+            return
         self._rows.add(f"{self._prefix}decode_step_{self._label}b{count}_ms", milliseconds, "ms", self._command)
 
     def prefill(self, count: int, length: int) -> None:
@@ -81,10 +84,15 @@ class Measurement:
         rate = count * length / self._median(lambda: self._workload.seconds(count, length, 1))
         self._rows.add(f"{self._prefix}prefill_{self._label}{count}x{length}_tok_s", rate, "tok/s", self._command)
 
-    def _step_milliseconds(self, count: int) -> float:
+    def _step_milliseconds(self, count: int) -> float | None:
         self._workload.seconds(count, min(64, self._in), 4)
+        begin = self._llm.engines[0].stats()
         first = self._median(lambda: self._workload.seconds(count, self._in, 1))
         before = self._llm.engines[0].stats()
+        prompt_steps = (before.num_steps - begin.num_steps) / self._repetitions
+        if 2 * prompt_steps > self._out:
+            print(f"B={count}: left out: prompts take {prompt_steps:.0f} steps, so too few of {self._out - 1} have all decode", flush=True)
+            return None
         whole = self._median(lambda: self._workload.seconds(count, self._in, self._out))
         after = self._llm.engines[0].stats()
         steps = after.num_steps - before.num_steps

@@ -60,6 +60,21 @@ def test_rows_of_the_engine(quantize: str | None, label: str, tensor_size: int, 
     assert {row["name"] for row in rows.added} == names
 
 
+def test_a_decode_step_is_left_out_where_prompts_take_too_long(capsys: pytest.CaptureFixture[str]):
+    """Of an engine that computes a prompt a step; of 4 requests with 7 tokens too few steps have all of them."""
+
+    class SlowLLM(InstantLLM):
+        def generate(self, prompts: list[list[int]], params: Any) -> list[Any]:
+            self._num_steps += len(prompts) - 1
+            return super().generate(prompts, params)
+
+    rows = Rows(None, "", "cpu")
+    measurement = Measurement(SlowLLM(), rows, "", "", 4, 7, 2)  # type: ignore[arg-type]
+    for count in (3, 4):
+        measurement.decode(count)
+    assert [row["name"] for row in rows.added] == ["decode_step_b3_ms"] and "B=4: left out" in capsys.readouterr().out
+
+
 def test_row_of_the_throughput():
     assert row_name("fp8", "", 1000, 1000) == "fp8_1000_1000_tok_s"
     assert row_name(None, "1b", 1000, 10) == "1b_1000_10_tok_s"
