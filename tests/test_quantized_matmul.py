@@ -200,7 +200,7 @@ def test_what_is_lowered_for_gpus(monkeypatch):
     for gpu, num_tokens in ((HOPPER, 1), (AMPERE, 64), (AMPERE, 2048)):
         assert lowered(monkeypatch, gpu, num_tokens, codes, F32 if num_tokens == 1 else BF16).count(TRITON) == 1
     # An array of one value would be a kernel that fills it.
-    plain = lowered(monkeypatch, HOPPER, 8, abstract(four_bit(64, 256, 128), 28672, 4096))
+    plain = lowered(monkeypatch, HOPPER, 8, abstract(four_bit(64, 256, 128), 6144, 4096))
     assert plain.count(TRITON) == 1 and "dense<8>" not in plain and "stablehlo.broadcast" not in plain
     floats = abstract(eight_bit(64, 256, 1, FLOAT8, quantized_activations=True), 6144, 4096)
     # Few tokens of float8: one kernel, parts of its own, and SwiGLU within; nothing else is launched.
@@ -226,9 +226,13 @@ def test_what_is_lowered_for_gpus(monkeypatch):
     assert gated.count("custom_call @mosaic_gpu_v2") == 1 and "dot_general" not in gated
     # Some and many tokens and 4 bits: one kernel, no weight of 16 bits.
     four = abstract(four_bit(64, 256, 128), 28672, 4096)
-    for product, num_tokens in ((quantized_gated_matmul, 64), (quantized_gated_matmul, 2048), (quantized_matmul_parts, 2048)):
+    for product, num_tokens in ((quantized_gated_matmul, 8), (quantized_gated_matmul, 2048), (quantized_matmul_parts, 2048)):
         text = lowered(monkeypatch, HOPPER, num_tokens, four, product=product)
         assert text.count("custom_call @mosaic_gpu_v2") == 1 and TRITON not in text and "28672x4096x" not in text
+    # One token is one kernel, too: nothing pads it before, nothing cuts the result.
+    for weight in (four, floats):
+        text = lowered(monkeypatch, HOPPER, 1, weight, product=quantized_matmul_parts)
+        assert text.count("custom_call @mosaic_gpu_v2") == 1 and "<8x4096x" not in text and f"x8x{weight.shape[0]}x" not in text
     # No float8 products before sm_89: the weight is widened.
     assert "tensor<2048x4096xf8E4M3FN>" not in lowered(monkeypatch, AMPERE, 2048, floats)
     integers = abstract(eight_bit(64, 256, 1, jnp.int8, quantized_activations=True), 6144, 4096)

@@ -17,7 +17,7 @@ from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, EightBitWeig
 _MOST_KERNEL_TOKENS = 256
 _MOST_MOSAIC_TOKENS = 256
 _LEAST_WIDE_TOKENS = 129
-_LEAST_MOSAIC_TOKENS = 17, 9  # of a weight that Triton would split, and of one large enough without
+_LEAST_MOSAIC_TOKENS = 17  # of a weight that Triton would split
 _ENOUGH_BLOCKS = 0.8  # for each multiprocessor, of a gated product, whose columns are not split
 _BUSY_SHARE = 0.85  # of the multiprocessors draw all that the memory gives
 _LEAST_STAGES = 3
@@ -108,7 +108,7 @@ def mosaic_config(
 ) -> MosaicQuantizedConfig | None:
     """The cut of Hopper's kernel for x [T, K]; None where it is not the fastest or does not take the arrays."""
     (num_tokens, depth), size = x.shape, weight.shape[0]
-    within = _LEAST_MOSAIC_TOKENS[_is_large(weight, gpu)] <= num_tokens <= _MOST_MOSAIC_TOKENS
+    within = num_tokens <= _MOST_MOSAIC_TOKENS and (num_tokens >= _LEAST_MOSAIC_TOKENS or _is_large(weight, gpu))
     if not within or not _mosaic_takes(x, weight, out_dtype, gpu):
         return None
     lanes, tiles = token_tiles(num_tokens)

@@ -66,7 +66,7 @@ def quantized_matmul_mosaic(
     planes = 1 if config.splits == 1 else 2
     halves = 2 if gated else 1
     zero = 0 if isinstance(weight, FourBitWeight) and weight.values else 8
-    x = jnp.pad(x, ((0, lanes * tiles - num_tokens), (0, 0)))
+    x = pad_tokens(x, lanes * tiles, interpret)
     if isinstance(weight, FourBitWeight):
         codes, zeros = weight.codes.reshape(blocks, heights, HEIGHT, _PIECE), weight.zeros
         codes_smem = plgpu.SMEM((config.num_stages, teams, HEIGHT, _PIECE), codes.dtype, transforms=swizzled(_PIECE, codes.dtype))
@@ -90,7 +90,7 @@ def quantized_matmul_mosaic(
             workers=workers,
             interpret=interpret,
         ),
-        out_type=jax.ShapeDtypeStruct((config.splits * planes, lanes * tiles, size // halves), x.dtype),
+        out_type=jax.ShapeDtypeStruct((config.splits * planes, x.shape[0], size // halves), x.dtype),
         scratch_types=(
             codes_smem,
             plgpu.SMEM((config.num_stages, lanes, BLOCK), x.dtype, transforms=swizzled(_PIECE, x.dtype)),
@@ -117,13 +117,21 @@ def token_tiles(num_tokens: int) -> tuple[int, int]:
     return pl.cdiv(num_tokens, 8 * tiles) * 8, tiles
 
 
+def pad_tokens(x: jax.Array, num_lanes: int, interpret: bool) -> jax.Array:
+    """x [T, K] with zeros for as many tokens as all tiles hold; as it is where TMA gives zeros for those that lack.
+
+    TMA does so, and writes none of them, where a tile is a whole unit of its swizzled memory, 8 tokens; the interpreter does not.
+    """
+    return x if x.shape[0] < num_lanes == 8 and not interpret else jnp.pad(x, ((0, num_lanes - x.shape[0]), (0, 0)))
+
+
 def _quantized_matmul_kernel(
     x_ref, codes_ref, scales_ref, zeros_ref, one_zero_ref, sums_ref, codes_smem, x_smem, scales_smem, zeros_smem, out_smem, filled, emptied,
     handed_over, *, config: MosaicQuantizedConfig, group: int, chunks: int, workers: int, interpret: bool,
 ):  # fmt: skip
     teams, splits, planes = config.warpgroups, jnp.int32(config.splits), out_smem.shape[1]
     depth, lanes = x_ref.shape[1], x_smem.shape[1]
-    tiles = jnp.int32(x_ref.shape[0] // lanes)
+    tiles = jnp.int32(pl.cdiv(x_ref.shape[0], lanes))
     four_bit = codes_ref.dtype == jnp.uint16
     parts = scales_smem.shape[1]
     gated = handed_over is not None

@@ -32,7 +32,7 @@ from jaxserve.pallas_kernels.mosaic import (
     see_out,
     swizzled,
 )
-from jaxserve.pallas_kernels.quantized_matmul.mosaic import token_tiles
+from jaxserve.pallas_kernels.quantized_matmul.mosaic import pad_tokens, token_tiles
 from jaxserve.pallas_kernels.quantized_matmul.upcast import eight_bit_half_asm
 from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, EightBitWeight
 
@@ -82,7 +82,7 @@ def eight_bit_matmul_mosaic(
     chunks = size // (teams * HEIGHT) * config.splits * tiles
     workers = even_workers(chunks, config.num_blocks)
     planes, width = 1 if config.splits == 1 else 2, config.columns
-    x = jnp.pad(x, ((0, lanes * tiles - num_tokens), (0, 0)))
+    x = pad_tokens(x, lanes * tiles, interpret)
     factor = 1.0 if dtype == jnp.float16 else HALF_FACTOR
     if interpret:
         x = (x.astype(jnp.float32) / factor).astype(jnp.float16)
@@ -90,7 +90,7 @@ def eight_bit_matmul_mosaic(
         functools.partial(
             _eight_bit_kernel, config=config, gated=gated, factor=factor, chunks=chunks, workers=workers, dtype=dtype, interpret=interpret
         ),
-        out_type=jax.ShapeDtypeStruct((config.splits * planes, lanes * tiles, size), dtype),
+        out_type=jax.ShapeDtypeStruct((config.splits * planes, x.shape[0], size), dtype),
         scratch_types=(
             plgpu.SMEM((config.num_stages, halves * teams, HEIGHT, width), weight.codes.dtype, transforms=swizzled(BLOCK, jnp.int8)),
             plgpu.SMEM((config.num_stages, lanes, width), jnp.float16, transforms=swizzled(_PIECE, jnp.float16)),
@@ -121,7 +121,7 @@ def _eight_bit_kernel(
     halves = 2 if gated else 1
     teams, splits, planes = config.warpgroups, jnp.int32(config.splits), out_smem.shape[1]
     lanes, width = x_smem.shape[1:]
-    tiles = jnp.int32(x_ref.shape[0] // lanes)
+    tiles = jnp.int32(pl.cdiv(x_ref.shape[0], lanes))
     steps = x_ref.shape[1] // width // config.splits
     units = codes_ref.shape[0] // halves
     worker = lax.axis_index("worker")
