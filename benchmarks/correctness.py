@@ -128,7 +128,7 @@ def main() -> None:
         sizes = arguments.requests, longest, arguments.output_tokens, arguments.noise
         good &= check_under_load(join(runner, config, options, info), *sizes, say, bitwise=arguments.deterministic)
     if "edges" in arguments.parts:
-        good &= check_edges(join(runner, config, options, info), config, arguments.fill, say)
+        good &= check_edges(join(runner, config, options, info), config, runner.buckets, arguments.fill, say)
     say("within the bounds" if good else "OUT OF THE BOUNDS")
     sys.exit(not good)
 

@@ -32,13 +32,13 @@ class Edges:
     """Drives an engine that serves nothing else.
 
     Args:
-        config: of its runner.
+        config, buckets: of its runner.
     """
 
-    def __init__(self, engine: Engine, config: RunnerConfig, platform: str):
+    def __init__(self, engine: Engine, config: RunnerConfig, buckets: Buckets):
         self._engine = engine
         self._config = config
-        self._buckets = Buckets.for_platform(platform, config.max_batch_size, config.max_batch_tokens, config.deterministic)
+        self._buckets = buckets
         self._rng = np.random.default_rng(0)
         self._number = 0
 
@@ -89,14 +89,13 @@ class Edges:
         return first - begin
 
 
-def check_edges(engine: Engine, config: RunnerConfig, fill: bool, say: Callable[[str], None] = print) -> bool:
+def check_edges(engine: Engine, config: RunnerConfig, buckets: Buckets, fill: bool, say: Callable[[str], None] = print) -> bool:
     """Fill every bucket, twice in each way; with `fill` also the whole KV cache.
 
     Returns:
         whether nothing was compiled. An allocation that fails raises.
     """
-    device = jax.local_devices()[0]
-    edges = Edges(engine, config, device.platform)
+    edges = Edges(engine, config, buckets)
     compiled = engine.stats().compile_events
     reached, never = edges.reachable()
     slow = []
@@ -115,7 +114,7 @@ def check_edges(engine: Engine, config: RunnerConfig, fill: bool, say: Callable[
         say(f"edges: no batch takes these (tokens, rows): {[(bucket.num_tokens, bucket.num_rows) for bucket in never]}")
     for line in slow:
         say(f"edges: the first time is slower: {line}")
-    memory = device.memory_stats() or {}
+    memory = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in memory:
         peak, limit = (memory[name] / 2**30 for name in ("peak_bytes_in_use", "bytes_limit"))
         say(f"edges: at most {peak:.2f} of {limit:.2f} GiB were in use")

@@ -55,8 +55,13 @@ def test_padding_of_large_steps_on_a_gpu_is_small():
         assert buckets.pick(bucket.num_tokens, bucket.num_rows) == bucket or bucket.num_tokens == bucket.num_rows
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_deterministic_steps_have_one_shape(platform: str):
-    buckets = Buckets.for_platform(platform, 4, 64, deterministic=True)
-    assert [*buckets] == [Bucket(64, 4, False)] and buckets.logits == (4,)
-    assert {buckets.pick(tokens, rows) for tokens, rows in ((1, 1), (4, 4), (5, 4), (64, 1))} == {Bucket(64, 4, False)}
+def test_deterministic_steps_have_few_shapes():
+    one = Buckets.deterministic(4, (64,))
+    assert [*one] == [Bucket(64, 4, False)] and one.logits == (4,)
+    assert {one.pick(tokens, rows) for tokens, rows in ((1, 1), (4, 4), (5, 4), (64, 1))} == {Bucket(64, 4, False)}
+    several = Buckets.deterministic(256, Buckets.deterministic_sizes(512, 1024))
+    assert several.step_sizes == (16, 64, 128, 256, 512, 1024) and several.logits == (64, 256)
+    assert several.pick(20, 20) == Bucket(64, 64, False) and several.pick(300, 256) == Bucket(512, 256, False)
+    fewer = several.having((512, 64))
+    assert fewer.step_sizes == (64, 512) and fewer.logits == several.logits
+    assert Buckets.deterministic_sizes(32, 32) == (16, 32) and Buckets.deterministic_sizes(300, 300) == (16, 64, 128, 256, 300)

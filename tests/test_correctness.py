@@ -95,7 +95,7 @@ def test_a_parting_is_judged_by_the_margin_alone():
 def test_every_bucket_at_its_edge(tiny_checkpoint: Callable[[str], Path]):
     tiny, lines = tiny_runner(tiny_checkpoint("llama")), []
     engine = tiny.engine(prefix_caching=False)
-    assert edges.check_edges(engine, tiny.config, True, lines.append)
+    assert edges.check_edges(engine, tiny.config, tiny.runner.buckets, True, lines.append)
     assert "preemptions" in lines[0] and int(lines[0].split()[-2]) > 0
     assert f"edges: {len(list(Buckets.for_platform('cpu', 4, 64)))} buckets filled, 0 compile events" in lines[1]
 

@@ -3,6 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from jaxserve.errors import DeviceError, StartupError
 from jaxserve.grammar import Grammar, GrammarKind
 from jaxserve.pallas_kernels.all_reduce.reference import sum_in_order
 from jaxserve.request import Request, SamplingParams, TokenOutput
-from jaxserve.runner import RunnerConfig, make_mesh
-from jaxserve.runner.buckets import Bucket
+from jaxserve.runner import RunnerConfig, make_mesh, model_runner
+from jaxserve.runner.buckets import Bucket, Buckets
 from jaxserve.runner.programs import ProgramKey
 
 SIZES = {"slots": 5, "max_batch_tokens": 40, "kv_tokens": 320, "max_total_tokens": 240, "deterministic": True}
@@ -149,12 +150,12 @@ def test_a_preempted_sample_keeps_the_seed_that_was_drawn_for_it(runner: TinyRun
         assert bits(finish(engine)["alone", 0]) == bits(outputs[f"{i}", 0])
 
 
-def test_a_step_is_of_one_size_by_default():
+def test_sizes_of_steps_by_default():
     on_cpu, on_gpu = (RunnerConfig.from_options(EngineOptions(deterministic=True), platform) for platform in ("cpu", "gpu"))
-    assert (on_cpu.max_batch_size, on_cpu.max_batch_tokens) == (32, 64)
-    assert (on_gpu.max_batch_size, on_gpu.max_batch_tokens) == (256, 512)
-    given = EngineOptions(deterministic=True, max_batch_size=100, max_batch_prefill_tokens=300)
-    assert RunnerConfig.from_options(given, "gpu").max_batch_tokens == 300
+    assert (on_cpu.max_batch_size, on_cpu.common_tokens, on_cpu.max_batch_tokens) == (32, 64, 64)
+    assert (on_gpu.max_batch_size, on_gpu.common_tokens, on_gpu.max_batch_tokens) == (256, 512, 1024)
+    given = RunnerConfig.from_options(EngineOptions(deterministic=True, max_batch_size=100, max_batch_prefill_tokens=300), "gpu")
+    assert (given.common_tokens, given.max_batch_tokens) == (300, 300)
 
 
 @pytest.mark.parametrize("other", [{"attention": "mosaic"}, {"max_decode_gap_ms": 50.0}])
@@ -181,3 +182,25 @@ def test_a_start_finds_out_that_places_matter(runner: TinyRunner, monkeypatch: p
     monkeypatch.setattr(device._executor._preparation, "compile_again", lambda keys, options: {})
     with pytest.raises(DeviceError, match="--deterministic"):
         device._check_rows()
+
+
+def test_sizes_that_change_bits_are_given_up(runner: TinyRunner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    device = runner.runner
+    monkeypatch.setattr(device, "_buckets", Buckets.deterministic(5, (8, 24, 40, 64)))
+    bits = {8: {b"right"}, 24: {b"right", b"other"}, 40: {b"right"}, 64: {b"wrong"}}
+    monkeypatch.setattr(
+        model_runner, "row_bits", lambda *_, num_tokens, **__: bits[num_tokens] if device.step_sizes == (num_tokens,) else {}
+    )
+    monkeypatch.setattr(device, "_config", replace(device._config, common_tokens=40))
+    with caplog.at_level("WARNING"):
+        device._check_rows()
+    assert device.step_sizes == (8, 40) and "24, 64 tokens" in caplog.text
+
+
+def test_steps_of_several_sizes_change_no_bit(runner: TinyRunner, tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch):
+    """As on a GPU. This CPU's products may differ by size: then the start gives sizes up, or all would fail here."""
+    monkeypatch.setattr("jaxserve.models.model.takes_fixed_order", lambda *_: True)
+    several = TinyRunner(tiny_checkpoint("llama"), masked=False, **SIZES)
+    assert [bucket.num_tokens for bucket in several.runner._executor._preparation.buckets] == [16, 40]
+    assert several.runner.step_sizes in ((16, 40), (40,))
+    check_crowd(several.engine(), alone(several), list(some_requests()), 2)

@@ -12,6 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from jaxserve.pallas_kernels import add_parts, gated_matmul, matmul, matmul_parts, multiply_gated
 from jaxserve.pallas_kernels.gpu import Gpu
 from jaxserve.pallas_kernels.matmul import api
+from jaxserve.pallas_kernels.matmul.fixed_order import column_splits, fixed_order_kernel
 from jaxserve.pallas_kernels.matmul.mosaic import MosaicMatmulConfig, matmul_mosaic
 from jaxserve.pallas_kernels.matmul.mosaic_wide import WideMatmulConfig, matmul_wide
 
@@ -89,6 +90,34 @@ def test_the_kernel_for_many_tokens_multiplies_eight_bit_numbers(gated):
 def test_xla_multiplies(num_tokens):
     x, weight = normal(num_tokens, 24, 40)
     assert relative_error(matmul(jnp.asarray(x), jnp.asarray(weight), jnp.float32), x, weight) < 1e-6
+
+
+@pytest.mark.parametrize("size, depth, gated, out_dtype", [(128, 256, False, None), (256, 64, True, BF16), (128, 64, False, jnp.float32)])
+def test_a_token_gets_the_same_parts_however_many_there_are(size, depth, gated, out_dtype):
+    """Of small integers, whose sums are exact: the interpreter adds up as it likes, tensor cores do not."""
+    rng, most = np.random.default_rng(size), 2 if gated else 9
+    x, weight = (jnp.asarray(rng.integers(-most, most + 1, shape), F16 if gated else BF16) for shape in ((136, depth), (size, depth)))
+    found = []
+    for num_tokens in (3, 72, 136):
+        kernel = fixed_order_kernel(x[:num_tokens], weight, 4, gated=gated, out_dtype=out_dtype)
+        parts = jax.jit(functools.partial(kernel, interpret=True), compiler_options=UNOPTIMISED)(x[:num_tokens], weight)
+        found.append(parts[:, :3])
+        assert parts.shape == (1 if gated or out_dtype else 4, num_tokens, size // 2 if gated else size)
+    assert len({np.asarray(parts).tobytes() for parts in found}) == 1
+    assert relative_error(add_parts(found[0], jnp.float32), np.asarray(x[:3]), np.asarray(weight)) < (4e-3 if gated else 1e-6)
+
+
+@pytest.mark.parametrize("num_tokens", [16, 64, 128, 256, 1024])
+@pytest.mark.parametrize("size, depth", [*LLAMA_8B, (3072, 2048), (2048, 2048), (896, 4864), (151936, 896), (3584, 18944)])
+def test_the_cut_of_a_fixed_order_does_not_depend_on_the_tokens(num_tokens, size, depth):
+    splits = column_splits(size, depth, 132)
+    for gated in (False, True) if size % 128 == 0 else (False,):
+        config = fixed_order_kernel(*abstract(num_tokens, size, depth), 132, gated=gated).keywords["config"]
+        assert config.splits == (1 if gated else splits) and depth % (splits * 64) == 0
+        units = size // 2 if gated else size
+        width = (config.tile if num_tokens <= 128 else config.rows) // (2 if gated else 1)
+        assert units % (width * (config.cluster if num_tokens <= 128 else config.row_cluster)) == 0
+        assert config.in_order if num_tokens <= 128 else config.in_planes == (config.splits > 1)
 
 
 def abstract(num_tokens, size, depth, dtype=jnp.bfloat16) -> tuple[Any, Any]:

@@ -74,7 +74,7 @@ def join(
     scheduler = Scheduler(
         SchedulerConfig(
             max_batch_size=config.max_batch_size,
-            max_batch_tokens=config.max_batch_tokens,
+            max_batch_tokens=runner.step_sizes[-1],
             page_size=config.page_size,
             max_total_tokens=info.max_total_tokens,
             prefix_caching=options.prefix_caching,

@@ -79,7 +79,7 @@ class Attention(nnx.Module):
         bias = None if self.qkv.bias is None else self.qkv.bias[...]
         norms = None if self.norms is None else tuple(weight[...] for weight in self.norms)
         scales = None if self.kv_scales is None else (self.kv_scales[0][...], self.kv_scales[1][...])
-        qkv = self.qkv.matrix.matmul_parts(x)
+        qkv = self.qkv.matrix.matmul_parts(x, fixed_order=metadata.deterministic)
         of_heads = attention_dtype(dtype)
         q, kv = rotate_and_write_kv(qkv, rotation, kv, metadata, bias=bias, norms=norms, eps=self.norm_eps, dtype=of_heads, scales=scales)
         if sampled is not None:
@@ -141,7 +141,7 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: jax.Array, shards: Shards, dtype: jnp.dtype, residual_dtype: jnp.dtype) -> Branch:
         """x [T, hidden] -> what is to be added to the residual stream, of `residual_dtype`; `dtype` as in `Attention`."""
-        return self.down.branch(self.gate_up.gated(x, dtype), shards, residual_dtype)
+        return self.down.branch(self.gate_up.gated(x, shards, dtype), shards, residual_dtype)
 
 
 class DecoderLayer(nnx.Module):
@@ -270,7 +270,7 @@ class Decoder(nnx.Module):
     def logits(self, x: jax.Array, shards: Shards) -> jax.Array:
         """Logits, float32 [T, vocab_size], of what the last layer gives, [T, hidden]."""
         with jax.named_scope("logits"):
-            normed, _ = self.norm(Branch(x), jnp.zeros_like(x), Shards(), self.norm.weight[...].dtype)
+            normed, _ = self.norm(Branch(x), jnp.zeros_like(x), shards, self.norm.weight[...].dtype)
             return (self.head or self.embedding).logits(normed, shards)
 
     def residual_dtype(self, dtype: jnp.dtype, shards: Shards) -> jnp.dtype:

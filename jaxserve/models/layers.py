@@ -74,7 +74,7 @@ class RMSNorm(nnx.Module):
         """The sum of x and residual [T, size], normalised in a dtype (the residual's), and as it is."""
         if x.shared:
             return all_reduce_add_rms_norm(x.parts, residual, self.weight[...], self.eps, shards, dtype)
-        return add_rms_norm(x.parts, residual, self.weight[...], self.eps, dtype)
+        return add_rms_norm(x.parts, residual, self.weight[...], self.eps, dtype, shards.deterministic)
 
 
 class Linear(nnx.Module):
@@ -98,7 +98,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, shards: Shards) -> jax.Array:
         """x [T, K] -> [T, N]."""
-        y = self.matrix.matmul(x)
+        y = self.matrix.matmul(x, fixed_order=shards.deterministic)
         if self.reduce:
             y = all_reduce(y, x.dtype, shards)
         return y if self.bias is None else y + self.bias[...][None, :]
@@ -107,13 +107,13 @@ class Linear(nnx.Module):
         """The same, still to be added up where nothing follows but the residual stream, which is of `dtype` (None: x's)."""
         if self.bias is not None:
             return Branch(self(x, shards))
-        return Branch(self.matrix.matmul_parts(x, dtype), self.reduce and shards.count > 1)
+        return Branch(self.matrix.matmul_parts(x, dtype, shards.deterministic), self.reduce and shards.count > 1)
 
-    def gated(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    def gated(self, x: jax.Array, shards: Shards, dtype: jnp.dtype) -> jax.Array:
         """silu(gate) * up, [T, N / 2] in a dtype, where the first half of the outputs is a gate's and nothing is cut by columns."""
         if self.bias is None:
-            return self.matrix.gated(x, dtype)
-        gate_up = self.matrix.matmul(x)
+            return self.matrix.gated(x, dtype, shards.deterministic)
+        gate_up = self.matrix.matmul(x, fixed_order=shards.deterministic)
         return multiply_gated(gate_up + self.bias[...][None, :].astype(gate_up.dtype), dtype)
 
 
@@ -136,4 +136,4 @@ class Embedding(nnx.Module):
 
     def logits(self, x: jax.Array, shards: Shards) -> jax.Array:
         """Logits, float32 [T, vocab_size], of hidden states [T, K]; every shard gets all of them."""
-        return all_gather(self.matrix.matmul(x, jnp.float32), shards)[:, : self.vocab_size]
+        return all_gather(self.matrix.matmul(x, jnp.float32, shards.deterministic), shards)[:, : self.vocab_size]

@@ -14,7 +14,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder, layer_prefix
 from jaxserve.models.formats import QuantizedPart
 from jaxserve.models.parameters import Parameter
-from jaxserve.pallas_kernels import AttentionMetadata, LayerKV, Shards, attention_dtype
+from jaxserve.pallas_kernels import AttentionMetadata, LayerKV, Shards, attention_dtype, takes_fixed_order
 from jaxserve.pallas_kernels.paged_attention import check_implementation
 
 
@@ -63,9 +63,25 @@ class Architecture:
         """`Decoder.__call__` on local shards of the arrays; to be traced inside `jax.shard_map`, never called as it is."""
         return self._decoder(leaves)(token_ids, positions, kv, metadata, last, shards, whole=whole)
 
-    def logits(self, leaves: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:
+    def logits(self, leaves: tuple[jax.Array, ...], x: jax.Array, deterministic: bool = False) -> jax.Array:
         """`Decoder.logits`, likewise."""
-        return self._decoder(leaves).logits(x, Shards())
+        return self._decoder(leaves).logits(x, Shards(deterministic=deterministic))
+
+    def has_fixed_order(self, dtype: jnp.dtype, shards: int) -> bool:
+        """Whether all products with its matrices keep what `fixed_order` promises (pallas_kernels.matmul), on `shards` devices such as is
+        traced for, with activations of a dtype: then deterministic steps may be of several sizes.
+        """
+
+        def keeps(parameter: Parameter | QuantizedPart) -> bool:
+            if not isinstance(parameter, Parameter):
+                return False
+            match parameter.local_shape(shards):
+                case int(size), int(depth):
+                    gated = len(parameter.sources) == 2 and parameter.after_norm  # gate and up
+                    return takes_fixed_order((size, depth), parameter.dtype(dtype, shards), gated)
+            return True
+
+        return all(map(keeps, self.parameters))
 
     def _decoder(self, leaves: tuple[jax.Array, ...]) -> Decoder:
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))

@@ -26,6 +26,7 @@ from jaxserve.pallas_kernels.matmul import gated_matmul as gated_matmul
 from jaxserve.pallas_kernels.matmul import matmul as matmul
 from jaxserve.pallas_kernels.matmul import matmul_parts as matmul_parts
 from jaxserve.pallas_kernels.matmul import multiply_gated as multiply_gated
+from jaxserve.pallas_kernels.matmul import takes_fixed_order as takes_fixed_order
 from jaxserve.pallas_kernels.metadata import AttentionMetadata as AttentionMetadata
 from jaxserve.pallas_kernels.paged_attention import paged_attention as paged_attention
 from jaxserve.pallas_kernels.paged_attention import plan_attention as plan_attention

@@ -18,7 +18,6 @@ from jax import export
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh
 
 from jaxserve.models import Architecture, ModelConfig
-from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.config import RunnerConfig
 from jaxserve.runner.exchange import reach_each_other
 from jaxserve.runner.kv_cache import KVCachePlan
@@ -43,6 +42,7 @@ class Blueprint:
         max_batch_tokens: most tokens a step computes.
         masked: with the programs that constrained requests need.
         deterministic: as in RunnerConfig.
+        common_tokens: likewise, a number.
         peer_memory: the devices add up over each other's memory.
         trace_options: (name, value) of TRACE_OPTIONS.
     """
@@ -60,6 +60,7 @@ class Blueprint:
     max_batch_tokens: int
     masked: bool
     deterministic: bool
+    common_tokens: int
     peer_memory: bool
     trace_options: tuple[tuple[str, Any], ...]
 
@@ -81,6 +82,7 @@ class Blueprint:
             max_batch_tokens=config.max_batch_tokens,
             masked=config.masked,
             deterministic=config.deterministic,
+            common_tokens=config.common_tokens or config.max_batch_tokens,
             peer_memory=config.peer_memory and reach_each_other(mesh),
             trace_options=tuple((name, _plain(getattr(jax.config, name))) for name in TRACE_OPTIONS),
         )
@@ -90,11 +92,6 @@ class Blueprint:
         """The mesh without its devices; kernels are chosen by the device that it describes."""
         device = AbstractDevice(self.device_kind, self.num_cores, self.device_platform)
         return AbstractMesh((1, self.tensor_size), ("data", "tensor"), abstract_device=device)
-
-    @property
-    def buckets(self) -> Buckets:
-        """The shapes of steps."""
-        return Buckets.for_platform(self.device_platform, self.num_slots, self.max_batch_tokens, self.deterministic)
 
     def to_json(self) -> str:
         """One line."""

@@ -44,7 +44,7 @@ class Buckets:
         self.logits = tuple(logits or sorted({bucket.num_rows for bucket in self}))
 
     @classmethod
-    def for_platform(cls, platform: str, max_batch_size: int, max_batch_tokens: int, deterministic: bool = False) -> Self:
+    def for_platform(cls, platform: str, max_batch_size: int, max_batch_tokens: int) -> Self:
         """Ladders of powers of two; finer on a GPU, where a program's compile time counts less than a step's padding.
 
         Small mixed shapes come with few rows (a prompt alone) and with all: the logits and the sampling of rows that are not there
@@ -52,11 +52,7 @@ class Buckets:
         shape takes 250 us for 1 to 32 rows, 260 for 64) and samplers slow to compile, so there are few row counts.
 
         Beyond 1024 tokens the scheduler rather cuts a step than leave much padding in it: a step more costs as much as 200 tokens.
-
-        Deterministic steps have one shape: then nothing but its place in it can change how XLA computes a token.
         """
-        if deterministic:
-            return cls((), [(max_batch_tokens, max_batch_size)])
         if platform == "cpu":
             tokens = _ladder(32, max_batch_tokens)
             few = [(t, 4) for t in tokens if t <= 128 and max_batch_size > 4]
@@ -66,6 +62,24 @@ class Buckets:
         logits = sorted({min(rows, max_batch_size) for rows in (_FEWEST, _FEW, max_batch_size)})
         decode = _ladder(_FEWEST, max_batch_size, (16, 1), (64, 3))
         return cls(decode, mixed, logits, decode[:1])
+
+    @classmethod
+    def deterministic(cls, max_batch_size: int, sizes: Iterable[int]) -> Self:
+        """Steps of which each has all kinds of tokens; there are two counts of logits' rows at most."""
+        mixed = [(tokens, min(tokens, max_batch_size)) for tokens in sizes]
+        return cls((), mixed, sorted({_FEW if rows <= _FEW < max_batch_size else max_batch_size for _, rows in mixed}))
+
+    @staticmethod
+    def deterministic_sizes(common_tokens: int, max_batch_tokens: int) -> tuple[int, ...]:
+        """Tokens of deterministic steps, where products give a token the same bits in all of them: few, as each is compiled. Those of 32
+        are left out: they would take about as long as those of 64.
+        """
+        return tuple(sorted({*_ladder(16, max_batch_tokens), common_tokens} - ({32} - {common_tokens, max_batch_tokens})))
+
+    def having(self, sizes: Iterable[int]) -> Self:
+        """Without the mixed shapes of other numbers of tokens; the rows of logits stay."""
+        kept = [(bucket.num_tokens, bucket.num_rows) for bucket in self._mixed if bucket.num_tokens in set(sizes)]
+        return type(self)([bucket.num_rows for bucket in self._decode], kept, self.logits, [bucket.num_rows for bucket in self.whole])
 
     @property
     def step_sizes(self) -> tuple[int, ...]:

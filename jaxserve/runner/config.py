@@ -6,6 +6,8 @@ from typing import Self
 from jaxserve.config import EngineOptions
 
 GIB = 2**30
+# On a GPU. Of more, a token is no cheaper; but decodes wait for the step, and attention's partial results take memory.
+_MOST_DETERMINISTIC_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +22,8 @@ class RunnerConfig:
         kv_dtype: of keys and values in the cache, as JAX calls it; None: `attention_dtype` of the activations.
         kv_bytes: memory for the KV cache on each device; None: what the device has left.
         masked: compile what constrained requests need.
-        deterministic: what a request gets is the same to the bit alone and in any batch: every step computes max_batch_tokens.
+        deterministic: what a request gets is the same to the bit alone and in any batch.
+        common_tokens: tokens of every deterministic step, where steps of several sizes would give a token other bits.
         peer_memory: where the devices can read each other's memory, kernels add up over it.
         compilation_cache_dir: folder of compiled programs that outlives the process; None: none.
     """
@@ -33,6 +36,7 @@ class RunnerConfig:
     kv_bytes: int | None = None
     masked: bool = False
     deterministic: bool = False
+    common_tokens: int | None = None
     peer_memory: bool = True
     compilation_cache_dir: str | None = None
 
@@ -42,8 +46,10 @@ class RunnerConfig:
         on_cpu = platform == "cpu"
         batch_size = options.max_batch_size or (32 if on_cpu else 256)
         batch_tokens = options.max_batch_prefill_tokens or (512 if on_cpu else 8192)
+        common_tokens = None
         if options.deterministic:
-            batch_tokens = options.max_batch_prefill_tokens or _deterministic_batch_tokens(batch_size, on_cpu)
+            common_tokens = max(options.max_batch_prefill_tokens or _common_tokens(batch_size, on_cpu), batch_size)
+            batch_tokens = common_tokens if on_cpu or options.max_batch_prefill_tokens else max(common_tokens, _MOST_DETERMINISTIC_TOKENS)
         return cls(
             max_batch_size=batch_size,
             max_batch_tokens=max(batch_tokens, batch_size),
@@ -52,13 +58,14 @@ class RunnerConfig:
             kv_dtype=options.kv_dtype,
             masked=not options.disable_grammar_support,
             deterministic=options.deterministic,
+            common_tokens=common_tokens,
             peer_memory=not options.disable_custom_all_reduce,
             kv_bytes=int(options.cpu_kv_cache_gib * GIB) // options.tensor_size if on_cpu else None,
             compilation_cache_dir=compilation_cache_dir,
         )
 
 
-def _deterministic_batch_tokens(batch_size: int, on_cpu: bool) -> int:
+def _common_tokens(batch_size: int, on_cpu: bool) -> int:
     """Tokens of every step: all decodes and some of a prompt. Of tokens that a step lacks the products are computed nevertheless."""
     tokens = batch_size + (32 if on_cpu else 256)
     return -(-tokens // 64) * 64  # whole tiles of a GPU's products

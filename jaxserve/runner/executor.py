@@ -84,7 +84,7 @@ class Executor:
     def warmup(self) -> None:
         """Wait for every program that a legal request can hit, and run each once, for nobody; from then on nothing is compiled."""
         vocab_size = self._model.config.vocab_size
-        hidden = jax.ShapeDtypeStruct((self._preparation.max_scored_tokens, self._model.config.hidden_size), self._model.dtype)
+        hidden = jax.ShapeDtypeStruct((self._preparation.buckets.max_scored_tokens, self._model.config.hidden_size), self._model.dtype)
         self._state = allocate_state(self._plan, self._config.max_batch_size, vocab_size, hidden, self._mesh)
         logger.info("the state is allocated")
         seconds = 0.0

@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import numpy as np
@@ -20,7 +19,7 @@ from jaxserve.runner.hosts import Hosts
 from jaxserve.runner.preparation import Preparation
 from jaxserve.runner.programs import PAGE_COPIES, PAGE_ENTRIES, ProgramKey, num_scored_a_call
 from jaxserve.runner.prompt_scores import pack_scored, unpack_scored
-from jaxserve.runner.row_check import rows_agree
+from jaxserve.runner.row_check import row_bits
 from jaxserve.runner.sampler import unpack_sampled
 from jaxserve.runner.sampling_state import needs_slot_load, slot_loads
 from jaxserve.step import StepResult
@@ -72,9 +71,9 @@ class ModelRunner:
         self._config = config
         self._model_config = model.config
         platform = mesh.devices.flat[0].platform
-        self._buckets = Buckets.for_platform(platform, config.max_batch_size, config.max_batch_tokens, config.deterministic)
         self._num_scored_a_call = num_scored_a_call(platform)
         preparation = preparation or Preparation(model.architecture, model.dtype, mesh, config)
+        self._buckets = preparation.buckets  # without those, from warmup() on, that give a token other bits
         self._executor = Executor(model, mesh, config, preparation, hosts)
         self._plan = self._executor.plan
         # From step to step
@@ -88,6 +87,11 @@ class ModelRunner:
     def kv_groups(self) -> list[tuple[int, int | None]]:
         """(number of pages, window) of each KV group."""
         return list(zip(self._plan.num_pages, self._plan.windows, strict=True))
+
+    @property
+    def buckets(self) -> Buckets:
+        """The shapes of its steps."""
+        return self._buckets
 
     @property
     def step_sizes(self) -> tuple[int, ...]:
@@ -179,19 +183,35 @@ class ModelRunner:
         self._executor.close()
 
     def _check_rows(self) -> None:
-        """Make sure that a token's bits do not depend on its place in a step.
+        """Make sure that a token's bits depend neither on its place in a step nor on the step's size; sizes that change them are given up.
 
         Raises:
-            DeviceError: they do on this device, whoever computes the products.
+            DeviceError: they depend on the place in steps of the common size, whoever computes the products.
         """
-        sizes = dict(num_slots=self._config.max_batch_size, num_tokens=self._config.max_batch_tokens)
-        check = partial(rows_agree, self, page_size=self._config.page_size, num_pages=self._plan.num_pages, **sizes)
-        if not check():
+        bits = self._row_bits()
+        common = self._config.common_tokens or self.step_sizes[-1]
+        if len(bits[common]) > 1:
             logger.warning("products depend on the place of a token: they are compiled again, by Triton alone")
             self._executor.recompile_products()
-            if not check():
+            bits = self._row_bits()
+            if len(bits[common]) > 1:
                 raise DeviceError("--deterministic: on this device what a token gets depends on its place in a step")
+        others = sorted(size for size in bits if bits[size] != bits[common])
+        if others:
+            told = ", ".join(map(str, others))
+            logger.warning("a token gets other bits in steps of %s tokens than in those of %d, which are computed instead", told, common)
+            self._buckets = self._buckets.having(set(bits) - set(others))
         self._useful_tokens = self._padded_tokens = 0
+
+    def _row_bits(self) -> dict[int, set[bytes]]:
+        """By the tokens of a step, what was found in some steps of that size."""
+        every, bits = self._buckets, dict[int, set[bytes]]()
+        for bucket in every:
+            self._buckets = every.having([bucket.num_tokens])
+            sizes = dict(num_rows=bucket.num_rows, num_tokens=bucket.num_tokens)
+            bits[bucket.num_tokens] = row_bits(self, page_size=self._config.page_size, num_pages=self._plan.num_pages, **sizes)
+        self._buckets = every
+        return bits
 
     def _prepare(self, batch: Batch) -> tuple[Step, np.ndarray]:
         """Bring the device state to where the step can run; returns the step, and what goes up for it."""

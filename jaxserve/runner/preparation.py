@@ -20,6 +20,7 @@ from jaxserve.lowering_processes import LoweringFailed, LoweringProcesses
 from jaxserve.models import Architecture
 from jaxserve.pallas_kernels import attention_dtype, page_dtype
 from jaxserve.runner.blueprint import Blueprint
+from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.compile import OF_ITS_OWN, CacheHits, CacheMisses, keep_out_of_cache, use_compilation_cache
 from jaxserve.runner.config import RunnerConfig
 from jaxserve.runner.exchange import exchange_bytes
@@ -131,9 +132,9 @@ class Preparation:
         return list(self._futures)
 
     @property
-    def max_scored_tokens(self) -> int:
-        """As in Buckets."""
-        return self._programs.buckets.max_scored_tokens
+    def buckets(self) -> Buckets:
+        """The shapes of steps."""
+        return self._programs.buckets
 
     def plan(self) -> KVCachePlan:
         """The sizes of the KV cache, once the largest program is compiled. To be called when the weights are loaded."""

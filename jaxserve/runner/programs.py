@@ -21,7 +21,7 @@ from jaxserve.models import Architecture
 from jaxserve.pallas_kernels import Shards
 from jaxserve.runner.batch import BatchLayout, add_page_entries, unpack_batch
 from jaxserve.runner.blueprint import Blueprint
-from jaxserve.runner.buckets import Bucket
+from jaxserve.runner.buckets import Bucket, Buckets
 from jaxserve.runner.exchange import PEERS_SPEC
 from jaxserve.runner.prompt_scores import score_tokens
 from jaxserve.runner.sampler import SAMPLED_COLUMNS, apply_masks, find_logprobs, sample
@@ -87,9 +87,9 @@ class Programs:
     def __init__(self, blueprint: Blueprint):
         self.blueprint = blueprint
         self.plan = blueprint.plan
-        self.buckets = blueprint.buckets
         self.mesh = blueprint.mesh
         self.architecture = Architecture.of(blueprint.model, blueprint.attention)
+        self.buckets = self._buckets()
         self.leaves = self._leaves()
         hidden = self._array((self.buckets.max_scored_tokens, blueprint.model.hidden_size), jnp.dtype(blueprint.dtype))
         self.state = abstract_state(self.plan, blueprint.num_slots, blueprint.model.vocab_size, hidden, self.mesh)
@@ -191,7 +191,8 @@ class Programs:
         """(leaves, hidden, int32 [2, num_scored_a_call]: tokens of the last step, and which follows each) -> what unpack_scored() reads."""
 
         def score(leaves: tuple[jax.Array, ...], hidden: jax.Array, upload: jax.Array) -> jax.Array:
-            logits = self.architecture.logits(leaves, hidden.at[upload[0]].get(mode="promise_in_bounds"))
+            x = hidden.at[upload[0]].get(mode="promise_in_bounds")
+            logits = self.architecture.logits(leaves, x, self.blueprint.deterministic)
             return score_tokens(logits, upload[1])
 
         num_tokens = num_scored_a_call(self.blueprint.device_platform)
@@ -244,6 +245,16 @@ class Programs:
         # check_vma would ask every loop of every kernel to declare what varies over the mesh.
         sharded = jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
         return Program(jax.jit(sharded, donate_argnums=donated), arguments, results, donated, options or {})
+
+    def _buckets(self) -> Buckets:
+        """The shapes of steps. Deterministic ones have one, but where our own kernels compute all that could depend on it."""
+        of = self.blueprint
+        if not of.deterministic:
+            return Buckets.for_platform(of.device_platform, of.num_slots, of.max_batch_tokens)
+        with jax.sharding.use_abstract_mesh(self.mesh):
+            several = of.attention != "xla" and self.architecture.has_fixed_order(jnp.dtype(of.dtype), of.tensor_size)
+        sizes = Buckets.deterministic_sizes(of.common_tokens, of.max_batch_tokens) if several else (of.common_tokens,)
+        return Buckets.deterministic(of.num_slots, sizes)
 
     def _leaves(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         dtype, shards = jnp.dtype(self.blueprint.dtype), self.blueprint.tensor_size

@@ -1,7 +1,8 @@
 """Whether a device keeps what RunnerConfig.deterministic promises, tried out before the server is ready.
 
-Our own kernels keep it by construction. XLA's products are libraries': one program has one algorithm, but nobody promises that an
-algorithm computes every row of a matrix alike (Stream-K, Osama et al., arXiv 2301.03598, does not).
+Our own kernels keep it by construction, in steps of all sizes (pallas_kernels/matmul/fixed_order.py), as far as it is known how a tensor
+core adds up. XLA's products are libraries': one program has one algorithm, but nobody promises that an algorithm computes every row of a
+matrix alike (Stream-K, Osama et al., arXiv 2301.03598, does not).
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from jaxserve.request import MAX_TOP_LOGPROBS, Request, SamplingParams
 from jaxserve.runner.batch import Batch
 from jaxserve.step import StepResult
 
+_MOST_PROMPT_TOKENS = 8  # a start waits for the steps that they take
 _PARAMS = SamplingParams(temperature=1.0, seed=1, max_tokens=1, logprobs=MAX_TOP_LOGPROBS)
 
 
@@ -61,33 +63,35 @@ class _Batch:
         return sum(row.num_tokens for row in self.rows)
 
 
-def rows_agree[Step](runner: Runner[Step], *, num_slots: int, num_tokens: int, page_size: int, num_pages: Sequence[int]) -> bool:
-    """Compute one short prompt in every row of a step, then cut in two, then alone; whether all gave the same bits.
+def row_bits[Step](runner: Runner[Step], *, num_rows: int, num_tokens: int, page_size: int, num_pages: Sequence[int]) -> set[bytes]:
+    """Compute one short prompt in many places of steps, whole, token by token at its end, and alone; all the bits that this gave.
 
     It overwrites pages and slots, which must be nobody's.
 
     Args:
         runner: its programs are compiled.
-        num_slots, num_tokens: of its steps.
+        num_rows, num_tokens: that fill a step.
         num_pages: of each KV group.
     """
-    num_rows = min(num_slots, *num_pages)
-    length = min(num_tokens // num_rows, page_size)
+    num_rows = min(num_rows, *num_pages)
+    length = min(page_size, num_tokens, _MOST_PROMPT_TOKENS)
     request = Request("", tuple(range(1, length + 1)), _PARAMS)
     samples = [_Sample(request, slot, [[slot] for _ in num_pages]) for slot in range(num_rows)]
 
     def compute(samples: Sequence[_Sample], start: int, end: int) -> set[bytes]:
-        ids = request.prompt_token_ids[start:end]
-        rows = [_Row(sample, start, ids, end == length, start == 0) for sample in samples]
-        result = runner.collect(runner.dispatch(_Batch(rows)))
-        logprobs = result.logprobs
-        if end < length or logprobs is None:
-            return set()
-        arrays = result.token_ids, logprobs.raw, logprobs.processed, logprobs.top_ids, logprobs.top_raw, logprobs.top_processed
-        return {b"".join(array[i].tobytes() for array in arrays) for i in range(len(rows))}
+        """Of as many a step as fit."""
+        ids, found = request.prompt_token_ids[start:end], set[bytes]()
+        together = num_tokens // len(ids)
+        for first in range(0, len(samples), together):
+            rows = [_Row(sample, start, ids, end == length, start == 0) for sample in samples[first : first + together]]
+            result = runner.collect(runner.dispatch(_Batch(rows)))
+            if end == length and (logprobs := result.logprobs) is not None:
+                arrays = result.token_ids, logprobs.raw, logprobs.processed, logprobs.top_ids, logprobs.top_raw, logprobs.top_processed
+                found |= {b"".join(array[i].tobytes() for array in arrays) for i in range(len(rows))}
+        return found
 
-    found = compute(samples, 0, length) | compute(samples[-1:], 0, length)
+    found = compute(samples[: num_tokens // length], 0, length) | compute(samples[-1:], 0, length)
     if length > 1:
         compute(samples, 0, length - 1)
         found |= compute(samples, length - 1, length)
-    return len(found) == 1
+    return found

@@ -105,7 +105,7 @@ def _compute(key: tuple[Any, ...], mesh: Mesh, config: ModelConfig) -> Callable[
         inner, residual = layer.mlp_norm(
             layer.attention.output.branch(mixed, shards), residual, shards, gate_up.matrix.input_dtype(hidden.dtype)
         )
-        gated = gate_up.gated(inner, hidden.dtype)
+        gated = gate_up.gated(inner, shards, hidden.dtype)
         hidden = layer.mlp.down.branch(gated, shards).added_to(residual, shards)
         return hidden, tuple((x.astype(jnp.float32) ** 2).mean(axis=0) for x in (outer, mixed, inner, gated))
 

@@ -24,15 +24,19 @@ from jaxserve.pallas_kernels import (
 class Format(Protocol):
     """A matrix [N, K], a local shard of it, however it is kept."""
 
-    def matmul(self, x: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
-        """x [T, K] times the transposed matrix: [T, N], in x's dtype if not in another one."""
+    def matmul(self, x: jax.Array, out_dtype: jnp.dtype | None = None, fixed_order: bool = False) -> jax.Array:
+        """x [T, K] times the transposed matrix: [T, N], in x's dtype if not in another one.
+
+        Args:
+            fixed_order: here and below, as in `pallas_kernels.matmul`; what is quantized does not know it.
+        """
         ...
 
-    def matmul_parts(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    def matmul_parts(self, x: jax.Array, dtype: jnp.dtype | None = None, fixed_order: bool = False) -> jax.Array:
         """The same, or parts of it [P, T, N] that are still to be added up (`add_parts`); in x's dtype, or float32 if `dtype` says so."""
         ...
 
-    def gated(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    def gated(self, x: jax.Array, dtype: jnp.dtype, fixed_order: bool = False) -> jax.Array:
         """silu(gate) * up, [T, N / 2] in a dtype, where the upper half of the matrix is a gate's."""
         ...
 
@@ -67,17 +71,17 @@ class DenseFormat(nnx.Module):
     def __init__(self, sources: tuple[Source, ...], after_norm: bool = False):
         self.weight = nnx.Param(Parameter(sources, after_norm=after_norm))
 
-    def matmul(self, x: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+    def matmul(self, x: jax.Array, out_dtype: jnp.dtype | None = None, fixed_order: bool = False) -> jax.Array:
         """As in `Format`."""
-        return matmul(x, self.weight[...], out_dtype or x.dtype)
+        return matmul(x, self.weight[...], out_dtype or x.dtype, fixed_order)
 
-    def matmul_parts(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    def matmul_parts(self, x: jax.Array, dtype: jnp.dtype | None = None, fixed_order: bool = False) -> jax.Array:
         """As in `Format`."""
-        return matmul_parts(x, self.weight[...], dtype)
+        return matmul_parts(x, self.weight[...], dtype, fixed_order)
 
-    def gated(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    def gated(self, x: jax.Array, dtype: jnp.dtype, fixed_order: bool = False) -> jax.Array:
         """As in `Format`."""
-        return gated_matmul(x, self.weight[...], dtype)
+        return gated_matmul(x, self.weight[...], dtype, fixed_order)
 
     def rows(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """As in `Format`."""
@@ -98,14 +102,15 @@ class QuantizedFormat(nnx.Module):
         self.is_permuted = matrix.is_permuted
         self.arrays = nnx.Dict({name: nnx.Param(part) for name, part in matrix.parts().items()})
 
-    def matmul(self, x: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+    def matmul(self, x: jax.Array, out_dtype: jnp.dtype | None = None, fixed_order: bool = False) -> jax.Array:
         """As in `Format`."""
+        del fixed_order
         x, arrays = self._operands(x)
         return quantized_matmul(x, weight_of(arrays, self.layout, x.shape[1]), out_dtype or x.dtype)
 
-    def matmul_parts(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    def matmul_parts(self, x: jax.Array, dtype: jnp.dtype | None = None, fixed_order: bool = False) -> jax.Array:
         """As in `Format`."""
-        del dtype
+        del dtype, fixed_order
         x, arrays = self._operands(x)
         return quantized_matmul_parts(x, weight_of(arrays, self.layout, x.shape[1]))
 
@@ -118,8 +123,9 @@ class QuantizedFormat(nnx.Module):
             x = everything.at[:, arrays.pop("permutation")].get(mode="promise_in_bounds")
         return x, arrays
 
-    def gated(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    def gated(self, x: jax.Array, dtype: jnp.dtype, fixed_order: bool = False) -> jax.Array:
         """As in `Format`."""
+        del fixed_order
         x, arrays = self._operands(x)
         return quantized_gated_matmul(x, weight_of(arrays, self.layout, x.shape[1])).astype(dtype)
 
@@ -142,17 +148,17 @@ class StackedFormat(nnx.Module):
     def __init__(self, formats: list[Format]):
         self.formats = nnx.List(formats)
 
-    def matmul(self, x: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+    def matmul(self, x: jax.Array, out_dtype: jnp.dtype | None = None, fixed_order: bool = False) -> jax.Array:
         """As in `Format`."""
-        return jnp.concatenate([part.matmul(x, out_dtype) for part in self.formats], axis=1)
+        return jnp.concatenate([part.matmul(x, out_dtype, fixed_order) for part in self.formats], axis=1)
 
-    def matmul_parts(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    def matmul_parts(self, x: jax.Array, dtype: jnp.dtype | None = None, fixed_order: bool = False) -> jax.Array:
         """As in `Format`."""
-        return self.matmul(x, dtype)
+        return self.matmul(x, dtype, fixed_order)
 
-    def gated(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    def gated(self, x: jax.Array, dtype: jnp.dtype, fixed_order: bool = False) -> jax.Array:
         """As in `Format`."""
-        return multiply_gated(self.matmul(x), dtype)
+        return multiply_gated(self.matmul(x, fixed_order=fixed_order), dtype)
 
     def rows(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Nobody looks up rows of stacked matrices."""

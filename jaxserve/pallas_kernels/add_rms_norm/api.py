@@ -11,7 +11,7 @@ MOST_KERNEL_NORM_TOKENS = 64
 
 
 def add_rms_norm(
-    x: jax.Array, residual: jax.Array, weight: jax.Array, eps: float, dtype: jnp.dtype | None = None
+    x: jax.Array, residual: jax.Array, weight: jax.Array, eps: float, dtype: jnp.dtype | None = None, fixed_order: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """Add a branch's output to the residual stream and normalise the sum for the next branch.
 
@@ -23,6 +23,7 @@ def add_rms_norm(
         weight: [K] of that dtype.
         eps: added to the mean square.
         dtype: of the normalised sum; None: the residual's.
+        fixed_order: a token gets the same bits whatever T is, on a GPU.
 
     Returns:
         The normalised sum, and the sum in the residual's dtype: [T, K]. Parts are added up in float32; only
@@ -33,7 +34,7 @@ def add_rms_norm(
     """
     if x.shape[-2:] != residual.shape or weight.shape != residual.shape[1:]:
         raise ValueError(f"x {x.shape}, residual {residual.shape} and weight {weight.shape} do not go together")
-    if local_gpu() is None or (x.ndim == 2 and x.shape[0] > MOST_KERNEL_NORM_TOKENS):
+    if local_gpu() is None or (x.ndim == 2 and x.shape[0] > MOST_KERNEL_NORM_TOKENS and not fixed_order):
         return add_rms_norm_reference(x, residual, weight, eps, dtype)
     # Pallas takes over a second to import: not where there is no GPU.
     from jaxserve.pallas_kernels.add_rms_norm.triton import AddRMSNormConfig, add_rms_norm_triton

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.float16 import narrowed
+from jaxserve.pallas_kernels.parts import sum_parts
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, dtype: jnp.dtype | None = None) -> jax.Array:
@@ -21,7 +22,7 @@ def weighted(normed: jax.Array, weight: jax.Array, dtype: jnp.dtype, out_dtype: 
 
 def add_branch(x: jax.Array, residual: jax.Array) -> jax.Array:
     """x [T, K], or parts of it [P, T, K] that are added up in float32, plus the residual stream [T, K]; only the whole sum is rounded."""
-    return added(x if x.ndim == 2 else x.astype(jnp.float32).sum(axis=0), residual)
+    return added(sum_parts(x), residual)
 
 
 def added(branch: jax.Array, residual: jax.Array) -> jax.Array:

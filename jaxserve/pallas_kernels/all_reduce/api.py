@@ -102,7 +102,8 @@ def all_reduce_add_rms_norm(
         residual, weight, eps, dtype: as for `add_rms_norm`.
     """
     num_tokens, size = residual.shape
-    if shards.count > 1 and shards.peers is not None and num_tokens <= MOST_ROWS and shards.route(residual.nbytes) == "one shot":
+    one_kernel = shards.peers is not None and num_tokens <= MOST_ROWS and not shards.deterministic  # whose norm adds up in another order
+    if shards.count > 1 and one_kernel and shards.route(residual.nbytes) == "one shot":
         from jaxserve.pallas_kernels.all_reduce.triton import AllReduceConfig, all_reduce_add_rms_norm_triton
 
         config = AllReduceConfig.for_rows(size, residual.dtype, ExchangeLayout.of(shards.count))
@@ -110,4 +111,4 @@ def all_reduce_add_rms_norm(
             batch = parts.reshape(1, -1, num_tokens, size)
             normed, total = all_reduce_add_rms_norm_triton(batch, residual[None], weight, eps, shards.peers, dtype, config=config)
             return normed[0], total[0]
-    return add_rms_norm(all_reduce(parts, residual.dtype, shards), residual, weight, eps, dtype)
+    return add_rms_norm(all_reduce(parts, residual.dtype, shards), residual, weight, eps, dtype, shards.deterministic)

@@ -36,6 +36,7 @@ class MosaicMatmulConfig:
         num_stages: fetches in flight.
         num_blocks: at most so many blocks of threads; each walks several tiles if there are more.
         cluster: blocks that fetch the tokens together, each a share for all of them.
+        in_order: columns are added up from the first on, for bits that no cut changes (fixed_order.py).
     """
 
     tile: int
@@ -44,6 +45,7 @@ class MosaicMatmulConfig:
     num_stages: int
     num_blocks: int
     cluster: int = 1
+    in_order: bool = False
 
     @classmethod
     def suited(cls, x: jax.Array, weight: jax.Array, num_multiprocessors: int, gated: bool = False) -> "MosaicMatmulConfig | None":
@@ -72,8 +74,12 @@ class MosaicMatmulConfig:
             return None
         # A cluster's blocks wait for each other: it pays where the tokens are as many bytes as the tile.
         cluster = 2 if lanes > 64 and lanes % 16 == 0 and size % (2 * tile) == 0 else 1
-        stages = (_SMEM_BYTES - 4 * lanes * HEIGHT) // (2 * (tile + lanes) * block_k)
-        return cls(tile, splits, block_k, min(8, stages), num_multiprocessors, cluster)
+        return cls(tile, splits, block_k, few_token_stages(tile, lanes, block_k), num_multiprocessors, cluster)
+
+
+def few_token_stages(tile: int, lanes: int, block_k: int) -> int:
+    """Fetches in flight for which a block has memory; `lanes` are tokens, a multiple of 8."""
+    return min(8, (_SMEM_BYTES - 4 * lanes * HEIGHT) // (2 * (tile + lanes) * block_k))
 
 
 def _lanes(num_tokens: int) -> int:
@@ -124,7 +130,7 @@ def matmul_mosaic(
         cluster_names=("member",) if config.cluster > 1 else (),
         num_threads=2,
         thread_name="warpgroup",
-        compiler_params=lane_semantics(),
+        compiler_params=lane_semantics(approx_math=gated),  # as mosaic_wide.py's: SwiGLU has the same bits
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(jnp.pad(x, ((0, lanes - num_tokens), (0, 0))), weight)
     return parts[:, :num_tokens]
@@ -159,7 +165,8 @@ def _matmul_kernel(
             def step(i, count):
                 slot = empty_slot(emptied, count)
                 # Blocks start at different columns: together at the same ones they would crowd some of the memory's channels.
-                column = share + lax.rem(i + worker, jnp.int32(steps)) * block_k
+                first = 0 if config.in_order else worker
+                column = share + lax.rem(i + first, jnp.int32(steps)) * block_k
                 columns = pl.ds(pl.multiple_of(column, block_k), block_k)
                 for half in range(halves):
                     source = weight_ref.at[pl.ds(row + half * size, width), columns]

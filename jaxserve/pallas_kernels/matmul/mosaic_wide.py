@@ -53,6 +53,7 @@ class WideMatmulConfig:
         row_cluster: blocks with the same tokens that fetch them together, each a share for all of them.
         token_cluster: blocks with the same rows that fetch those together.
         panel: groups of tokens (a cluster's) that are walked together, rows by rows, so that what they fetch stays in L2.
+        in_planes: partial sums leave as mosaic.py's do, two numbers of 16 bits each, so that they have its bits.
     """
 
     warpgroups: int
@@ -64,6 +65,7 @@ class WideMatmulConfig:
     row_cluster: int = 1
     token_cluster: int = 1
     panel: int = 1 << 30
+    in_planes: bool = False
 
     @classmethod
     def suited(cls, x: jax.Array, weight: jax.Array, num_multiprocessors: int, gated: bool = False) -> "WideMatmulConfig | None":
@@ -116,11 +118,11 @@ def matmul_wide(
 
     Args:
         scales: float32 [T] and [N], what a token's and a row's sums are multiplied by; with float8, and one split, alone.
-        out_dtype: of what is not a partial sum; None: x's, with scales bfloat16.
+        out_dtype: of what is not a float32 partial sum; None: x's, with scales bfloat16.
 
     Returns:
         [1, T, N] in out_dtype; gated: silu(gate) * up, [1, T, N / 2], of the weight's gate rows and the up rows
-        after them; with several splits: their partial sums, float32 [splits, T, N].
+        after them; with several splits: their partial sums, float32 [splits, T, N], or two in out_dtype for each, [2 * splits, T, N].
 
     Raises:
         ValueError: a config that does not divide the shapes, or scales where none belong.
@@ -144,19 +146,22 @@ def matmul_wide(
     emptied = plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages)
     if sharing:
         emptied = plgpu.ClusterBarrier(collective_axes=sharing, num_arrivals=warpgroups, num_barriers=stages)
-    is_whole = config.splits == 1
+    planes = 2 if config.in_planes else 1
+    of_parts = config.splits > 1 and not config.in_planes
+    is_staged = not of_parts and out_dtype != jnp.float32  # SMEM's transforms are for 16 bits
+    rows_out = padded if is_staged or of_parts or num_tokens % config.tokens else num_tokens  # the last copied out of no larger array
     piece = next((columns for columns in (64, 32) if width % columns == 0), width)  # of a tile that is stored at once
     # Rows of other widths lie in SMEM as they are: 112 bytes, say, are free of bank conflicts.
     staged = plgpu.SMEM((warpgroups, HEIGHT, piece), out_dtype, transforms=swizzled(piece, out_dtype) if piece in (64, 32) else ())
     out = plgpu.kernel(
         functools.partial(_wide_kernel, config=config, gated=gated, scaled=scales is not None, width=width, chunks=chunks, workers=workers),
-        out_type=jax.ShapeDtypeStruct((config.splits, padded, units), out_dtype if is_whole else jnp.float32),
+        out_type=jax.ShapeDtypeStruct((config.splits * planes, rows_out, units), jnp.float32 if of_parts else out_dtype),
         scratch_types=(
             plgpu.SMEM((stages, warpgroups, config.tokens, block), x.dtype, transforms=tiled),
             plgpu.SMEM((stages, config.rows, block), x.dtype, transforms=tiled),
             plgpu.Barrier(num_arrivals=warpgroups + (2 if gated else 1), num_barriers=stages),
             emptied,
-            *([staged] if is_whole else []),
+            *([staged] if is_staged else []),
         ),
         grid=(workers,),
         grid_names=("worker",),
@@ -266,16 +271,25 @@ def _wide_kernel(
                     up = up * _scale(scale_refs[1], unit + units, width, up.shape, 1)
                 total = gate / (1 + jnp.exp(-gate)) * up
             if out_smem is None:
-                out_ref.at[share, pl.ds(token, tokens), pl.ds(unit, width)][...] = total
+
+                def store():
+                    out_ref.at[share, pl.ds(token, tokens), pl.ds(unit, width)][...] = total
+
+                store() if out_ref.shape[1] == padded else pl.when(token < out_ref.shape[1])(store)
                 return count
-            total = narrowed(total, out_ref.dtype)
-            piece = out_smem.shape[-1]
-            for top in range(0, tokens, HEIGHT):
-                for left in range(0, width, piece):
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    out_smem.at[warpgroup][...] = total[top : top + HEIGHT, left : left + piece]
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], out_ref.at[0, pl.ds(token + top, HEIGHT), pl.ds(unit + left, piece)])
+            piece, planes = out_smem.shape[-1], 2 if config.in_planes else 1
+            for plane in range(planes):
+                part = narrowed(total, out_ref.dtype)
+                for top in range(0, tokens, HEIGHT):
+                    for left in range(0, width, piece):
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        out_smem.at[warpgroup][...] = part[top : top + HEIGHT, left : left + piece]
+                        plgpu.commit_smem()
+                        number = 0 if config.splits == 1 else share * planes + plane
+                        where = number, pl.ds(token + top, HEIGHT), pl.ds(unit + left, piece)
+                        plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], out_ref.at[where])
+                if plane + 1 < planes:
+                    total = total - part.astype(jnp.float32)
             return count
 
         lax.fori_loop(0, num_chunks, compute_chunk, jnp.int32(0))

@@ -59,4 +59,5 @@ def rotate_and_write_kv(
     # Pallas takes over a second to import: not where there is no GPU.
     from jaxserve.pallas_kernels.rotate_and_write_kv.triton import RotateConfig, rotate_and_write_kv_triton
 
-    return rotate_and_write_kv_triton(qkv, rotation, kv, metadata, config=RotateConfig.suited(qkv, kv), **options)
+    config = RotateConfig.suited(qkv, kv, metadata.deterministic)
+    return rotate_and_write_kv_triton(qkv, rotation, kv, metadata, config=config, **options)

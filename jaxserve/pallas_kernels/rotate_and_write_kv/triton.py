@@ -27,13 +27,16 @@ class RotateConfig:
     num_warps: int
 
     @classmethod
-    def suited(cls, qkv: jax.Array, kv: LayerKV) -> "RotateConfig":
-        """The cut for qkv [..., N] measured best on an H200 (docs/performance_gpu.md): a thread holds 16 bytes of both halves of a head."""
+    def suited(cls, qkv: jax.Array, kv: LayerKV, deterministic: bool = False) -> "RotateConfig":
+        """The cut for qkv [..., T, N] measured best on an H200 (docs/performance_gpu.md): a thread holds 16 bytes of both halves of a head.
+
+        Deterministic: the same for any T, which costs next to nothing.
+        """
         _, num_kv_heads, _, head_dim = kv[0].shape
         shared = math.gcd(qkv.shape[-1] // head_dim, num_kv_heads)
         padded_dim = pl.next_power_of_2(head_dim)
         block_heads = min(shared & -shared, max(1, 1024 // padded_dim))
-        return cls(4 if qkv.shape[-2] >= 1024 else 1, block_heads, max(1, block_heads * padded_dim // 512))
+        return cls(4 if qkv.shape[-2] >= 1024 and not deterministic else 1, block_heads, max(1, block_heads * padded_dim // 512))
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "dtype", "config", "interpret"))
