@@ -38,4 +38,4 @@ def test_steps_of_prompts_are_whole_where_a_batch_of_decodes_is():
     assert Buckets.for_platform("gpu", 256, 8192).max_scored_tokens == 1024
     assert Buckets.for_platform("gpu", 1500, 8192).max_scored_tokens == 1536
     assert Buckets.for_platform("gpu", 256, 512).max_scored_tokens == 512
-    assert Buckets.for_platform("gpu", 256, 512, deterministic=True).max_scored_tokens == 512
+    assert Buckets.deterministic(256, (16, 512)).max_scored_tokens == 512
