@@ -95,12 +95,13 @@ def test_the_triton_kernel_multiplies(weight, num_tokens, dtype, config):
 
 MOSAIC_CUTS = [
     (four_bit(256, 512, 32, zeros=True), 3, MosaicQuantizedConfig(2, 2, 2, 4), False),
-    (four_bit(512, 256, 64, zeros=True), 3, MosaicQuantizedConfig(4, 1, 2, 1), True),  # one block of threads walks both tiles
-    (eight_bit(128, 512, 2, jnp.int8), 130, MosaicQuantizedConfig(1, 2, 2, 3), False),  # two tiles of tokens
+    (four_bit(128, 1024, 256), 3, MosaicQuantizedConfig(2, 2, 2, 4, width=4), False),
+    (four_bit(512, 256, 64, zeros=True), 3, MosaicQuantizedConfig(4, 1, 2, 1, width=2), True),  # one block of threads walks both tiles
+    (eight_bit(128, 512, 2, jnp.int8), 130, MosaicQuantizedConfig(1, 2, 2, 3, width=2), False),  # two tiles of tokens
 ]
 
 
-@pytest.mark.parametrize(("weight", "num_tokens", "config", "gated"), MOSAIC_CUTS, ids=["4-bits", "gated", "int8-groups"])
+@pytest.mark.parametrize(("weight", "num_tokens", "config", "gated"), MOSAIC_CUTS, ids=["4-bits", "long-groups", "gated", "int8-groups"])
 def test_the_mosaic_kernel_multiplies(weight, num_tokens, config, gated):
     x = activations(num_tokens, weight.shape[1])
     parts = quantized_matmul_mosaic(x, weight, config=config, gated=gated, interpret=True)

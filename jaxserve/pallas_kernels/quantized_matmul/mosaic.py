@@ -35,14 +35,16 @@ class MosaicQuantizedConfig:
     Attributes:
         warpgroups: that compute; each has 64 rows of a tile. If gated an even number: half of them have gate rows, half up rows.
         splits: shares of the columns, each with partial sums of its own; 1 if gated.
-        num_stages: blocks of 128 columns in flight.
+        num_stages: fetches in flight.
         num_blocks: at most so many blocks of threads; each walks several tiles if there are more.
+        width: blocks of 128 columns of a fetch.
     """
 
     warpgroups: int
     splits: int
     num_stages: int
     num_blocks: int
+    width: int = 1
 
 
 @functools.partial(jax.jit, static_argnames=("config", "gated", "interpret"))
@@ -51,7 +53,7 @@ def quantized_matmul_mosaic(
 ) -> jax.Array:
     """x [T, K], bfloat16 or float16, times the transposed weight [N, K] without minima, an EightBitWeight's zeros; no table but 0 to 15.
 
-    N is a multiple of 64 * warpgroups, K of 128 * splits; x has as many columns. The same bits in every run.
+    N is a multiple of 64 * warpgroups, K of 128 * width * splits; x has as many columns. The same bits in every run.
 
     Returns:
         [P, T, N] in x's dtype, parts whose sum is the product: one, or two for each split, as matmul_mosaic's. Gated: silu(gate) * up,
@@ -64,23 +66,22 @@ def quantized_matmul_mosaic(
     chunks = heights // teams * config.splits * tiles
     workers = even_workers(chunks, config.num_blocks)
     planes = 1 if config.splits == 1 else 2
-    halves = 2 if gated else 1
+    halves, width = 2 if gated else 1, config.width
     zero = 0 if isinstance(weight, FourBitWeight) and weight.values else 8
     x = pad_tokens(x, lanes * tiles, interpret)
     if isinstance(weight, FourBitWeight):
         codes, zeros = weight.codes.reshape(blocks, heights, HEIGHT, _PIECE), weight.zeros
-        codes_smem = plgpu.SMEM((config.num_stages, teams, HEIGHT, _PIECE), codes.dtype, transforms=swizzled(_PIECE, codes.dtype))
+        tile, run = (halves, width, teams // halves, HEIGHT, _PIECE), _PIECE
     else:
         codes, zeros = weight.codes.reshape(heights, HEIGHT, depth), None
         if not interpret:
             x = x.reshape(-1, depth // 16, 4, 2, 2).swapaxes(2, 3).reshape(-1, depth)
-        codes_smem = plgpu.SMEM((config.num_stages, teams, HEIGHT, BLOCK), codes.dtype, transforms=swizzled(BLOCK, codes.dtype))
-    parts = max(1, BLOCK // weight.group)
+        tile, run = (halves, teams // halves, HEIGHT, width * BLOCK), BLOCK
+    groups = max(1, width * BLOCK // weight.group)
     # Of a gated product those of gate and up rows are fetched at once: of one half alone they may be too few bytes for a copy.
-    tall, wide = ((2, heights // 2), (2, teams // 2)) if gated else ((heights,), (teams,))
-    scales = weight.scales.reshape(-1, *tall, HEIGHT)
-    zeros = None if zeros is None else zeros.reshape(-1, *tall, HEIGHT)
-    of_groups = functools.partial(plgpu.SMEM, (config.num_stages, parts, *wide, HEIGHT))
+    scales = weight.scales.reshape(-1, halves, heights // halves, HEIGHT)
+    zeros = None if zeros is None else zeros.reshape(-1, halves, heights // halves, HEIGHT)
+    of_groups = functools.partial(plgpu.SMEM, (config.num_stages, groups, halves, teams // halves, HEIGHT))
     sums = plgpu.kernel(
         functools.partial(
             _quantized_matmul_kernel,
@@ -92,8 +93,8 @@ def quantized_matmul_mosaic(
         ),
         out_type=jax.ShapeDtypeStruct((config.splits * planes, x.shape[0], size // halves), x.dtype),
         scratch_types=(
-            codes_smem,
-            plgpu.SMEM((config.num_stages, lanes, BLOCK), x.dtype, transforms=swizzled(_PIECE, x.dtype)),
+            plgpu.SMEM((config.num_stages, *tile), codes.dtype, transforms=swizzled(run, codes.dtype)),
+            plgpu.SMEM((config.num_stages, lanes, width * BLOCK), x.dtype, transforms=swizzled(_PIECE, x.dtype)),
             of_groups(scales.dtype),
             None if zeros is None else of_groups(zeros.dtype),
             plgpu.SMEM((teams // halves, planes, lanes, HEIGHT), x.dtype, transforms=swizzled(HEIGHT // 2, x.dtype)),
@@ -133,11 +134,12 @@ def _quantized_matmul_kernel(
     depth, lanes = x_ref.shape[1], x_smem.shape[1]
     tiles = jnp.int32(pl.cdiv(x_ref.shape[0], lanes))
     four_bit = codes_ref.dtype == jnp.uint16
-    parts = scales_smem.shape[1]
+    width, groups_a_step = config.width, scales_smem.shape[1]
+    parts = max(1, BLOCK // group)  # of a block, which have a scale each
     gated = handed_over is not None
     pairs = teams // 2 if gated else teams  # whose rows are next to each other
     units = sums_ref.shape[2] // HEIGHT
-    steps = depth // BLOCK // config.splits
+    steps = depth // (width * BLOCK) // config.splits
     worker = lax.axis_index("worker")
     warpgroup = lax.axis_index("warpgroup")
 
@@ -156,19 +158,18 @@ def _quantized_matmul_kernel(
             def step(i, count):
                 slot = empty_slot(emptied, count)
                 # Blocks of threads start at different columns: together at the same ones they would crowd some of the memory's channels.
-                block = share * steps + lax.rem(i + worker, jnp.int32(steps))
-                columns = pl.ds(pl.multiple_of(block * BLOCK, BLOCK), BLOCK)
+                block = (share * steps + lax.rem(i + worker, jnp.int32(steps))) * width
+                columns = pl.ds(pl.multiple_of(block * BLOCK, BLOCK), width * BLOCK)
                 plgpu.copy_gmem_to_smem(x_ref.at[tokens, columns], x_smem.at[slot], filled.at[slot])
-                groups = pl.ds(block * parts if group <= BLOCK else lax.div(block * BLOCK, jnp.int32(group)), parts)
+                groups = pl.ds(block * parts if group <= BLOCK else lax.div(block * BLOCK, jnp.int32(group)), groups_a_step)
                 for half in range(teams // pairs):
-                    heights, into = pl.ds(first + half * units, pairs), pl.ds(half * pairs, pairs)
-                    codes = codes_ref.at[block, heights] if four_bit else codes_ref.at[heights, :, columns]
-                    plgpu.copy_gmem_to_smem(codes, codes_smem.at[slot, into], filled.at[slot])
+                    heights = pl.ds(first + half * units, pairs)
+                    codes = codes_ref.at[pl.ds(block, width), heights] if four_bit else codes_ref.at[heights, :, columns]
+                    plgpu.copy_gmem_to_smem(codes, codes_smem.at[slot, half], filled.at[slot])
                 heights = pl.ds(first, pairs)
                 for ref, smem in ((scales_ref, scales_smem), (zeros_ref, zeros_smem)):
                     if ref is not None:
-                        source = ref.at[groups, :, heights] if gated else ref.at[groups, heights]
-                        plgpu.copy_gmem_to_smem(source, smem.at[slot], filled.at[slot])
+                        plgpu.copy_gmem_to_smem(ref.at[groups, :, heights], smem.at[slot], filled.at[slot])
                 return count + 1
 
             return lax.fori_loop(0, steps, step, count)
@@ -179,15 +180,19 @@ def _quantized_matmul_kernel(
     @pl.when(warpgroup < teams)
     def _compute():
         one_zero = plgpu.layout_cast(lax.broadcast_in_dim(one_zero_ref[0], (HEIGHT,), ()), BY_ROW)
-        height = (lax.div(warpgroup, jnp.int32(pairs)), lax.rem(warpgroup, jnp.int32(pairs))) if gated else (warpgroup,)
+        half, pair = (lax.div(warpgroup, jnp.int32(pairs)), lax.rem(warpgroup, jnp.int32(pairs))) if gated else (0, warpgroup)
 
-        def multiply(sums, slot, part, codes):
+        def of_rows(smem, slot, block, part):
+            """What the rows have in smem, a scale or a zero each, for a group of a block."""
+            return plgpu.load(smem.at[slot, block * parts + part if group <= BLOCK else block * BLOCK // group, half, pair], layout=BY_ROW)
+
+        def multiply(sums, slot, block, part, codes):
             """Adds a group's product to sums, wgmma's accumulator; in the interpreter returns it, whose wgmma takes no registers."""
             products = []
             for piece in range(part * 4 // parts, (part + 1) * 4 // parts):
-                zeros = one_zero if zeros_ref is None else plgpu.load(zeros_smem.at[slot, part, *height], layout=BY_ROW).astype(jnp.int32)
+                zeros = one_zero if zeros_ref is None else of_rows(zeros_smem, slot, block, part).astype(jnp.int32)
                 numbers = _numbers(codes, piece, zeros, x_ref.dtype, interpret)
-                tokens = x_smem.at[slot, :, pl.ds(piece * _PIECE, _PIECE)]
+                tokens = x_smem.at[slot, :, pl.ds(block * BLOCK + piece * _PIECE, _PIECE)]
                 if interpret:
                     operands = numbers.astype(jnp.float32), tokens[...].astype(jnp.float32)
                     products.append(lax.dot_general(*operands, (((1,), (1,)), ((), ()))))
@@ -201,9 +206,10 @@ def _quantized_matmul_kernel(
         def in_accumulator(body):
             return pl.run_scoped(body, plgpu.WGMMAAccumulatorRef((HEIGHT, lanes), jnp.float32))
 
-        def read(count):
-            slot = filled_slot(filled, count)
-            return slot, plgpu.load(codes_smem.at[slot, warpgroup], layout=plgpu.Layout.WGMMA if four_bit else plgpu.Layout.WGMMA_8BIT)
+        def read(slot, block):
+            if four_bit:
+                return plgpu.load(codes_smem.at[slot, half, block, pair], layout=plgpu.Layout.WGMMA)
+            return plgpu.load(codes_smem.at[slot, half, pair, :, pl.ds(block * BLOCK, BLOCK)], layout=plgpu.Layout.WGMMA_8BIT)
 
         def across(scales):
             return lax.broadcast_in_dim(scales.astype(jnp.float32), (HEIGHT, lanes), (0,))
@@ -212,16 +218,19 @@ def _quantized_matmul_kernel(
             def step(i, carry):
                 del i
                 count, total = carry
-                slot, codes = read(count)
-                for part in range(parts):
+                slot = filled_slot(filled, count)
+                for block in range(width):
+                    codes = read(slot, block)
+                    scales = [of_rows(scales_smem, slot, block, part) for part in range(parts)]  # asked for before the products
+                    for part in range(parts):
 
-                    def product(sums, slot=slot, part=part, codes=codes):
-                        multiply(sums, slot, part, codes)
-                        return sums[...]
+                        def product(sums, slot=slot, block=block, part=part, codes=codes):
+                            multiply(sums, slot, block, part, codes)
+                            return sums[...]
 
-                    sums = multiply(None, slot, part, codes) if interpret else in_accumulator(product)
-                    assert sums is not None
-                    total = total + sums * across(plgpu.load(scales_smem.at[slot, part, *height], layout=BY_ROW))
+                        sums = multiply(None, slot, block, part, codes) if interpret else in_accumulator(product)
+                        assert sums is not None
+                        total = total + sums * across(scales[part])
                 plgpu.barrier_arrive(emptied.at[slot])
                 return count + 1, total
 
@@ -249,7 +258,6 @@ def _quantized_matmul_kernel(
 
         def store_gated(chunk, total):
             """A warpgroup with up rows hands them over in SMEM, rounded, and goes on; that with their gate rows multiplies."""
-            pair = lax.rem(warpgroup, jnp.int32(pairs))
             given, taken = handed_over.at[2 * pair], handed_over.at[2 * pair + 1]
             buffer = out_smem.at[pair, 0]
 
