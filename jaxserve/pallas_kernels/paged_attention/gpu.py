@@ -59,8 +59,7 @@ def paged_attention_gpu(
     """
     options: dict[str, Any] = dict(scale=scale, window=window, soft_cap=soft_cap, out_dtype=out_dtype, interpret=interpret)
     if metadata.deterministic:
-        longest = metadata.page_table.shape[1] * kv[0].shape[2]
-        config = DeterministicConfig.suited(q, kv, longest, gpu.num_multiprocessors)
+        config = DeterministicConfig.suited(q, kv, gpu.num_multiprocessors)
         return deterministic_attention_triton(q, kv, metadata, config=config, **options)
     plan = metadata.plan if isinstance(metadata.plan, GpuPlan) else plan_attention_gpu(metadata, q, kv, window=window, gpu=gpu)
     if metadata.decode_only:

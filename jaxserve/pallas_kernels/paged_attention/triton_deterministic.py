@@ -2,9 +2,9 @@
 
 One kernel for decodes and chunks alike: a token that was decoded once is part of a chunk after a preemption. A tile is always one
 instruction high, and holds tokens of one row times the query heads of a KV head. It walks blocks that begin at fixed positions, within
-splits that begin at fixed positions (see split_plan.py), with an online softmax (FlashAttention-2, https://arxiv.org/abs/2307.08691). A
-block that a token does not see changes nothing of it: its weights are zero, not small, and the sums so far are multiplied by one. A second
-kernel adds up the splits that a token sees, in their order, with one split as with many.
+splits that begin at fixed positions (see split_plan.py), one split or several, with an online softmax in each (FlashAttention-2,
+https://arxiv.org/abs/2307.08691). A block that a token does not see changes nothing of it: its weights are zero, not small, and the sums so
+far are multiplied by one. A second kernel adds up the splits that a token sees, in their order, with one split as with many.
 """
 
 import functools
@@ -19,35 +19,34 @@ from jax.experimental.pallas import triton as plt
 from jaxserve.pallas_kernels.layer_kv import FLOAT8, LayerKV
 from jaxserve.pallas_kernels.metadata import AttentionMetadata
 from jaxserve.pallas_kernels.paged_attention.combine import MASKED
-from jaxserve.pallas_kernels.paged_attention.split_plan import SplitPlan, first_split, plan_splits
+from jaxserve.pallas_kernels.paged_attention.split_plan import SplitPlan, most_splits, plan_splits, split_starts
 from jaxserve.pallas_kernels.paged_attention.triton_decode import padded_lanes, soft_capped
 
 _TILE_LANES = 16  # rows of the smallest matrix instruction
-_MOST_SPLITS = 8  # of the longest row; the memory of the partial results grows with it
-_LEAST_SPLIT_TOKENS = 1024
+_SPLIT_TOKENS = 256  # of the smallest splits; the memory of the partial results grows with their number
+_ITEMS_A_WORKER = 2  # from so many on, splits of a tile are computed by one program, one after the other
 
 
 @dataclass(frozen=True)
 class DeterministicConfig:
-    """How the kernel is cut: tokens a block, positions a split (a multiple of it), warps a program, Triton's stages, programs.
+    """How the kernel is cut: tokens a block, positions of the smallest splits (a multiple of it), warps a program, stages, programs.
 
-    The first two decide bits: they may depend on the shapes of the program and on nothing else.
+    All but the last decide bits: they may depend on the shapes of heads and cache and on nothing else, so not on the number of tokens.
     """
 
     block_kv: int = 64
-    split_tokens: int = _LEAST_SPLIT_TOKENS
+    split_tokens: int = _SPLIT_TOKENS
     num_warps: int = 4
     num_stages: int = 3
     num_workers: int = 132 * 4
 
     @classmethod
-    def suited(cls, q: jax.Array, kv: LayerKV, longest: int, num_multiprocessors: int) -> "DeterministicConfig":
-        """The cut of the decode kernel (triton_decode.py), not measured for this one; `longest` tokens a row."""
+    def suited(cls, q: jax.Array, kv: LayerKV, num_multiprocessors: int) -> "DeterministicConfig":
+        """The cut of the decode kernel (triton_decode.py), not measured for this one."""
         block_kv = max(16, min(128, 64 * 128 // pl.next_power_of_2(q.shape[2])))
-        split_tokens = _LEAST_SPLIT_TOKENS * max(1, pl.cdiv(longest, _LEAST_SPLIT_TOKENS * _MOST_SPLITS))
         if kv[0].dtype in FLOAT8:
-            return cls(block_kv, split_tokens, 1, 3, 8 * num_multiprocessors)
-        return cls(block_kv, split_tokens, 4, 3, 4 * num_multiprocessors)
+            return cls(block_kv, _SPLIT_TOKENS, 1, 3, 8 * num_multiprocessors)
+        return cls(block_kv, _SPLIT_TOKENS, 4, 3, 4 * num_multiprocessors)
 
 
 def deterministic_attention_triton(
@@ -71,11 +70,13 @@ def deterministic_attention_triton(
     group = num_heads // num_kv_heads
     heads = pl.next_power_of_2(group)  # lanes of a token
     lanes = max(_TILE_LANES, heads)
-    longest = metadata.page_table.shape[1] * page_size
-    seen = longest if window is None else min(longest, window + lanes // heads + config.split_tokens)
-    sizes = dict(tile_tokens=lanes // heads, split_tokens=config.split_tokens, most_splits=pl.cdiv(seen, config.split_tokens))
-    plan = plan_splits(metadata, num_tokens=num_tokens, window=window, **sizes)
-    partials = plan.tile_rows.shape[0], num_kv_heads, sizes["most_splits"], lanes
+    starts = split_starts(metadata.page_table.shape[1] * page_size, config.split_tokens)
+    tile_tokens = lanes // heads
+    most = most_splits(starts, tile_tokens, window)
+    enough = pl.cdiv(_ITEMS_A_WORKER * config.num_workers, num_kv_heads)
+    sizes = dict(num_tokens=num_tokens, tile_tokens=tile_tokens, starts=starts, most=most, window=window)
+    plan = plan_splits(metadata, **sizes, enough_items=enough)
+    partials = num_tokens, num_kv_heads, most, group
     shape = num_tokens, num_kv_heads, group, head_dim
     operands = q.reshape(shape), *kv, metadata.page_table, plan
     sums, maxima, weights = pl.pallas_call(
@@ -94,7 +95,7 @@ def deterministic_attention_triton(
     )(*operands)
     operands = sums, maxima, weights, plan
     out = pl.pallas_call(
-        functools.partial(_combine_kernel, window=window, split_tokens=config.split_tokens),
+        _combine_kernel,
         grid=(num_tokens, num_kv_heads),
         in_specs=jax.tree.map(lambda _: pl.no_block_spec, operands),
         out_specs=pl.no_block_spec,
@@ -111,10 +112,10 @@ def _attend_kernel(
     *, scale: float, window: int | None, soft_cap: float | None, config: DeterministicConfig,
 ):  # fmt: skip
     _, num_kv_heads, group, head_dim = q_ref.shape
-    num_tiles, lanes = sums_ref.shape[0], sums_ref.shape[3]
+    num_tiles = plan_refs.tile_rows.shape[0]
     heads = pl.next_power_of_2(group)
-    page_size, pages = keys_ref.shape[2], table_ref.shape[1]
-    block_kv, split_tokens = config.block_kv, config.split_tokens
+    lanes = max(_TILE_LANES, heads)
+    page_size, pages, block_kv = keys_ref.shape[2], table_ref.shape[1], config.block_kv
     padded_dim = pl.next_power_of_2(head_dim)
     dim, column = padded_lanes(head_dim)
     lane = jnp.arange(lanes, dtype=jnp.int32)
@@ -154,7 +155,7 @@ def _attend_kernel(
             jnp.full((lanes,), MASKED, jnp.float32),
             jnp.zeros((lanes,), jnp.float32),
         )
-        begin, end = split * split_tokens, jnp.minimum((split + 1) * split_tokens, position + size)
+        begin, end = plan_refs.starts[split], jnp.minimum(plan_refs.starts[split + 1], position + size)
         if window is not None:
             begin = jnp.maximum(begin, position - window + 1)
         return lax.fori_loop(begin // block_kv, pl.cdiv(end, block_kv), block, nothing)
@@ -163,38 +164,46 @@ def _attend_kernel(
     def _(i):
         number = worker + i * config.num_workers
         item, head = plan_refs.items[number // num_kv_heads], number % num_kv_heads
-        tile, rank = item % num_tiles, item // num_tiles
+        tile, run = item % num_tiles, item // num_tiles
         start, position, size = plan_refs.tile_starts[tile], plan_refs.tile_positions[tile], plan_refs.tile_sizes[tile]
-        split = plan_refs.first_splits[tile] + rank
-        total, maximum, weight = attend(plan_refs.tile_rows[tile], head, start, position, size, split)
-        sums_ref[tile, head, rank, column(lane), dim] = total
-        maxima_ref[tile, head, rank, lane] = maximum
-        weights_ref[tile, head, rank, lane] = weight
+        row, first, run_splits = plan_refs.tile_rows[tile], plan_refs.first_splits[tile], plan_refs.run_splits[0]
+        place, in_group = lane // heads, lane % heads
+        present = (place < size) & (in_group < group)
+        token = jnp.where(present, start + place, q_ref.shape[0])  # what is not written is out of bounds: so the interpreter drops it
+
+        def wide(x):
+            """[lanes] or [D] as a tile: stores with a mask want indices of its shape."""
+            return jnp.broadcast_to(x, (lanes, padded_dim))
+
+        @pl.loop(run * run_splits, jnp.minimum((run + 1) * run_splits, plan_refs.split_counts[tile]))
+        def _(rank):
+            total, maximum, weight = attend(row, head, start, position, size, first + rank)
+            of_dim = wide(jnp.arange(padded_dim, dtype=jnp.int32)[None, :])
+            where = wide(token[:, None]), head, rank, wide(in_group[:, None]), of_dim
+            plt.store(sums_ref.at[where], total, mask=wide(present[:, None]) & (of_dim < head_dim))
+            plt.store(maxima_ref.at[token, head, rank, in_group], maximum, mask=present)
+            plt.store(weights_ref.at[token, head, rank, in_group], weight, mask=present)
 
 
-def _combine_kernel(sums_ref, maxima_ref, weights_ref, plan_refs: SplitPlan, out_ref, *, window: int | None, split_tokens: int):
+def _combine_kernel(sums_ref, maxima_ref, weights_ref, plan_refs: SplitPlan, out_ref):
     _, _, group, head_dim = out_ref.shape
     token, head = pl.program_id(0), pl.program_id(1)
     dim, column = padded_lanes(head_dim)
     member = jnp.minimum(jnp.arange(pl.next_power_of_2(group), dtype=jnp.int32), group - 1)
-    position, tile = plan_refs.token_positions[token], plan_refs.token_tiles[token]
-    lane = (token - plan_refs.tile_starts[tile]) * member.size + member
-    before = plan_refs.first_splits[tile]
 
-    def add(split, carry):
+    def add(rank, carry):
         total, maximum, weight = carry
-        place = tile, head, split - before
-        split_maximum = maxima_ref[(*place, lane)]
+        split_maximum = maxima_ref[token, head, rank, member]
         new_maximum = jnp.maximum(maximum, split_maximum)
         decay, share = jnp.exp2(maximum - new_maximum), jnp.exp2(split_maximum - new_maximum)
-        total = total * decay[:, None] + sums_ref[(*place, column(lane), dim)] * share[:, None]
-        return total, new_maximum, weight * decay + weights_ref[(*place, lane)] * share
+        total = total * decay[:, None] + sums_ref[token, head, rank, column(member), dim] * share[:, None]
+        return total, new_maximum, weight * decay + weights_ref[token, head, rank, member] * share
 
     nothing = (
         jnp.zeros((member.size, pl.next_power_of_2(head_dim)), jnp.float32),
         jnp.full((member.size,), MASKED, jnp.float32),
         jnp.zeros((member.size,), jnp.float32),
     )
-    first = first_split(position, split_tokens, window)
-    total, _, weight = lax.fori_loop(first, jnp.where(position < 0, first, position // split_tokens + 1), add, nothing)
+    first = plan_refs.token_ranks[token]
+    total, _, weight = lax.fori_loop(first, first + plan_refs.token_counts[token], add, nothing)
     out_ref[token, head, column(member), dim] = (total / jnp.maximum(weight, 1e-30)[:, None]).astype(out_ref.dtype)
