@@ -159,9 +159,10 @@ def test_sizes_of_steps_by_default():
 
 
 @pytest.mark.parametrize("other", [{"attention": "mosaic"}, {"max_decode_gap_ms": 50.0}])
-def test_flags_that_do_not_go_with_it_are_refused(other: dict[str, Any]):
+def test_flags_that_do_not_go_with_it_are_refused(other: dict[str, Any], tiny_checkpoint: Callable[[str], Path]):
+    """The second where steps are of one size, as on a CPU."""
     with pytest.raises(StartupError, match="--deterministic"):
-        build_engine(ModelOptions(), EngineOptions(deterministic=True, **other))
+        build_engine(ModelOptions(str(tiny_checkpoint("llama"))), EngineOptions(deterministic=True, **other))
 
 
 def test_a_start_finds_out_that_places_matter(runner: TinyRunner, monkeypatch: pytest.MonkeyPatch):

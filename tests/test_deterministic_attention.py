@@ -80,17 +80,17 @@ def check(attention: Any, texts: Texts, tolerance: float, **options: Any) -> Non
 
 
 CASES = {
-    "two splits a group": (8, 2, 64, F16, dict(window=None, soft_cap=None), 32, 64),
-    "a window and a cap, groups of 3": (3, 1, 96, BF16, dict(window=37, soft_cap=20.0), 32, 32),
-    "float8": (2, 2, 64, FLOAT8, dict(window=100, soft_cap=None), 16, 1024),
+    "two splits a group": (8, 2, 64, F16, dict(window=None, soft_cap=None), 32, 64, 64),
+    "a window and a cap, groups of 3": (3, 1, 96, BF16, dict(window=37, soft_cap=20.0), 32, 32, 16),
+    "float8": (2, 2, 64, FLOAT8, dict(window=100, soft_cap=None), 16, 1024, 32),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernel_is_the_reference_and_gives_a_token_the_same_bits_anywhere(name: str):
-    num_heads, num_kv_heads, head_dim, kv_dtype, options, block_kv, split_tokens = CASES[name]
+    num_heads, num_kv_heads, head_dim, kv_dtype, options, block_kv, split_tokens, lanes = CASES[name]
     options = options | {"scale": head_dim**-0.5}
-    config = DeterministicConfig(block_kv, split_tokens, 4, 3, num_workers=5)
+    config = DeterministicConfig(block_kv, split_tokens, 4, 3, num_workers=5, tile_lanes=lanes)
     call = functools.partial(deterministic_attention_triton, config=config, out_dtype=BF16, interpret=True, **options)
     texts = Texts(num_heads, num_kv_heads, head_dim, BF16 if kv_dtype == BF16 else F16, kv_dtype)
     check(jax.jit(call, compiler_options=UNOPTIMISED), texts, 4e-3, **options)

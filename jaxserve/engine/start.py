@@ -103,6 +103,12 @@ def begin_start(
     config = RunnerConfig.from_options(engine_options, platform, str(engine_options.compilation_cache))
     nbytes = opened.nbytes(engine_options.tensor_size)
     preparation = Preparation(opened.architecture, opened.dtype, mesh, config, weights_to_come=nbytes, hosts=hosts, processes=processes)
+    if engine_options.deterministic and engine_options.max_decode_gap_ms is not None and len(preparation.buckets.step_sizes) == 1:
+        preparation.close()
+        raise StartupError(
+            "--max-decode-gap-ms does nothing under --deterministic where this device computes this model: its steps all take as long. "
+            "Set --max-batch-prefill-tokens"
+        )
     return Start(source, mesh, opened, config, preparation)
 
 
@@ -130,10 +136,6 @@ def _check_deterministic(options: EngineOptions) -> None:
     if options.attention == "mosaic":
         raise StartupError(
             "--deterministic needs its own attention kernel, of Triton: --attention must be auto, triton or xla. Given: mosaic"
-        )
-    if options.max_decode_gap_ms is not None:
-        raise StartupError(
-            "--max-decode-gap-ms does nothing under --deterministic: its steps all take as long. Set --max-batch-prefill-tokens"
         )
 
 

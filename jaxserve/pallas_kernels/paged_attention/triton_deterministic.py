@@ -22,16 +22,22 @@ from jaxserve.pallas_kernels.paged_attention.combine import MASKED
 from jaxserve.pallas_kernels.paged_attention.split_plan import SplitPlan, most_splits, plan_splits, split_starts
 from jaxserve.pallas_kernels.paged_attention.triton_decode import padded_lanes, soft_capped
 
-_TILE_LANES = 16  # rows of the smallest matrix instruction
 _SPLIT_TOKENS = 256  # of the smallest splits; the memory of the partial results grows with their number
 _ITEMS_A_WORKER = 2  # from so many on, splits of a tile are computed by one program, one after the other
 
 
 @dataclass(frozen=True)
 class DeterministicConfig:
-    """How the kernel is cut: tokens a block, positions of the smallest splits (a multiple of it), warps a program, stages, programs.
+    """How the kernel is cut.
 
-    All but the last decide bits: they may depend on the shapes of heads and cache and on nothing else, so not on the number of tokens.
+    Attributes:
+        block_kv: tokens a block.
+        split_tokens: positions of the smallest splits, a multiple of it.
+        num_warps, num_stages: of a program; Triton keeps two blocks in flight from 5 stages on, with fewer one, as pages are looked up.
+        num_workers: programs.
+        tile_lanes: rows of a tile, tokens times query heads of a KV head: 16, the smallest matrix instruction, or more.
+
+    All but the programs decide bits: they may depend on the shapes of heads and cache and on nothing else, so not on the number of tokens.
     """
 
     block_kv: int = 64
@@ -39,6 +45,7 @@ class DeterministicConfig:
     num_warps: int = 4
     num_stages: int = 3
     num_workers: int = 132 * 4
+    tile_lanes: int = 16
 
     @classmethod
     def suited(cls, q: jax.Array, kv: LayerKV, num_multiprocessors: int) -> "DeterministicConfig":
@@ -69,7 +76,7 @@ def deterministic_attention_triton(
     num_kv_heads, page_size = kv[0].shape[1:3]
     group = num_heads // num_kv_heads
     heads = pl.next_power_of_2(group)  # lanes of a token
-    lanes = max(_TILE_LANES, heads)
+    lanes = max(config.tile_lanes, heads)
     starts = split_starts(metadata.page_table.shape[1] * page_size, config.split_tokens)
     tile_tokens = lanes // heads
     most = most_splits(starts, tile_tokens, window)
@@ -114,7 +121,7 @@ def _attend_kernel(
     _, num_kv_heads, group, head_dim = q_ref.shape
     num_tiles = plan_refs.tile_rows.shape[0]
     heads = pl.next_power_of_2(group)
-    lanes = max(_TILE_LANES, heads)
+    lanes = max(config.tile_lanes, heads)
     page_size, pages, block_kv = keys_ref.shape[2], table_ref.shape[1], config.block_kv
     padded_dim = pl.next_power_of_2(head_dim)
     dim, column = padded_lanes(head_dim)
