@@ -32,9 +32,11 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 
 
 @pytest.fixture(scope="session")
-def few_programs_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of compiled programs for tests whose engine processes have the same few."""
-    return tmp_path_factory.mktemp("few_programs")
+def few_programs(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A few_programs.Precompiled of the tiny llama: its folder is for tests whose engine processes have these options."""
+    from few_programs import precompile
+
+    return precompile(tiny_checkpoint("llama"), tmp_path_factory.mktemp("few_programs"))
 
 
 @pytest.fixture

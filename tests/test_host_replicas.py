@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from engines import greedy, load_goldens
+from few_programs import Precompiled
 from test_hosts import free_port
 from test_launcher import ENDLESS, Server
 from test_two_hosts import ONE_SLOT, Launchers, tokens_by_sample
@@ -57,13 +58,13 @@ def cluster() -> Iterator[Callable[[str, int], Cluster]]:
 
 
 @pytest.fixture
-def real_hosts(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Iterator[Callable[..., Launchers]]:
+def real_hosts(tiny_checkpoint: Callable[[str], Path]) -> Iterator[Callable[..., Launchers]]:
     """Starts launchers with engines of the tiny model; those that are left at the end are killed."""
     with tempfile.TemporaryDirectory(prefix="js", dir="/tmp") as folder:
         made: list[Launchers] = []
 
-        def start(mesh: str, num_hosts: int) -> Launchers:
-            made.append(Launchers(tiny_checkpoint("llama"), Path(folder), tmp_path, *ONE_SLOT, mesh=mesh, each=[[]] * num_hosts))
+        def start(mesh: str, num_hosts: int, cache: Path) -> Launchers:
+            made.append(Launchers(tiny_checkpoint("llama"), Path(folder), cache, *ONE_SLOT, mesh=mesh, each=[[]] * num_hosts))
             return made[-1]
 
         yield start
@@ -158,21 +159,26 @@ def test_hosts_that_were_started_otherwise_and_hosts_that_are_told_to_end(cluste
         assert "ERROR" not in server.log() and "WARNING" not in server.log(), server.log()
 
 
-def test_replicas_that_span_hosts_give_the_tokens_of_one(real_hosts: Callable[..., Launchers]):
+def test_replicas_that_span_hosts_give_the_tokens_of_one(real_hosts: Callable[..., Launchers], tmp_path: Path):
     """Four hosts, of which each two share a replica. Where one is lost, its replica is taken out, and the other loses nothing."""
-    hosts = real_hosts("2x2", 4).until_ready()
+    hosts = real_hosts("2x2", 4, tmp_path).until_ready()
     both_give_the_tokens_of_one(hosts)
 
     streams = [hosts.stream(), hosts.stream()]
     assert all(next(stream).startswith("data: {") for stream in streams)
-    hosts.jax_process(3).kill()
+    hosts.jax_process(2).kill()
     whose = "replica 1, of hosts 2 to 3, here counted from 0: "
-    assert hosts.last_line(3, 1, LOSS_TIME) == f"jaxserve: error: {whose}worker was killed by SIGKILL"
-    assert hosts.last_line(2, 1, LOSS_TIME).startswith(f"jaxserve: error: {whose}host 1 was lost (")
+    assert hosts.last_line(2, 1, LOSS_TIME) == f"jaxserve: error: {whose}engine 1 was killed by SIGKILL"
+    assert hosts.last_line(3, 1, LOSS_TIME).startswith(f"jaxserve: error: {whose}host 0 was lost (127.0.0.1:")
     errors = ["error" in json.loads(list(stream)[-2].removeprefix("data: ")) for stream in streams]
     assert errors == [False, True]
 
+    # Host 0 ends with its replica.
+    hosts.jax_process(1).kill()
+    whose = "replica 0, of hosts 0 to 1, here counted from 0: "
+    assert hosts.last_line(0, 1, LOSS_TIME).startswith(f"jaxserve: error: {whose}host 1 was lost (")
 
-def test_whole_replicas_of_two_hosts_give_the_tokens_of_one(real_hosts: Callable[..., Launchers]):
-    hosts = real_hosts("2x1", 2).until_ready()
+
+def test_whole_replicas_of_two_hosts_give_the_tokens_of_one(real_hosts: Callable[..., Launchers], few_programs: Precompiled):
+    hosts = real_hosts("2x1", 2, few_programs.folder).until_ready()
     both_give_the_tokens_of_one(hosts)

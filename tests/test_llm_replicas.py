@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from engines import load_goldens
+from few_programs import OPTIONS, Precompiled
 
 from jaxserve import LLM
 from jaxserve.cli.bench import run as bench
@@ -22,8 +23,7 @@ from jaxserve import LLM, SamplingParams
 from jaxserve.errors import GenerationFailed, InvalidRequest
 
 print("script", file=sys.stderr)
-folder, cache, prompts, lengths = json.load(sys.stdin)
-few_programs = dict(max_batch_size=1, max_batch_prefill_tokens=32, max_total_tokens=240, disable_grammar_support=True)
+folder, cache, few_programs, prompts, lengths = json.load(sys.stdin)
 llm = LLM(folder, mesh="2x1", compilation_cache_dir=cache, **few_programs)
 params = [SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True) for length in lengths]
 told = {"tokens": [output.outputs[0].token_ids for output in llm.generate(prompts, params)]}
@@ -52,11 +52,11 @@ json.dump(told, sys.stdout)
 """
 
 
-def test_a_script_with_two_replicas(tiny_checkpoint: Callable[[str], Path], few_programs_cache: Path, tmp_path: Path):
+def test_a_script_with_two_replicas(tiny_checkpoint: Callable[[str], Path], few_programs: Precompiled, tmp_path: Path):
     prompts, alone = load_goldens("llama")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     prompts, alone = [prompts[i] for i in order], [alone[i] for i in order]
-    given = [str(tiny_checkpoint("llama")), str(few_programs_cache), prompts, list(map(len, alone))]
+    given = [str(tiny_checkpoint("llama")), str(few_programs.folder), OPTIONS, prompts, list(map(len, alone))]
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     ran = subprocess.run(

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -14,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import export, monitoring
+from jax.sharding import Mesh
+from jax.stages import Compiled
 
 import jaxserve
 from jaxserve.config import EXECUTABLES_FOLDER, LOWERED_FOLDER, ModelOptions
@@ -28,7 +31,7 @@ from jaxserve.runner.compile import CACHE_HIT_EVENT
 from jaxserve.runner.kv_cache import plan_kv_cache
 from jaxserve.runner.lowering import compile_lowered, lower
 from jaxserve.runner.program_store import ProgramStore
-from jaxserve.runner.programs import ProgramKey, Programs
+from jaxserve.runner.programs import Program, ProgramKey, Programs
 from jaxserve.weights import ModelSource
 from jaxserve.weights.loader import load_model, open_model
 
@@ -53,11 +56,36 @@ def source(tiny_checkpoint: Callable[[str], Path]) -> ModelSource:
     return ModelSource("tiny", "", tiny_checkpoint("llama"))
 
 
+class CompiledOnce:
+    """compile_lowered(), but of the same module once: who compiles what and when is tested here, and XLA is slow.
+
+    XLA serializes those of `logprobs` and `score` but once: a second folder does not get them.
+    """
+
+    def __init__(self) -> None:
+        self._compiled: dict[tuple[str, int, str], Compiled] = {}
+
+    def __call__(self, lowered: bytes, program: Program, mesh: Mesh) -> Compiled:
+        text = export.deserialize(bytearray(lowered)).mlir_module()
+        key = re.sub(r"(?m)^#loc.*\n|loc\(\S+\)", "", text), mesh.size, str(program.options)  # wherever it was called from
+        if key not in self._compiled:
+            self._compiled[key] = compile_lowered(lowered, program, mesh)
+        return self._compiled[key]
+
+
+@pytest.fixture(scope="module")
+def compiled_once() -> CompiledOnce:
+    return CompiledOnce()
+
+
 @pytest.fixture
-def prepare(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Preparation, list[str]]]:
+def prepare(
+    source: ModelSource, compiled_once: CompiledOnce, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[Preparation, list[str]]]:
     """(config, ...) -> a preparation that has begun, and the names of what it lowers in this process."""
     # XLA's own cache is for the whole process: test_precompile.py has one to itself.
     monkeypatch.setattr(preparation, "use_compilation_cache", lambda folder: None)
+    monkeypatch.setattr(preparation, "compile_lowered", compiled_once)
     opened = open_model(source, ModelOptions(), make_mesh(1))
 
     def prepare(config: RunnerConfig, tensor_size: int = 1, **options: Any) -> tuple[Preparation, list[str]]:
@@ -75,8 +103,16 @@ def prepare(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> Callable[..
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunnerConfig:
-    """Eight programs, and a folder that the tests of this module share."""
+    """Eight programs, and a folder that the tests of this module share, which is left with all of them."""
     return RunnerConfig(1, 32, max_total_tokens=64, compilation_cache_dir=str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def copied(prepare, config: RunnerConfig, tmp_path: Path) -> RunnerConfig:
+    """The same with a folder of its own, in which all programs are."""
+    dict(prepare(config)[0].programs())
+    folder = shutil.copytree(config.compilation_cache_dir or "", tmp_path / "copy")
+    return replace(config, compilation_cache_dir=str(folder))
 
 
 def first_logits(model: Model, runner_config: RunnerConfig, prepared: Preparation) -> list[float]:
@@ -115,41 +151,41 @@ def damage_two(folder: Path) -> Callable[[], bool]:
     return lambda: all(map(ProgramStore(folder).read, names)) and {path.name for path in folder.iterdir()} == set(names)
 
 
-def test_another_config_or_a_damaged_file_is_made_again(prepare, config: RunnerConfig, monkeypatch: pytest.MonkeyPatch):
+def test_another_config_or_a_damaged_file_is_made_again(
+    prepare, copied: RunnerConfig, compiled_once: CompiledOnce, monkeypatch: pytest.MonkeyPatch
+):
     compiled: list[str] = []
 
     def count(lowered, program, mesh):
         compiled.append(program.function.__name__)
-        return compile_lowered(lowered, program, mesh)
+        return compiled_once(lowered, program, mesh)
 
     monkeypatch.setattr(preparation, "compile_lowered", count)
-    dict(prepare(config)[0].programs())
-    compiled.clear()
-    folder = Path(config.compilation_cache_dir or "")
+    folder = Path(copied.compilation_cache_dir or "")
     executables, lowered_folder = folder / EXECUTABLES_FOLDER, folder / LOWERED_FOLDER
     sound = damage_two(executables)
-    again, lowered = prepare(config)
+    again, lowered = prepare(copied)
     dict(again.programs())
     assert sound() and len(compiled) == 2 and not lowered
     shutil.rmtree(executables)
     sound = damage_two(lowered_folder)
-    again, lowered = prepare(config)
+    again, lowered = prepare(copied)
     dict(again.programs())
     assert sound() and len(compiled) == 2 + 8 and len(lowered) == 2
-    other, lowered = prepare(replace(config, masked=True))
+    other, lowered = prepare(replace(copied, masked=True))
     assert len(dict(other.programs())) == 9 and lowered
 
 
-def test_what_xlas_own_cache_gave_is_not_kept(prepare, config: RunnerConfig, monkeypatch: pytest.MonkeyPatch):
+def test_what_xlas_own_cache_gave_is_not_kept(prepare, copied: RunnerConfig, compiled_once: CompiledOnce, monkeypatch):
     def found(lowered, program, mesh):
         monitoring.record_event(CACHE_HIT_EVENT)
-        return compile_lowered(lowered, program, mesh)
+        return compiled_once(lowered, program, mesh)
 
-    executables = Path(config.compilation_cache_dir or "") / EXECUTABLES_FOLDER
+    executables = Path(copied.compilation_cache_dir or "") / EXECUTABLES_FOLDER
     shutil.rmtree(executables, ignore_errors=True)
     with monkeypatch.context() as patched:
         patched.setattr(preparation, "compile_lowered", found)
-        assert len(dict(prepare(config)[0].programs())) == 8
+        assert len(dict(prepare(copied)[0].programs())) == 8
     assert not executables.exists()
 
 
@@ -192,7 +228,7 @@ def test_other_processes_lower(prepare, config: RunnerConfig, tmp_path: Path, ca
     config = replace(config, compilation_cache_dir=str(tmp_path))
     prepared, lowered = prepare(config, num_processes=2)
     assert len(dict(prepared.programs())) == 8
-    assert not lowered and not caplog.records
+    assert not lowered and "lowered in this process" not in caplog.text
     # One that cannot even start: what it should have done is done here.
     caplog.set_level(logging.WARNING)
     processes = LoweringProcesses(1, ["/bin/false"])

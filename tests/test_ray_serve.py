@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from few_programs import Precompiled
 
 pytest.importorskip("ray.serve", reason="Ray is an extra: pip install jaxserve[ray]")
 
@@ -70,7 +71,7 @@ json.dump(told, sys.stdout)
 """
 
 
-def test_a_local_ray_scales_to_two_replicas(tiny_checkpoint: Callable[[str], Path], few_programs_cache: Path):
+def test_a_local_ray_scales_to_two_replicas(tiny_checkpoint: Callable[[str], Path], few_programs: Precompiled):
     import socket
     import tempfile
 
@@ -79,7 +80,7 @@ def test_a_local_ray_scales_to_two_replicas(tiny_checkpoint: Callable[[str], Pat
     with tempfile.TemporaryDirectory(prefix="ray") as temporary:  # Ray's sockets are in it: their names must be short
         ran = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", SCRIPT],
-            input=json.dumps([str(tiny_checkpoint("llama")), str(few_programs_cache), temporary, port]),
+            input=json.dumps([str(tiny_checkpoint("llama")), str(few_programs.folder), temporary, port]),
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu", "RAY_USAGE_STATS_ENABLED": "0"},
             capture_output=True,
             text=True,
