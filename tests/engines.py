@@ -18,6 +18,8 @@ from jaxserve.weights import ModelSource
 from jaxserve.weights.loader import load_model
 
 TIMEOUT = 60.0  # seconds that outputs may take
+FEW_PROGRAMS: dict[str, Any] = {"slots": 2, "max_batch_tokens": 32, "kv_tokens": 240, "max_total_tokens": 240, "masked": False}
+"""Sizes of the tiny runners that several devices share."""
 
 
 class FewPages:

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from engines import tiny_runner
+from engines import FEW_PROGRAMS, tiny_runner
 from live_front_end import LiveFrontEnd
 from tiny_models import CONFIGS
 
@@ -54,7 +54,7 @@ def test_logits_at_every_position(tiny_checkpoint: Callable[[str], Path]):
 
 def test_logits_of_a_mesh_are_held_against_one_device(tiny_checkpoint: Callable[[str], Path]):
     folder, lines = tiny_checkpoint("llama"), []
-    two = tiny_runner(folder, tensor_size=2, masked=False, max_batch_tokens=32)
+    two = tiny_runner(folder, tensor_size=2, **FEW_PROGRAMS)
     assert checked.check_logits(two.runner, two.config, tiny_runner(folder)._model, CONFIGS["llama"], 40, lines.append)
     assert len(lines) == 5
 

@@ -5,12 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engines import TinyRunner, finish, greedy, load_goldens, tiny_runner, tokens_of
+from engines import FEW_PROGRAMS, TinyRunner, finish, greedy, load_goldens, tiny_runner, tokens_of
 
 from jaxserve.engine.engine import Engine
 from jaxserve.request import Request
-
-FEW_PROGRAMS = {"slots": 2, "max_batch_tokens": 32, "kv_tokens": 240, "max_total_tokens": 240, "masked": False}
 
 
 @pytest.fixture(scope="module")
