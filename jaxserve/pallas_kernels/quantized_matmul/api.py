@@ -7,29 +7,31 @@ from jaxserve.pallas_kernels.add_rms_norm import MOST_KERNEL_NORM_TOKENS
 from jaxserve.pallas_kernels.gpu import Gpu, local_gpu
 from jaxserve.pallas_kernels.matmul import add_parts, multiply_gated
 from jaxserve.pallas_kernels.quantized_matmul.cpu import plain_matmul
+from jaxserve.pallas_kernels.quantized_matmul.forms import Weight
 from jaxserve.pallas_kernels.quantized_matmul.plain import PlainWeight
 from jaxserve.pallas_kernels.quantized_matmul.reference import quantized_matmul_reference
+from jaxserve.pallas_kernels.quantized_matmul.tiled import TiledWeight, tiled_matmul
 from jaxserve.pallas_kernels.quantized_matmul.weights import EightBitWeight, FourBitWeight
 
 
-def quantized_matmul(x: jax.Array, weight: FourBitWeight | EightBitWeight | PlainWeight, out_dtype: jnp.dtype) -> jax.Array:
+def quantized_matmul(x: jax.Array, weight: Weight, out_dtype: jnp.dtype) -> jax.Array:
     """x [T, K], bfloat16, float16 or float32, times the transposed weight [N, K], with sums in float32: [T, N] in out_dtype."""
     return add_parts(_parts(x, weight, out_dtype, after_kernel=False), out_dtype)
 
 
-def quantized_matmul_parts(x: jax.Array, weight: FourBitWeight | EightBitWeight | PlainWeight) -> jax.Array:
+def quantized_matmul_parts(x: jax.Array, weight: Weight) -> jax.Array:
     """As `quantized_matmul` in x's dtype, or parts [P, T, N], in x's dtype or float32, for `add_parts` or `add_rms_norm`."""
     return _parts(x, weight, x.dtype, after_kernel=True)
 
 
-def quantized_gated_matmul(x: jax.Array, weight: FourBitWeight | EightBitWeight | PlainWeight) -> jax.Array:
+def quantized_gated_matmul(x: jax.Array, weight: Weight) -> jax.Array:
     """silu(gate) * up of x [T, K] and a weight [2 N, K] of gate rows and up rows: [T, N] in x's dtype."""
     gpu = local_gpu()
     product = None if gpu is None else _gated_kernel(_pad(x, weight), weight, gpu)
     return multiply_gated(quantized_matmul(x, weight, x.dtype)) if product is None else product
 
 
-def _gated_kernel(x: jax.Array, weight: FourBitWeight | EightBitWeight | PlainWeight, gpu: Gpu) -> jax.Array | None:
+def _gated_kernel(x: jax.Array, weight: Weight, gpu: Gpu) -> jax.Array | None:
     """The gated product by a kernel of our own; None: there is none for it."""
     # Pallas takes over a second to import: not where there is no GPU.
     from jaxserve.pallas_kernels.matmul.mosaic_wide import matmul_wide
@@ -59,14 +61,16 @@ def _gated_kernel(x: jax.Array, weight: FourBitWeight | EightBitWeight | PlainWe
     return None
 
 
-def _pad(x: jax.Array, weight: FourBitWeight | EightBitWeight | PlainWeight) -> jax.Array:
+def _pad(x: jax.Array, weight: Weight) -> jax.Array:
     """x with as many columns as the weight."""
     return jnp.pad(x, ((0, 0), (0, weight.shape[1] - x.shape[1])))
 
 
-def _parts(x: jax.Array, weight: FourBitWeight | EightBitWeight | PlainWeight, out_dtype: jnp.dtype, after_kernel: bool) -> jax.Array:
+def _parts(x: jax.Array, weight: Weight, out_dtype: jnp.dtype, after_kernel: bool) -> jax.Array:
     if isinstance(weight, PlainWeight):
         return plain_matmul(x, weight, out_dtype)
+    if isinstance(weight, TiledWeight):
+        return tiled_matmul(x, weight, out_dtype)
     gpu = local_gpu()
     if gpu is None:
         return quantized_matmul_reference(x, weight, out_dtype)

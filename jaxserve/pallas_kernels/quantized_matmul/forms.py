@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jaxserve.pallas_kernels.gpu import Gpu, local_gpu
 from jaxserve.pallas_kernels.quantized_matmul.layout import TABLES, Arrays, Layout
 from jaxserve.pallas_kernels.quantized_matmul.plain import PlainWeight, pack_plain
+from jaxserve.pallas_kernels.quantized_matmul.tiled import TiledWeight, pack_tiles, takes_tiles
 from jaxserve.pallas_kernels.quantized_matmul.weights import EightBitWeight, FourBitWeight, pack_four_bit
 
-Weight = FourBitWeight | EightBitWeight | PlainWeight
+Weight = FourBitWeight | EightBitWeight | PlainWeight | TiledWeight
 
 
 def pack(unpacked: Arrays, layout: Layout) -> Arrays:
@@ -33,6 +34,8 @@ def pack(unpacked: Arrays, layout: Layout) -> Arrays:
             return {name: x for name, x in arrays.items() if x is not None}
         case "eight":
             return packed | {name: packed[name].T for name in packed.keys() & {"scales", "zeros"}}
+        case _ if local_gpu() is None and takes_tiles(layout, *codes.shape):
+            return pack_tiles(packed, layout)
         case _:
             return packed | {"codes": pack_plain(codes, layout)}
 
@@ -47,6 +50,8 @@ def weight_of(arrays: Arrays, layout: Layout, k: int) -> Weight:
         case "eight":
             x_scale = arrays["input_scale"].reshape(()) if layout.static else None
             return EightBitWeight(codes, scales, zeros, x_scale, quantized_activations=bool(layout.activations))
+        case _ if codes.ndim == 4:
+            return TiledWeight(codes, scales, zeros, minimums, layout)
         case _:
             return PlainWeight(codes, scales, zeros, minimums, layout)
 
