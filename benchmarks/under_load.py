@@ -56,6 +56,23 @@ def compare(alone: Answer, loaded: Answer) -> Parting:
     return Parting(at, first - second, error)
 
 
+def first_difference(one: Answer, other: Answer) -> str:
+    """Where two answers first differ in a bit, and in what; "" where they do not."""
+    for i, (first, second) in enumerate(zip(one.logprobs, other.logprobs, strict=True)):
+        if one.token_ids[i] != other.token_ids[i]:
+            return f"output token {i}: {one.token_ids[i]} and {other.token_ids[i]}"
+        names = [
+            name for name in ("raw", "processed", "top_token_ids", "top_raw", "top_processed") if _bits(first, name) != _bits(second, name)
+        ]
+        if names:
+            return f"output token {i}: " + ", ".join(f"{name} {getattr(first, name)} and {getattr(second, name)}" for name in names)
+    return ""
+
+
+def _bits(logprobs: TokenLogprobs, name: str) -> bytes:
+    return np.asarray(getattr(logprobs, name)).tobytes()
+
+
 def answers(engine: Engine, requests: list[Request]) -> dict[str, Answer]:
     """Run requests at once; what they answered, by request id."""
     found = {request.request_id: Answer() for request in requests}
@@ -117,7 +134,9 @@ def check_under_load(
         )
         good &= all(parting.within for parting in partings)
         if bitwise:
-            different = sum(alone[r.request_id] != loaded[r.request_id] for r in requests)
-            say(f"under load, run {run + 1}: {different} of {count} answers differ in a bit")
-            good &= different == 0
+            differences = [(r, found) for r in requests if (found := first_difference(alone[r.request_id], loaded[r.request_id]))]
+            say(f"under load, run {run + 1}: {len(differences)} of {count} answers differ in a bit")
+            for r, found in differences[:3]:
+                say(f"  {r.request_id}, {len(r.prompt_token_ids)} prompt tokens: {found}")
+            good &= not differences
     return good

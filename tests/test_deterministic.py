@@ -188,7 +188,8 @@ def test_a_start_finds_out_that_places_matter(runner: TinyRunner, monkeypatch: p
 def test_sizes_that_change_bits_are_given_up(runner: TinyRunner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     device = runner.runner
     monkeypatch.setattr(device, "_buckets", Buckets.deterministic(5, (8, 24, 40, 64)))
-    bits = {8: {b"right"}, 24: {b"right", b"other"}, 40: {b"right"}, 64: {b"wrong"}}
+    right = {0: {b"right"}, 1: {b"too"}}
+    bits = {8: {0: {b"right"}}, 24: right | {1: {b"too", b"other"}}, 40: right, 64: right | {0: {b"wrong"}}}
     monkeypatch.setattr(
         model_runner, "row_bits", lambda *_, num_tokens, **__: bits[num_tokens] if device.step_sizes == (num_tokens,) else {}
     )

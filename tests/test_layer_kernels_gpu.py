@@ -14,6 +14,7 @@ from jaxserve.pallas_kernels import AttentionMetadata, add_rms_norm
 from jaxserve.pallas_kernels.add_rms_norm.reference import add_rms_norm_reference
 from jaxserve.pallas_kernels.add_rms_norm.triton import AddRMSNormConfig, add_rms_norm_triton
 from jaxserve.pallas_kernels.gpu import Gpu
+from jaxserve.pallas_kernels.log_sum_exp.triton import log_sum_exp_triton
 from jaxserve.pallas_kernels.rotate_and_write_kv.reference import rotate_and_write_kv_reference
 from jaxserve.pallas_kernels.rotate_and_write_kv.triton import RotateConfig, rotate_and_write_kv_triton
 
@@ -49,6 +50,15 @@ def assert_equal_but_for_rounding(got, expected):
         assert x.dtype == y.dtype
         unit = float(jnp.finfo(x.dtype).eps)
         np.testing.assert_allclose(x.astype(jnp.float32), y.astype(jnp.float32), rtol=2 * unit, atol=unit / 8)
+
+
+def test_log_sum_exp_is_that_of_each_row_whatever_the_others_are():
+    logits = normal(np.random.default_rng(4), (3, 5000), F32) * 5
+    logits = logits.at[1, 7].set(-jnp.inf)
+    call = jax.jit(functools.partial(log_sum_exp_triton, interpret=True))
+    found = call(logits)
+    np.testing.assert_allclose(found, np.log(np.exp(np.asarray(logits, np.float64)).sum(axis=1)), rtol=1e-6)
+    assert call(logits[1:2])[0] == found[1]
 
 
 @pytest.mark.parametrize(("shape", "block_rows", "dtype"), [((5, 96), 2, BF16), ((3, 2048), 1, F16), ((2, 640), 4, F32)])

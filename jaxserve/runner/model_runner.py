@@ -188,24 +188,23 @@ class ModelRunner:
         Raises:
             DeviceError: they depend on the place in steps of the common size, whoever computes the products.
         """
-        bits = self._row_bits()
-        common = self._config.common_tokens or self.step_sizes[-1]
-        if len(bits[common]) > 1:
+        bits, common = self._row_bits(), self._config.common_tokens or self.step_sizes[-1]
+        if not _agree(bits[common]):
             logger.warning("products depend on the place of a token: they are compiled again, by Triton alone")
             self._executor.recompile_products()
             bits = self._row_bits()
-            if len(bits[common]) > 1:
+            if not _agree(bits[common]):
                 raise DeviceError("--deterministic: on this device what a token gets depends on its place in a step")
-        others = sorted(size for size in bits if bits[size] != bits[common])
+        others = sorted(size for size in bits if not _agree(bits[size], bits[common]))
         if others:
             told = ", ".join(map(str, others))
             logger.warning("a token gets other bits in steps of %s tokens than in those of %d, which are computed instead", told, common)
             self._buckets = self._buckets.having(set(bits) - set(others))
         self._useful_tokens = self._padded_tokens = 0
 
-    def _row_bits(self) -> dict[int, set[bytes]]:
-        """By the tokens of a step, what was found in some steps of that size."""
-        every, bits = self._buckets, dict[int, set[bytes]]()
+    def _row_bits(self) -> dict[int, dict[int, set[bytes]]]:
+        """By the tokens of a step, what `row_bits` found in steps of that size."""
+        every, bits = self._buckets, dict[int, dict[int, set[bytes]]]()
         for bucket in every:
             self._buckets = every.having([bucket.num_tokens])
             sizes = dict(num_rows=bucket.num_rows, num_tokens=bucket.num_tokens)
@@ -266,3 +265,8 @@ class ModelRunner:
 
     def _layout(self, bucket: Bucket) -> BatchLayout:
         return BatchLayout.of(bucket, len(self._plan.num_pages), self._config.page_size)
+
+
+def _agree(*bits: dict[int, set[bytes]]) -> bool:
+    """Whether each prompt has the same bits in all that was found."""
+    return all(len(set().union(*(found.get(number, ()) for found in bits))) == 1 for number in bits[0])

@@ -31,9 +31,12 @@ from jaxserve.runner.state import STATE_SPEC, DeviceState, abstract_state
 
 PAGE_COPIES = 16  # a call
 PAGE_ENTRIES = 1024  # a call
-# XLA's options for products. Its autotuner compiles dozens of Triton kernels for each, which is most of a cold start, and picks worse ones
-# of cuBLAS's algorithms than cuBLAS itself does: it times them on a GPU that other programs' compilation keeps busy.
-PRODUCTS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
+# XLA autotunes nothing. What it times, on a GPU that other programs' compilation keeps busy, it decides for each shape apart: so the
+# reductions of 64 rows and of 256 would add up in other orders, and --deterministic would not hold.
+UNTUNED = {"xla_gpu_autotune_level": 0}
+# Of products its autotuner compiles dozens of Triton kernels for each, which is most of a cold start, and picks worse ones of cuBLAS's
+# algorithms than cuBLAS itself does.
+PRODUCTS = {"xla_gpu_enable_triton_gemm": False, **UNTUNED}
 # The same for products by Triton alone: each tile of a result is computed by the same code in the same order.
 TRITON_PRODUCTS = {"xla_gpu_enable_triton_gemm": True, "xla_gpu_triton_gemm_any": True, "xla_gpu_cublas_fallback": False}
 
@@ -244,7 +247,7 @@ class Programs:
     ) -> Program:
         # check_vma would ask every loop of every kernel to declare what varies over the mesh.
         sharded = jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        return Program(jax.jit(sharded, donate_argnums=donated), arguments, results, donated, options or {})
+        return Program(jax.jit(sharded, donate_argnums=donated), arguments, results, donated, options or UNTUNED)
 
     def _buckets(self) -> Buckets:
         """The shapes of steps. Deterministic ones have one, but where our own kernels compute all that could depend on it."""

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxserve.pallas_kernels import log_sum_exp
 from jaxserve.request import MAX_TOP_LOGPROBS
 from jaxserve.runner.batch import Batch
 from jaxserve.runner.sampler import top_tokens
@@ -49,8 +50,7 @@ def score_tokens(logits: jax.Array, token_ids: jax.Array) -> jax.Array:
     Returns:
         what `unpack_scored` reads, int32 [S, 2 + 2N].
     """
-    best = jnp.max(logits, axis=1, keepdims=True)
-    log_sum = best + jnp.log(jnp.sum(jnp.exp(logits - best), axis=1, keepdims=True))
+    log_sum = log_sum_exp(logits)[:, None]
     own = jnp.take_along_axis(logits, token_ids[:, None], axis=1)
     ranks = jnp.sum(logits > own, axis=1, dtype=jnp.int32, keepdims=True) + jnp.int32(1)
     top_logits, top_ids = top_tokens(logits, MAX_TOP_LOGPROBS)

@@ -63,35 +63,44 @@ class _Batch:
         return sum(row.num_tokens for row in self.rows)
 
 
-def row_bits[Step](runner: Runner[Step], *, num_rows: int, num_tokens: int, page_size: int, num_pages: Sequence[int]) -> set[bytes]:
-    """Compute one short prompt in many places of steps, whole, token by token at its end, and alone; all the bits that this gave.
+def row_bits[Step](
+    runner: Runner[Step], *, num_rows: int, num_tokens: int, page_size: int, num_pages: Sequence[int]
+) -> dict[int, set[bytes]]:
+    """Compute short prompts, one for each row, in several places of steps: whole, then their last tokens by themselves, and one alone.
 
-    It overwrites pages and slots, which must be nobody's.
+    It overwrites pages and slots, which must be nobody's. The prompts differ, as a sum in another order mostly has the same bits.
 
     Args:
         runner: its programs are compiled.
         num_rows, num_tokens: that fill a step.
         num_pages: of each KV group.
+
+    Returns:
+        All the bits that each prompt got, by its number, which stands for the same prompt in every call with as long a one.
     """
     num_rows = min(num_rows, *num_pages)
     length = min(page_size, num_tokens, _MOST_PROMPT_TOKENS)
-    request = Request("", tuple(range(1, length + 1)), _PARAMS)
-    samples = [_Sample(request, slot, [[slot] for _ in num_pages]) for slot in range(num_rows)]
+    found: dict[int, set[bytes]] = {slot: set() for slot in range(num_rows)}
 
-    def compute(samples: Sequence[_Sample], start: int, end: int) -> set[bytes]:
+    def sample(slot: int) -> _Sample:
+        ids = tuple(1 + 2 * place + (slot >> place & 1) for place in range(length))  # below 17: of any vocabulary
+        return _Sample(Request("", ids, _PARAMS), slot, [[slot] for _ in num_pages])
+
+    def compute(samples: Sequence[_Sample], start: int, end: int) -> None:
         """Of as many a step as fit."""
-        ids, found = request.prompt_token_ids[start:end], set[bytes]()
-        together = num_tokens // len(ids)
+        together = num_tokens // (end - start)
         for first in range(0, len(samples), together):
-            rows = [_Row(sample, start, ids, end == length, start == 0) for sample in samples[first : first + together]]
+            rows = [_Row(one, start, one.token_ids[start:end], end == length, start == 0) for one in samples[first : first + together]]
             result = runner.collect(runner.dispatch(_Batch(rows)))
             if end == length and (logprobs := result.logprobs) is not None:
                 arrays = result.token_ids, logprobs.raw, logprobs.processed, logprobs.top_ids, logprobs.top_raw, logprobs.top_processed
-                found |= {b"".join(array[i].tobytes() for array in arrays) for i in range(len(rows))}
-        return found
+                for i, row in enumerate(rows):
+                    found[row.sample.slot].add(b"".join(array[i].tobytes() for array in arrays))
 
-    found = compute(samples[: num_tokens // length], 0, length) | compute(samples[-1:], 0, length)
+    samples = [sample(slot) for slot in range(num_rows)]
+    compute(samples, 0, length)
+    compute(samples[-1:], 0, length)
     if length > 1:
         compute(samples, 0, length - 1)
-        found |= compute(samples, length - 1, length)
+        compute(samples[::-1], length - 1, length)
     return found

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.pallas_kernels import local_gpu
+from jaxserve.pallas_kernels import local_gpu, log_sum_exp
 from jaxserve.pallas_kernels.noise import exponential_noise, is_green, noise_keys
 from jaxserve.pallas_kernels.token_options import adjust_logits
 from jaxserve.request import MAX_TOP_LOGPROBS
@@ -80,8 +80,7 @@ def find_logprobs(raw: jax.Array, logits: jax.Array, state: SamplingState, colum
     token_ids, previous = sampled[:, 1], sampled[:, 2]
     stats = jax.lax.bitcast_convert_type(sampled[:, 3:], jnp.float32)
     distribution = Distribution(*(stats[:, i] for i in range(stats.shape[1])))
-    best = jnp.max(raw, axis=1, keepdims=True)
-    log_sum = best + jnp.log(jnp.sum(jnp.exp(raw - best), axis=1, keepdims=True))
+    log_sum = log_sum_exp(raw)[:, None]
     top_logits, top_ids = top_tokens(raw, MAX_TOP_LOGPROBS)
     ids = jnp.concatenate([token_ids[:, None], top_ids], axis=1)
     processed = distribution.logprobs(_adjust_at(ids, logits, state, rows, previous, token_ids))
