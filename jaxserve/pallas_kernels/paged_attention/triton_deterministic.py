@@ -49,11 +49,13 @@ class DeterministicConfig:
 
     @classmethod
     def suited(cls, q: jax.Array, kv: LayerKV, num_multiprocessors: int) -> "DeterministicConfig":
-        """The cut of the decode kernel (triton_decode.py), not measured for this one."""
+        """By measurement on an H200 (docs/performance_gpu.md): with fewer stages Triton keeps one block in flight. For float8 it is the cut
+        of the decode kernel (triton_decode.py).
+        """
         block_kv = max(16, min(128, 64 * 128 // pl.next_power_of_2(q.shape[2])))
         if kv[0].dtype in FLOAT8:
             return cls(block_kv, _SPLIT_TOKENS, 1, 3, 8 * num_multiprocessors)
-        return cls(block_kv, _SPLIT_TOKENS, 4, 3, 4 * num_multiprocessors)
+        return cls(block_kv, _SPLIT_TOKENS, 4, 5, 3 * num_multiprocessors)
 
 
 def deterministic_attention_triton(
