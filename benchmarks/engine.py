@@ -6,7 +6,8 @@ FOLDER holds a config.json and a tokenizer; the weights are random. The engine r
 weights, no prefix cache, requests of at most 32768 tokens. Prompts are token ids uniform in 3..48999, new ones for every run; greedy,
 `ignore_eos`, all requests sent at once. A decode step is (time of [1024 in, 257 out] - time of [1024 in, 1 out]) / 256; it is left out
 where the prompts take so many steps (--max-batch-prefill-tokens) that the first requests end before the last begin. Each figure is the
-median of the repetitions. A decode figure comes with the host's milliseconds a step, by verb. What sampling adds to a step is
+median of the repetitions. A decode figure comes with the host's milliseconds a step, by verb, and with the output tokens a second of
+the whole run, prompts included. What sampling adds to a step is
 benchmarks.sampled_steps' to say: the difference of two such figures, each with seconds of prefill in it, is off by up to a millisecond.
 
 With --quantize rows are called after the format: fp8_decode_step_b1_ms. fp8 is the engine's flag; w4 serves the shape as a GPTQ
@@ -72,11 +73,13 @@ class Measurement:
         self._workload = Workload(llm)
 
     def decode(self, count: int) -> None:
-        """Milliseconds of a decode step of `count` requests; left out where most steps would have fewer that decode."""
-        milliseconds = self._step_milliseconds(count)
-        if milliseconds is None:
-            return
-        self._rows.add(f"{self._prefix}decode_step_{self._label}b{count}_ms", milliseconds, "ms", self._command)
+        """Output tokens a second of `count` requests at once, their prompts' time included; milliseconds of a decode step of so many, which
+        is left out where most steps would have fewer that decode.
+        """
+        whole, milliseconds = self._seconds_and_step_milliseconds(count)
+        self._rows.add(f"{self._prefix}output_{self._label}b{count}_tok_s", count * self._out / whole, "tok/s", self._command)
+        if milliseconds is not None:
+            self._rows.add(f"{self._prefix}decode_step_{self._label}b{count}_ms", milliseconds, "ms", self._command)
 
     def prefill(self, count: int, length: int) -> None:
         """Prompt tokens a second."""
@@ -84,23 +87,23 @@ class Measurement:
         rate = count * length / self._median(lambda: self._workload.seconds(count, length, 1))
         self._rows.add(f"{self._prefix}prefill_{self._label}{count}x{length}_tok_s", rate, "tok/s", self._command)
 
-    def _step_milliseconds(self, count: int) -> float | None:
+    def _seconds_and_step_milliseconds(self, count: int) -> tuple[float, float | None]:
         self._workload.seconds(count, min(64, self._in), 4)
         begin = self._llm.engines[0].stats()
         first = self._median(lambda: self._workload.seconds(count, self._in, 1))
         before = self._llm.engines[0].stats()
         prompt_steps = (before.num_steps - begin.num_steps) / self._repetitions
+        whole = self._median(lambda: self._workload.seconds(count, self._in, self._out))
         if 2 * prompt_steps > self._out:
             print(f"B={count}: left out: prompts take {prompt_steps:.0f} steps, so too few of {self._out - 1} have all decode", flush=True)
-            return None
-        whole = self._median(lambda: self._workload.seconds(count, self._in, self._out))
+            return whole, None
         after = self._llm.engines[0].stats()
         steps = after.num_steps - before.num_steps
         host = {verb: _difference(before, after, f"{verb}_seconds") / steps * 1000 for verb in VERBS}
         told = ", ".join(f"{verb} {milliseconds:.3f}" for verb, milliseconds in host.items())
         milliseconds = (whole - first) / (self._out - 1) * 1000
         print(f"B={count}: step {milliseconds:.3f} ms; host ms a step: {told}", flush=True)
-        return milliseconds
+        return whole, milliseconds
 
     def _median(self, run: Callable[[], float]) -> float:
         return statistics.median(run() for _ in range(self._repetitions))
