@@ -207,7 +207,7 @@ class ModelRunner:
         every, bits = self._buckets, dict[int, dict[int, set[bytes]]]()
         for bucket in every:
             self._buckets = every.having([bucket.num_tokens])
-            sizes = dict(num_rows=bucket.num_rows, num_tokens=bucket.num_tokens)
+            sizes = dict(num_rows=bucket.num_rows, num_tokens=bucket.num_tokens, max_total_tokens=self.max_total_tokens)
             bits[bucket.num_tokens] = row_bits(self, page_size=self._config.page_size, num_pages=self._plan.num_pages, **sizes)
         self._buckets = every
         return bits
