@@ -17,7 +17,7 @@ FEW_TOKENS = 2
 # Up to so many tokens, by the bits of a code, so little is widened at once that XLA leaves it to one thread. Two are faster while what one
 # core has written comes quickly to the other, and up to three times slower while it does not: both were seen on one virtual machine, on one
 # day. Codes of 8 bits are widened faster, and gain more by a second thread.
-_ONE_THREAD_TOKENS = {4: 16, 8: 4}
+_ONE_THREAD_TOKENS = {4: 8, 8: 4}
 _MANY_TOKENS = 128  # the product then takes much longer than reading and writing what is widened
 # Of float32 that are widened at a time.
 _ONE_THREAD_ELEMENTS, _ELEMENTS, _MANY_TOKENS_ELEMENTS = 96 * 1024, 1024 * 1024, 2 * 1024 * 1024
