@@ -39,3 +39,11 @@ def test_steps_of_prompts_are_whole_where_a_batch_of_decodes_is():
     assert Buckets.for_platform("gpu", 1500, 8192).max_scored_tokens == 1536
     assert Buckets.for_platform("gpu", 256, 512).max_scored_tokens == 512
     assert Buckets.deterministic(256, (16, 512)).max_scored_tokens == 512
+
+
+def test_deterministic_steps_score_prompts_whichever_sizes_are_given_up():
+    every = Buckets.deterministic(256, Buckets.deterministic_sizes(4096, 4096))
+    for kept in (every.step_sizes[:-1], (16, 2048, 4096), (4096,)):
+        scored = every.having({*kept, 4096})
+        assert scored.max_scored_tokens <= every.max_scored_tokens  # what was compiled, and the room for its tokens
+        assert scored.pick(scored.max_scored_tokens, 256).num_tokens <= every.max_scored_tokens

@@ -33,11 +33,18 @@ class Buckets:
         logits: row counts of logits, which the sampler is compiled for, ascending; None: those of the shapes.
         whole: rows of the decode-only shapes that have a program with the sampler in it, too. One launch less is 0.15 ms less of the
             host's time, and the steps of few streams of a small model take no longer than that time.
+        most_whole: tokens up to which a step computes the last layer of all of them; None: as `max_scored_tokens` says.
     """
 
     def __init__(
-        self, decode: Iterable[int], mixed: Iterable[tuple[int, int]], logits: Iterable[int] | None = None, whole: Iterable[int] = ()
+        self,
+        decode: Iterable[int],
+        mixed: Iterable[tuple[int, int]],
+        logits: Iterable[int] | None = None,
+        whole: Iterable[int] = (),
+        most_whole: int | None = None,
     ):
+        self._most_whole = most_whole
         self._decode = tuple(Bucket(rows, rows, True) for rows in decode)
         self._mixed = tuple(Bucket(tokens, rows, False) for tokens, rows in sorted(mixed))
         self.whole = tuple(Bucket(rows, rows, True) for rows in whole)
@@ -65,9 +72,13 @@ class Buckets:
 
     @classmethod
     def deterministic(cls, max_batch_size: int, sizes: Iterable[int]) -> Self:
-        """Steps of which each has all kinds of tokens; there are two counts of logits' rows at most."""
+        """Steps of which each has all kinds of tokens; there are two counts of logits' rows at most.
+
+        All compute their last layer whole: whichever sizes are given up, those that are left can score prompts.
+        """
         mixed = [(tokens, min(tokens, max_batch_size)) for tokens in sizes]
-        return cls((), mixed, sorted({_FEW if rows <= _FEW < max_batch_size else max_batch_size for _, rows in mixed}))
+        logits = sorted({_FEW if rows <= _FEW < max_batch_size else max_batch_size for _, rows in mixed})
+        return cls((), mixed, logits, most_whole=max(tokens for tokens, _ in mixed))
 
     @staticmethod
     def deterministic_sizes(common_tokens: int, max_batch_tokens: int) -> tuple[int, ...]:
@@ -79,7 +90,8 @@ class Buckets:
     def having(self, sizes: Iterable[int]) -> Self:
         """Without the mixed shapes of other numbers of tokens; the rows of logits stay."""
         kept = [(bucket.num_tokens, bucket.num_rows) for bucket in self._mixed if bucket.num_tokens in set(sizes)]
-        return type(self)([bucket.num_rows for bucket in self._decode], kept, self.logits, [bucket.num_rows for bucket in self.whole])
+        decode, whole = ([bucket.num_rows for bucket in buckets] for buckets in (self._decode, self.whole))
+        return type(self)(decode, kept, self.logits, whole, self._most_whole)
 
     @property
     def step_sizes(self) -> tuple[int, ...]:
@@ -91,7 +103,7 @@ class Buckets:
         """Tokens of the largest shape that gives the last layer's state of every token, for the scores of prompts. Larger ones, which
         hold more tokens than rows, give it of the sampled rows alone, and their last layer computes little else.
         """
-        fewest = max(_MOST_WHOLE, *(bucket.num_rows for bucket in self))
+        fewest = max(self._most_whole or _MOST_WHOLE, *(bucket.num_rows for bucket in self))
         return min((tokens for tokens in self.step_sizes if tokens >= fewest), default=max(self.step_sizes))
 
     def __iter__(self) -> Iterator[Bucket]:
