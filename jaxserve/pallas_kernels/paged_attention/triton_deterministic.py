@@ -23,6 +23,9 @@ from jaxserve.pallas_kernels.paged_attention.split_plan import SplitPlan, most_s
 from jaxserve.pallas_kernels.paged_attention.triton_decode import padded_lanes, soft_capped
 
 _SPLIT_TOKENS = 256  # of the smallest splits; the memory of the partial results grows with their number
+# From so many on chunks count more than decodes: tiles of 32 rows read keys and values half as often. They have the bits of 16: Triton lays
+# both out alike, m16n8k16 with its four warps side by side over a block's tokens, once or twice. From 64 rows on it would take wgmma.
+_MANY_TOKENS = 512
 _ITEMS_A_WORKER = 2  # from so many on, splits of a tile are computed by one program, one after the other
 
 
@@ -37,7 +40,7 @@ class DeterministicConfig:
         num_workers: programs.
         tile_lanes: rows of a tile, tokens times query heads of a KV head: 16, the smallest matrix instruction, or more.
 
-    All but the programs decide bits: they may depend on the shapes of heads and cache and on nothing else, so not on the number of tokens.
+    The first four decide bits: they may depend on the shapes of heads and cache and on nothing else, so not on the number of tokens.
     """
 
     block_kv: int = 64
@@ -55,6 +58,8 @@ class DeterministicConfig:
         block_kv = max(16, min(128, 64 * 128 // pl.next_power_of_2(q.shape[2])))
         if kv[0].dtype in FLOAT8:
             return cls(block_kv, _SPLIT_TOKENS, 1, 3, 8 * num_multiprocessors)
+        if q.shape[0] >= _MANY_TOKENS:
+            return cls(block_kv, _SPLIT_TOKENS, 4, 5, 2 * num_multiprocessors, tile_lanes=32)
         return cls(block_kv, _SPLIT_TOKENS, 4, 5, 3 * num_multiprocessors)
 
 
