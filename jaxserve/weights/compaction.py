@@ -40,7 +40,8 @@ def compacted(arrays: Sequence[jax.Array], stats: Stats = lambda device: device.
     jax.block_until_ready(arrays)
     holes = {device: _holes(arrays, device) for device in devices}
     total = max(sum(each) for each in holes.values())
-    if total <= _TOLERATED:
+    # More than is free lies between regions of memory that the allocator got one by one: nothing could fill that.
+    if total <= _TOLERATED or any(sum(each) > _left(stats(device)) for device, each in holes.items()):
         return tuple(arrays)
     begin, moved = time.monotonic(), list(arrays)
     # Without them copies would be put into holes, and leave these where they are.
