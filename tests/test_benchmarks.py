@@ -14,6 +14,7 @@ from tiny_models import CONFIGS
 from benchmarks.device_bytes import bytes_an_element, schemes
 from benchmarks.engine import Measurement, name_parts
 from benchmarks.quantized_model import quantized_model
+from benchmarks.random_traffic import has_error
 from benchmarks.rows import Rows
 from benchmarks.sampled_steps import CASES, Card, Steps, Turn, table
 from benchmarks.start_http import timeline
@@ -78,6 +79,20 @@ def test_a_decode_step_is_left_out_where_prompts_take_too_long(capsys: pytest.Ca
         "decode_step_b3_ms",
         "output_b4_tok_s",
     ] and "B=4: left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "answer, wrong",
+    [
+        (b'{"choices": [{"logprobs": {"top_logprobs": [{"error": -1.5}]}}], "usage": {}}', False),
+        (b'data: {"choices": [{"text": "\\"error\\":"}]}\n\ndata: [DONE]\n\n', False),
+        (b'data: {"choices": []}\n\ndata: {"error": {"message": "gone"}}\n\ndata: [DONE]\n\n', True),
+        (b'data:{"error": "gone", "error_type": "generation"}\n\n', True),
+        (b'[{"generated_text": "x"}]', False),
+    ],
+)
+def test_an_error_is_an_object_and_no_token(answer: bytes, wrong: bool):
+    assert has_error(answer) is wrong
 
 
 def test_row_of_the_throughput():

@@ -133,10 +133,11 @@ def mosaic_config(
     groups = max(1, BLOCK // weight.group)
     stage = teams * (code_bytes + groups * HEIGHT * (weight.scales.dtype.itemsize + 1)) + 2 * lanes * BLOCK
     out = teams * (1 if splits == 1 else 2) * lanes * HEIGHT * 2
-    # 256 columns at once: 2 us less of 42 with 64 tokens, nothing lost with fewer. No group is cut; small ones and many tokens would spill.
+    # 256 columns at once: with 64 tokens 4 us less of 44, with 8 as long, with 16 4 us more of 26 (docs/performance_gpu.md). No group is
+    # cut; small ones and many tokens would spill.
     even = splits == 1 and depth % (2 * BLOCK) == 0 and max(weight.group, 2 * BLOCK) % (2 * BLOCK) == 0
-    fits = lanes <= (32 if weight.group < BLOCK else 64) and (_SMEM_BYTES - out) // (2 * stage) >= _LEAST_STAGES
-    width = 2 if even and fits else 1
+    faster = lanes <= 8 or (32 < lanes <= 64 and weight.group >= BLOCK)
+    width = 2 if even and faster and (_SMEM_BYTES - out) // (2 * stage) >= _LEAST_STAGES else 1
     return MosaicQuantizedConfig(teams, splits, min(8, (_SMEM_BYTES - out) // (width * stage)), gpu.num_multiprocessors, width)
 
 
