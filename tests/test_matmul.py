@@ -112,7 +112,9 @@ def test_a_token_gets_the_same_parts_however_many_there_are(size, depth, gated, 
 def test_the_cut_of_a_fixed_order_does_not_depend_on_the_tokens(num_tokens, size, depth):
     splits = column_splits(size, depth, 132)
     for gated in (False, True) if size % 128 == 0 else (False,):
-        config = fixed_order_kernel(*abstract(num_tokens, size, depth), 132, gated=gated).keywords["config"]
+        kernel = fixed_order_kernel(*abstract(num_tokens, size, depth), 132, gated=gated)
+        assert isinstance(kernel, functools.partial)
+        config = kernel.keywords["config"]
         assert config.splits == (1 if gated else splits) and depth % (splits * 64) == 0
         units = size // 2 if gated else size
         width = (config.tile if num_tokens <= 128 else config.rows) // (2 if gated else 1)

@@ -102,13 +102,13 @@ def all_reduce_add_rms_norm(
         residual, weight, eps, dtype: as for `add_rms_norm`.
     """
     num_tokens, size = residual.shape
-    one_kernel = shards.peers is not None and num_tokens <= MOST_ROWS and not shards.deterministic  # whose norm adds up in another order
-    if shards.count > 1 and one_kernel and shards.route(residual.nbytes) == "one shot":
+    peers = None if shards.deterministic else shards.peers  # the kernel's norm adds up in another order
+    if shards.count > 1 and peers is not None and num_tokens <= MOST_ROWS and shards.route(residual.nbytes) == "one shot":
         from jaxserve.pallas_kernels.all_reduce.triton import AllReduceConfig, all_reduce_add_rms_norm_triton
 
         config = AllReduceConfig.for_rows(size, residual.dtype, ExchangeLayout.of(shards.count))
         if config is not None:
             batch = parts.reshape(1, -1, num_tokens, size)
-            normed, total = all_reduce_add_rms_norm_triton(batch, residual[None], weight, eps, shards.peers, dtype, config=config)
+            normed, total = all_reduce_add_rms_norm_triton(batch, residual[None], weight, eps, peers, dtype, config=config)
             return normed[0], total[0]
     return add_rms_norm(all_reduce(parts, residual.dtype, shards), residual, weight, eps, dtype, shards.deterministic)

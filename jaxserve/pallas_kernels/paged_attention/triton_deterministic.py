@@ -88,8 +88,8 @@ def deterministic_attention_triton(
     tile_tokens = lanes // heads
     most = most_splits(starts, tile_tokens, window)
     enough = pl.cdiv(_ITEMS_A_WORKER * config.num_workers, num_kv_heads)
-    sizes = dict(num_tokens=num_tokens, tile_tokens=tile_tokens, starts=starts, most=most, window=window)
-    plan = plan_splits(metadata, **sizes, enough_items=enough)
+    split = functools.partial(plan_splits, metadata, num_tokens=num_tokens, tile_tokens=tile_tokens)
+    plan = split(starts=starts, most=most, window=window, enough_items=enough)
     partials = num_tokens, num_kv_heads, most, group
     shape = num_tokens, num_kv_heads, group, head_dim
     operands = q.reshape(shape), *kv, metadata.page_table, plan
