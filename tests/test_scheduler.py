@@ -749,6 +749,18 @@ def test_a_step_fills_a_compiled_size_where_decodes_run_anyway():
     assert [row.num_tokens for row in must_schedule(scheduler).rows] == [1, 8], "half of a small rest would be no progress"
 
 
+def test_a_scored_prompt_waits_where_a_step_was_not_made_for_it(monkeypatch: pytest.MonkeyPatch):
+    config = SchedulerConfig(4, 64, PAGE_SIZE, 100, max_scored_tokens=16)
+    scheduler = Scheduler(config, [KVGroupPages(64)], lambda: 0.0)
+    scheduler.add(request("a", 40, 8, prompt_logprobs=1), 0.0)
+    scheduler.add(request("b", 40, 8), 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler, "_may_score", lambda behind: False)
+        assert shape(must_schedule(scheduler)) == [("b", 0, 40)]
+    batch = must_schedule(scheduler)
+    assert shape(batch) == [("b", 40, 1), ("a", 0, 15)] and batch.num_scored == 15
+
+
 @pytest.mark.parametrize("longest", [40, 700, 3000])
 def test_padding_is_small_on_any_mix(longest: int):
     rng = np.random.default_rng(longest)

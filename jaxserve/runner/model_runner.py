@@ -233,6 +233,7 @@ class ModelRunner:
 
     def _start_scores(self, step: Step, batch: Batch) -> None:
         """Score the prompts' tokens that the step reached; before the next forward, which overwrites what they need."""
+        assert step.layout.bucket.num_tokens <= self._buckets.max_scored_tokens, "a step that leaves no token's hidden state"
         uploads = pack_scored(batch, self._num_scored_a_call)
         step.scored = [scored for upload in uploads if (scored := self._executor.run(ProgramKey("score"), upload)) is not None]
         step.num_scored = batch.num_scored

@@ -128,10 +128,11 @@ class Scheduler:
         rows, behind = self._schedule_decodes()
         num_decodes = len(rows)
         wanted = (sample.num_behind for sample in chain(behind, islice(self._waiting, len(self._free_slots))))
-        num_tokens = tokens_for_prompts(self._config, num_decodes, wanted, self._num_scoring > 0 and self._may_score(behind))
+        scores = self._num_scoring > 0 and self._may_score(behind)
+        num_tokens = tokens_for_prompts(self._config, num_decodes, wanted, scores)
         shared = PrefillBudget(num_tokens, self._needs(behind) if self._num_scoring else ())
         chunks = self._schedule_chunks(behind, shared)
-        admitted, page_copies = self._admit_waiting(shared)
+        admitted, page_copies = self._admit_waiting(shared, scores)
         chunks += admitted
         if not rows and not chunks:
             return None
@@ -269,13 +270,16 @@ class Scheduler:
                 budget.take(num_behind, num_tokens)
         return rows
 
-    def _admit_waiting(self, budget: PrefillBudget) -> tuple[list[ScheduledRow], list[tuple[int, int, int]]]:
-        """Admit waiting samples while there are slots, budget and memory; return their rows and the pages to copy."""
+    def _admit_waiting(self, budget: PrefillBudget, scores: bool) -> tuple[list[ScheduledRow], list[tuple[int, int, int]]]:
+        """Admit waiting samples while there are slots, budget and memory, scored ones where the step `scores`; return their rows and the
+        pages to copy.
+        """
         rows, page_copies = [], []
         put_back, skipped, num_passed = [], [], 0
         while self._waiting and self._free_slots and budget.left > 0 and len(put_back) < MAX_LOOKED_AT:
             sample = self._waiting.popleft()
-            if budget.most(sample.num_tokens, sample.scores_prompt) == 0:  # what is left is for short ones
+            # What is left may be for short ones; and a slot that became free meanwhile may let a scored one come that nobody looked for.
+            if budget.most(sample.num_tokens, sample.scores_prompt) == 0 or (sample.scores_prompt and not scores):
                 put_back.append(sample)
                 if sample.num_passed >= MAX_PASSED:
                     break
