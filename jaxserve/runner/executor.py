@@ -6,7 +6,7 @@ program before it left. So whoever replays the calls of an executor on other dev
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -88,7 +88,12 @@ class Executor:
         self._state = allocate_state(self._plan, self._config.max_batch_size, vocab_size, hidden, self._mesh)
         logger.info("the state is allocated")
         seconds = 0.0
-        for key, program in self._preparation.programs():  # while others are still compiled
+        programs: Iterable[tuple[ProgramKey, Compiled]] = self._preparation.programs()
+        if self._hosts is not None and self._platform == "cpu":
+            # Gloo waits half a minute for the others, and where the cache has this host's programs they may still compile theirs.
+            programs = list(programs)
+            self._hosts.gather("programs", "compiled")
+        for key, program in programs:  # while others are still compiled
             self._keys[key.name], self._compiled[key] = key, program
             begin = time.monotonic()
             self._rehearse(key)
