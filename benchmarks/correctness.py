@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from benchmarks.edges import check_edges
 from benchmarks.logits import MAX_REFERENCE_ERROR, Reference, check_logits
-from benchmarks.plain_llama import GOLDEN_LAYERS
+from benchmarks.plain_llama import GOLDEN_LAYERS, WEIGHT_BOUND
 from benchmarks.under_load import check_under_load
 from jaxserve.config import EngineOptions, ModelOptions, limit_gpu_memory
 from jaxserve.engine.build import join
@@ -88,7 +88,8 @@ def main() -> None:
         options_of_model = ModelOptions(load_format="dummy", dtype=arguments.dtype)
 
         def load(mesh: Mesh) -> Model:
-            return open_model(source, options_of_model, mesh, attention=options.attention).load(mesh)
+            opened = open_model(source, options_of_model, mesh, attention=options.attention)
+            return replace(opened, dummy_bound=WEIGHT_BOUND).load(mesh)
 
         model = load(mesh)
         say("the weights are there")

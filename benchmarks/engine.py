@@ -5,10 +5,10 @@
 FOLDER holds a config.json and a tokenizer; the weights are random. The engine runs with its default flags but for three: dummy
 weights, no prefix cache, requests of at most 32768 tokens. Prompts are token ids uniform in 3..48999, new ones for every run; greedy,
 `ignore_eos`, all requests sent at once. A decode step is (time of [1024 in, 257 out] - time of [1024 in, 1 out]) / 256; it is left out
-where the prompts take so many steps (--max-batch-prefill-tokens) that the first requests end before the last begin. Each figure is the
-median of the repetitions. A decode figure comes with the host's milliseconds a step, by verb, and with the output tokens a second of
-the whole run, prompts included. What sampling adds to a step is
-benchmarks.sampled_steps' to say: the difference of two such figures, each with seconds of prefill in it, is off by up to a millisecond.
+where the prompts take so many steps (--max-batch-prefill-tokens) that the first requests end before the last begin. Each figure is made
+of the medians of the repetitions. A decode figure comes with the host's milliseconds a step, by verb, and with the output tokens a second
+of the whole run, prompts included. What sampling adds to a step is benchmarks.sampled_steps' to say: the difference of two such figures,
+each with seconds of prefill in it, is off by up to a millisecond.
 
 With --quantize rows are called after the format: fp8_decode_step_b1_ms. fp8 is the engine's flag; w4 serves the shape as a GPTQ
 checkpoint of 4 bits in groups of 128. On a mesh of T devices they begin with tpT and the label: tp2_8b_decode_step_b1_ms.
@@ -89,20 +89,26 @@ class Measurement:
 
     def _seconds_and_step_milliseconds(self, count: int) -> tuple[float, float | None]:
         self._workload.seconds(count, min(64, self._in), 4)
-        begin = self._llm.engines[0].stats()
-        first = self._median(lambda: self._workload.seconds(count, self._in, 1))
-        before = self._llm.engines[0].stats()
-        prompt_steps = (before.num_steps - begin.num_steps) / self._repetitions
-        whole = self._median(lambda: self._workload.seconds(count, self._in, self._out))
+        stats = self._llm.engines[0].stats
+        firsts, wholes, prompt_steps, steps, host = [], [], 0, 0, dict.fromkeys(VERBS, 0.0)
+        for _ in range(self._repetitions):  # in turn: both with the card as warm
+            begin = stats().num_steps
+            firsts.append(self._workload.seconds(count, self._in, 1))
+            before = stats()
+            wholes.append(self._workload.seconds(count, self._in, self._out))
+            after = stats()
+            prompt_steps += before.num_steps - begin
+            steps += after.num_steps - before.num_steps
+            host = {verb: seconds + _difference(before, after, f"{verb}_seconds") for verb, seconds in host.items()}
+        first, whole = statistics.median(firsts), statistics.median(wholes)
+        prompt_steps /= self._repetitions
         if 2 * prompt_steps > self._out:
             print(f"B={count}: left out: prompts take {prompt_steps:.0f} steps, so too few of {self._out - 1} have all decode", flush=True)
             return whole, None
-        after = self._llm.engines[0].stats()
-        steps = after.num_steps - before.num_steps
-        host = {verb: _difference(before, after, f"{verb}_seconds") / steps * 1000 for verb in VERBS}
-        told = ", ".join(f"{verb} {milliseconds:.3f}" for verb, milliseconds in host.items())
         milliseconds = (whole - first) / (self._out - 1) * 1000
-        print(f"B={count}: step {milliseconds:.3f} ms; host ms a step: {told}", flush=True)
+        told = ", ".join(f"{verb} {seconds / steps * 1000:.3f}" for verb, seconds in host.items())
+        runs = ", ".join(f"{many:.3f} - {one:.3f}" for many, one in zip(wholes, firsts, strict=True))
+        print(f"B={count}: step {milliseconds:.3f} ms (seconds: {runs}); host ms a step: {told}", flush=True)
         return whole, milliseconds
 
     def _median(self, run: Callable[[], float]) -> float:

@@ -152,7 +152,8 @@ def test_random_weights_of_a_quantized_shape(name: str, tmp_path: Path) -> None:
     for leaf, other in zip(one.leaves, two.leaves, strict=True):
         np.testing.assert_array_equal(np.asarray(leaf).view(np.uint8), np.asarray(other).view(np.uint8))
     deviations = [float(leaf.std()) for leaf in made_dense(load(folder, load_format="dummy"), make_mesh(1)).leaves if leaf.ndim == 2]
-    assert deviations == pytest.approx([0.02] * len(deviations), rel=0.15)
+    # MXFP4's scales are powers of two.
+    assert deviations == pytest.approx([1e-3 / 3**0.5] * len(deviations), rel=0.3 if name == "mxfp4" else 0.15)
 
 
 def test_older_files_beside_config_json(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from jaxserve.models.parameters import Parameter, Source
 from jaxserve.pallas_kernels import ScaleDtype
 from jaxserve.weights.checkpoint import HEAD, Checkpoint, check_tensors, embeddings_are_tied
 from jaxserve.weights.compaction import compacted
-from jaxserve.weights.dummy import random_array
+from jaxserve.weights.dummy import DUMMY_BOUND, random_array
 from jaxserve.weights.gguf_file import GGUFCheckpoint
 from jaxserve.weights.input_moments import input_moments
 from jaxserve.weights.magnitudes import Magnitudes
@@ -46,11 +46,13 @@ class OpenModel:
         architecture: what is to be loaded.
         dtype: of weights and activations.
         checkpoint: its files; None: weights are made up.
+        dummy_bound: of the made-up ones.
     """
 
     architecture: Architecture
     dtype: jnp.dtype
     checkpoint: Checkpoint | None
+    dummy_bound: float = DUMMY_BOUND
 
     def nbytes(self, shards: int) -> int:
         """Size of the weights on each of so many devices."""
@@ -80,7 +82,7 @@ class OpenModel:
                 if isinstance(unit, Parameter):
                     arrays[unit] = self._kept(unit, next(dense), magnitudes)
                 elif checkpoint is None:
-                    matrices[unit] = random_matrix(unit, mesh)
+                    matrices[unit] = random_matrix(unit, mesh, self.dummy_bound)
                 elif unit.scheme.stored == "dense":
                     inputs = moments[unit.sources] if by_moments(unit.scheme.layout) else None
                     matrices[unit] = load_and_quantize(unit, self._kept(unit.dense, next(dense), magnitudes), inputs, mesh)
@@ -114,7 +116,7 @@ class OpenModel:
         dtype = self.dtype if parameter.after_norm else parameter.dtype(self.dtype)
         checkpoint, shards, axis = self.checkpoint, mesh.shape["tensor"], parameter.sharded_axis
         if checkpoint is None:
-            return random_array(parameter, mesh, dtype, parameter.dtype(self.dtype))
+            return random_array(parameter, mesh, dtype, self.dummy_bound, parameter.dtype(self.dtype))
         local = parameter.local_shape(shards)
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:

@@ -14,8 +14,6 @@ from jaxserve.pallas_kernels import Layout, pack
 from jaxserve.weights.checkpoint import Checkpoint
 from jaxserve.weights.dummy import Axes, axes_of, places, random_bits, seed_of
 
-_DUMMY_DEVIATION = 0.02
-
 
 def load_stored(matrix: QuantizedMatrix, checkpoint: Checkpoint, mesh: Mesh) -> dict[str, jax.Array]:
     """The arrays of a matrix that the checkpoint has quantized.
@@ -50,10 +48,10 @@ def load_and_quantize(matrix: QuantizedMatrix, weight: jax.Array, moments: jax.A
     return _quantizer(matrix.scheme.layout, mesh, matrix.dense.spec, bool(matrix.columns.units), _spec(matrix))(weight, moments)
 
 
-def random_matrix(matrix: QuantizedMatrix, mesh: Mesh) -> dict[str, jax.Array]:
-    """Arrays with random codes, whose elements have a standard deviation of 0.02; the same in every run."""
+def random_matrix(matrix: QuantizedMatrix, mesh: Mesh, bound: float) -> dict[str, jax.Array]:
+    """Arrays with random codes, whose elements deviate as much as uniform ones in -bound..bound; the same in every run."""
     shapes = tuple((name, shape.shape, shape.dtype) for name, shape in matrix.unpacked_shapes(mesh.shape["tensor"]).items())
-    return _maker(matrix.scheme.layout, mesh, _spec(matrix), shapes, axes_of(matrix.sources))(seed_of(matrix.sources))
+    return _maker(matrix.scheme.layout, mesh, _spec(matrix), shapes, axes_of(matrix.sources), bound / 3**0.5)(seed_of(matrix.sources))
 
 
 def _spec(matrix: QuantizedMatrix) -> P:
@@ -83,7 +81,7 @@ def _quantizer(
 
 @functools.cache
 def _maker(
-    layout: Layout, mesh: Mesh, spec: P, shapes: tuple[tuple[str, tuple[int, ...], jnp.dtype], ...], axes: Axes
+    layout: Layout, mesh: Mesh, spec: P, shapes: tuple[tuple[str, tuple[int, ...], jnp.dtype], ...], axes: Axes, deviation: float
 ) -> Callable[[np.uint32], dict[str, jax.Array]]:
     def make(seed: jax.Array) -> dict[str, jax.Array]:
         made: dict[str, jax.Array] = {}
@@ -93,7 +91,7 @@ def _maker(
             elif name == "permutation":
                 made[name] = places(axes[0][1]).astype(dtype)
             elif name in ("scales", "input_scale"):
-                made[name] = jnp.full(shape, _DUMMY_DEVIATION / _DEVIATIONS[layout.code] if name == "scales" else 0.05, dtype)
+                made[name] = jnp.full(shape, deviation / _DEVIATIONS[layout.code] if name == "scales" else 0.05, dtype)
             else:
                 made[name] = jnp.zeros(shape, dtype)
         return _pack(made, layout)
