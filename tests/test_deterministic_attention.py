@@ -91,7 +91,11 @@ def test_the_kernel_is_the_reference_and_gives_a_token_the_same_bits_anywhere(na
     num_heads, num_kv_heads, head_dim, kv_dtype, options, block_kv, split_tokens, lanes = CASES[name]
     options = options | {"scale": head_dim**-0.5}
     config = DeterministicConfig(block_kv, split_tokens, 4, 3, num_workers=5, tile_lanes=lanes)
-    call = functools.partial(deterministic_attention_triton, config=config, out_dtype=BF16, interpret=True, **options)
+
+    def call(q: jax.Array, kv: Any, metadata: AttentionMetadata) -> jax.Array:
+        plan = config.plan(metadata, q, kv, options["window"])
+        return deterministic_attention_triton(q, kv, metadata, plan=plan, config=config, out_dtype=BF16, interpret=True, **options)
+
     texts = Texts(num_heads, num_kv_heads, head_dim, BF16 if kv_dtype == BF16 else F16, kv_dtype)
     check(jax.jit(call, compiler_options=UNOPTIMISED), texts, 4e-3, **options)
 

@@ -72,7 +72,7 @@ def plan_attention(
     window: int | None,
     implementation: str = "auto",
 ) -> AttentionMetadata:
-    """Lay out a step's attention once for all layers of a KV group; a deterministic step's kernel for GPUs does that by itself.
+    """Lay out a step's attention once for all layers of a KV group.
 
     Args:
         metadata: of the group.
@@ -83,8 +83,6 @@ def plan_attention(
     gpu = chosen_gpu(implementation)
     if gpu is None or q.dtype == jnp.float32:
         return replace(metadata, plan=plan_xla(metadata, page_size=kv[0].shape[2], window=window))
-    if metadata.deterministic:
-        return metadata
     # Pallas takes over a second to import: not where there is no GPU.
     from jaxserve.pallas_kernels.paged_attention.gpu import plan_attention_gpu
 

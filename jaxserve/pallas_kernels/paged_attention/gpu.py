@@ -14,6 +14,7 @@ from jaxserve.pallas_kernels.paged_attention.decode_plan import DecodePlan
 from jaxserve.pallas_kernels.paged_attention.mosaic_decode import MosaicDecodeConfig, decode_attention_mosaic
 from jaxserve.pallas_kernels.paged_attention.mosaic_prefill import BLOCK_Q, MosaicPrefillConfig, prefill_attention_mosaic
 from jaxserve.pallas_kernels.paged_attention.prefill_plan import PrefillPlan, plan_prefill
+from jaxserve.pallas_kernels.paged_attention.split_plan import SplitPlan
 from jaxserve.pallas_kernels.paged_attention.triton_decode import TritonDecodeConfig, decode_attention_triton
 from jaxserve.pallas_kernels.paged_attention.triton_deterministic import DeterministicConfig, deterministic_attention_triton
 from jaxserve.pallas_kernels.paged_attention.triton_prefill import TritonPrefillConfig, prefill_attention_triton
@@ -58,10 +59,10 @@ def paged_attention_gpu(
     Shapes and `out_dtype` as in `paged_attention`; q is bfloat16 or float16, K and V of q's type or float8.
     """
     options: dict[str, Any] = dict(scale=scale, window=window, soft_cap=soft_cap, out_dtype=out_dtype, interpret=interpret)
-    if metadata.deterministic:
+    plan = metadata.plan if isinstance(metadata.plan, GpuPlan | SplitPlan) else plan_attention_gpu(metadata, q, kv, window=window, gpu=gpu)
+    if isinstance(plan, SplitPlan):
         config = DeterministicConfig.suited(q, kv, gpu.num_multiprocessors)
-        return deterministic_attention_triton(q, kv, metadata, config=config, **options)
-    plan = metadata.plan if isinstance(metadata.plan, GpuPlan) else plan_attention_gpu(metadata, q, kv, window=window, gpu=gpu)
+        return deterministic_attention_triton(q, kv, metadata, plan=plan, config=config, **options)
     if metadata.decode_only:
         return _decode(q, kv, metadata, plan, gpu, options)
     decoded = _decode(q[plan.row_tokens], kv, metadata, plan, gpu, options)
@@ -73,13 +74,15 @@ def paged_attention_gpu(
     return prefilled.at[plan.decoded_tokens].set(decoded, mode="drop")
 
 
-def plan_attention_gpu(metadata: AttentionMetadata, q: Queries, kv: LayerKV, *, window: int | None, gpu: Gpu) -> GpuPlan:
-    """Lay out what the layers of a KV group have in common, for a step that is not deterministic.
+def plan_attention_gpu(metadata: AttentionMetadata, q: Queries, kv: LayerKV, *, window: int | None, gpu: Gpu) -> GpuPlan | SplitPlan:
+    """Lay out what the layers of a KV group have in common; a SplitPlan for a deterministic step.
 
     Args:
         q: of a layer, or its shape and dtype.
         kv: of a layer; only shapes and dtypes matter.
     """
+    if metadata.deterministic:
+        return DeterministicConfig.suited(q, kv, gpu.num_multiprocessors).plan(metadata, q, kv, window)
     num_tokens, num_kv_heads = q.shape[0], kv[0].shape[1]
     if metadata.decode_only:
         lens, prefill, row_tokens, decoded_tokens = metadata.kv_lens, None, None, None

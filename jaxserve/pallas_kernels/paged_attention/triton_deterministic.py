@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from jaxserve.pallas_kernels.layer_kv import FLOAT8, LayerKV
-from jaxserve.pallas_kernels.metadata import AttentionMetadata
+from jaxserve.pallas_kernels.metadata import AttentionMetadata, Queries
 from jaxserve.pallas_kernels.paged_attention.combine import MASKED
 from jaxserve.pallas_kernels.paged_attention.split_plan import SplitPlan, most_splits, plan_splits, split_starts
 from jaxserve.pallas_kernels.paged_attention.triton_decode import padded_lanes, soft_capped
@@ -51,7 +51,7 @@ class DeterministicConfig:
     tile_lanes: int = 16
 
     @classmethod
-    def suited(cls, q: jax.Array, kv: LayerKV, num_multiprocessors: int) -> "DeterministicConfig":
+    def suited(cls, q: Queries, kv: LayerKV, num_multiprocessors: int) -> "DeterministicConfig":
         """By measurement on an H200 (docs/performance_gpu.md): with fewer stages Triton keeps one block in flight. For float8 it is the cut
         of the decode kernel (triton_decode.py).
         """
@@ -62,6 +62,24 @@ class DeterministicConfig:
             return cls(block_kv, _SPLIT_TOKENS, 4, 5, 2 * num_multiprocessors, tile_lanes=32)
         return cls(block_kv, _SPLIT_TOKENS, 4, 5, 3 * num_multiprocessors)
 
+    def plan(self, metadata: AttentionMetadata, q: Queries, kv: LayerKV, window: int | None) -> SplitPlan:
+        """Cut a step, once for all layers that have this shape of heads and cache, and this window."""
+        starts, most, tile_tokens = self._cut(metadata, q, kv, window)
+        enough = pl.cdiv(_ITEMS_A_WORKER * self.num_workers, kv[0].shape[1])
+        split = functools.partial(plan_splits, metadata, num_tokens=q.shape[0], tile_tokens=tile_tokens)
+        return split(starts=starts, most=most, window=window, enough_items=enough)
+
+    def most_splits(self, metadata: AttentionMetadata, q: Queries, kv: LayerKV, window: int | None) -> int:
+        """Most splits that a tile's tokens see."""
+        return self._cut(metadata, q, kv, window)[1]
+
+    def _cut(self, metadata: AttentionMetadata, q: Queries, kv: LayerKV, window: int | None) -> tuple[tuple[int, ...], int, int]:
+        num_kv_heads, page_size = kv[0].shape[1:3]
+        heads = pl.next_power_of_2(q.shape[1] // num_kv_heads)  # lanes of a token
+        starts = split_starts(metadata.page_table.shape[1] * page_size, self.split_tokens)
+        tile_tokens = max(self.tile_lanes, heads) // heads
+        return starts, most_splits(starts, tile_tokens, window), tile_tokens
+
 
 def deterministic_attention_triton(
     q: jax.Array,
@@ -71,26 +89,21 @@ def deterministic_attention_triton(
     scale: float,
     window: int | None,
     soft_cap: float | None,
+    plan: SplitPlan,
     config: DeterministicConfig,
     out_dtype: jnp.dtype | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Bottom-right causal attention of each token over its row's pages: q [T, H, D] -> [T, H, D]; zeros for padding tokens.
 
+    `plan` is the config's.
+
     A float8 cache is read as float16, which holds every float8 value. The result is of `out_dtype`, q's if not another one.
     """
     num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads, page_size = kv[0].shape[1:3]
+    num_kv_heads = kv[0].shape[1]
     group = num_heads // num_kv_heads
-    heads = pl.next_power_of_2(group)  # lanes of a token
-    lanes = max(config.tile_lanes, heads)
-    starts = split_starts(metadata.page_table.shape[1] * page_size, config.split_tokens)
-    tile_tokens = lanes // heads
-    most = most_splits(starts, tile_tokens, window)
-    enough = pl.cdiv(_ITEMS_A_WORKER * config.num_workers, num_kv_heads)
-    split = functools.partial(plan_splits, metadata, num_tokens=num_tokens, tile_tokens=tile_tokens)
-    plan = split(starts=starts, most=most, window=window, enough_items=enough)
-    partials = num_tokens, num_kv_heads, most, group
+    partials = num_tokens, num_kv_heads, config.most_splits(metadata, q, kv, window), group
     shape = num_tokens, num_kv_heads, group, head_dim
     operands = q.reshape(shape), *kv, metadata.page_table, plan
     sums, maxima, weights = pl.pallas_call(
