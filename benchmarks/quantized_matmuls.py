@@ -1,8 +1,10 @@
 """Speed of products with weights of 4 and 8 bits on this GPU: `python -m benchmarks.quantized_matmuls [--contenders wide]`.
 
-A figure is the time of one of many products in one jit, one after the other, each with tokens and a weight of its own (together more than
-the L2 cache holds). Outputs are compared with float32 on 256 random rows of the weight. The last table has the best cut of each case beside
-the floor, which is the weight's bytes at 4.5 TB/s or the products at the tensor cores' rate, whichever is longer.
+A figure is the time of one of many products in one jit, one after the other, each with tokens of its own and weights that are together
+five times what the L2 cache holds. It is the difference of two runs' times, of few and of many calls of the jit: so a product's launch is
+in it, but not the host's time for the first call and the wait for the last. Outputs are compared with float32 on 256 random rows of the
+weight. The last table has the best cut of each case beside the floor, which is the weight's bytes at 4.5 TB/s or the products at the
+tensor cores' rate, whichever is longer.
 """
 
 import argparse
@@ -28,21 +30,35 @@ from jaxserve.pallas_kernels.matmul import multiply_gated
 CUBLAS_ALONE = {"xla_gpu_enable_triton_gemm": False}
 
 
+LAUNCH_SECONDS = 6e-6  # of a kernel, with its first fetch and its end
+CALLS = 4, 12  # of the jit, without and with what a figure is of
+
+
+def weights_in_a_jit(case: Case) -> int:
+    """Weights of 250 MB together."""
+    return max(2, min(48, -(-250_000_000 // weight_bytes(case.kind, case.shape))))
+
+
 def products_in_a_jit(case: Case) -> int:
-    """Enough that a dispatch lasts 400 us and the weights are 250 MB."""
-    size = weight_bytes(case.kind, case.shape)
-    return max(2, min(48, max(-(-250_000_000 // size), int(4e-4 / case.floor(size)))))
+    """Enough that a call lasts 800 us, longer than its dispatch: a product with each weight, several times."""
+    weights = weights_in_a_jit(case)
+    seconds = case.floor(weight_bytes(case.kind, case.shape)) + LAUNCH_SECONDS
+    return weights * max(1, round(8e-4 / seconds / weights))
 
 
 def compile_products(contender: Contender) -> Any:
     """The jit that computes a contender's products; an exception where it does not compile."""
     case = contender.case
-    count = products_in_a_jit(case)
+    count, weights = products_in_a_jit(case), weights_in_a_jit(case)
     product = jax.jit(contender.multiply)
+
+    def chain(xs: list[jax.Array], ws: list[Any]) -> list[jax.Array]:
+        return [product(x, ws[i % len(ws)]) for i, x in enumerate(xs)]
+
     tokens = jax.ShapeDtypeStruct((case.tokens, SHAPES[case.shape][1]), BF16)
     weight = jax.eval_shape(lambda: make_weight(jnp.int32(0), case.kind, *SHAPES[case.shape]))
     try:
-        lowered = jax.jit(lambda xs, ws: [product(x, w) for x, w in zip(xs, ws, strict=True)]).lower([tokens] * count, [weight] * count)
+        lowered = jax.jit(chain).lower([tokens] * count, [weight] * weights)
         return lowered.compile(compiler_options=CUBLAS_ALONE)
     except Exception as error:  # one cut that does not compile must not end the others
         return error
@@ -54,11 +70,14 @@ def measure(compiled: Any, xs: list[jax.Array], weights: list[Any], expected: np
     got = np.asarray(outputs[0][sample_tokens(len(outputs[0]))[:, None], rows], np.float32)
     error = float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
     jax.block_until_ready(compiled(xs, weights))  # the second run records the graph
-    times = []
-    for _ in range(5):
+
+    def run(calls: int) -> float:
         started = time.perf_counter()
-        jax.block_until_ready([compiled(xs, weights)[0] for _ in range(4)])
-        times.append((time.perf_counter() - started) / 4 / len(xs))
+        jax.block_until_ready([compiled(xs, weights)[0] for _ in range(calls)])
+        return time.perf_counter() - started
+
+    few, many = CALLS
+    times = [(run(many) - run(few)) / (many - few) / len(xs) for _ in range(5)]
     return statistics.median(times), error
 
 
@@ -147,7 +166,7 @@ def measure_all(wanted: list[Contender], futures: list[Any], deadline: float, fi
         if made_for != (case.kind, case.shape):
             weights.clear()
             made_for = case.kind, case.shape
-        while len(weights) < count:
+        while len(weights) < weights_in_a_jit(case):
             weights.append(make_weight(jnp.int32(seed + len(weights)), case.kind, size, depth))
         xs = [jax.random.normal(jax.random.key(seed + 1000 + n), (case.tokens, depth), BF16) for n in range(count)]
         is_gated = case.shape == "swiglu"
@@ -157,7 +176,7 @@ def measure_all(wanted: list[Contender], futures: list[Any], deadline: float, fi
         expected = np.asarray(xs[0][sample_tokens(case.tokens)], np.float32) @ np.asarray(matrix, np.float32).T
         expected = np.asarray(multiply_gated(jnp.asarray(expected))) if is_gated else expected
         print(f"{running}", end="\r", file=sys.stderr, flush=True)  # the last of these is what hung
-        seconds, error = measure(compiled, xs, weights[:count], expected, columns)
+        seconds, error = measure(compiled, xs, weights[: weights_in_a_jit(case)], expected, columns)
         # Activations may be rounded to 8 bits.
         rounds = wanted[i].name in ("served", "8-bit products") or "wide8" in wanted[i].name
         bound = {"fp8": 0.04, "int8": 0.02}.get(case.kind, 4e-3) if rounds else 4e-3
