@@ -27,9 +27,8 @@ from benchmarks.quantized_products import BF16, SHAPES, Case, make_weight, weigh
 from benchmarks.rows import add_row_flags, command_line, make_rows
 from jaxserve.pallas_kernels.matmul import multiply_gated
 
-CUBLAS_ALONE = {"xla_gpu_enable_triton_gemm": False}
-
-
+# cuBLAS alone beside ours; and products that need nothing of each other one after the other, as a model's are.
+COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
 LAUNCH_SECONDS = 6e-6  # of a kernel, with its first fetch and its end
 CALLS = 4, 12  # of the jit, without and with what a figure is of
 
@@ -59,7 +58,7 @@ def compile_products(contender: Contender) -> Any:
     weight = jax.eval_shape(lambda: make_weight(jnp.int32(0), case.kind, *SHAPES[case.shape]))
     try:
         lowered = jax.jit(chain).lower([tokens] * count, [weight] * weights)
-        return lowered.compile(compiler_options=CUBLAS_ALONE)
+        return lowered.compile(compiler_options=COMPILER_OPTIONS)
     except Exception as error:  # one cut that does not compile must not end the others
         return error
 
