@@ -17,8 +17,8 @@ from tiny_models import write_checkpoint
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.config import EngineOptions, ModelOptions, check
-from jaxserve.engine.start import _check_kv_dtype
-from jaxserve.errors import StartupError
+from jaxserve.engine.start import _check_gpu
+from jaxserve.errors import DeviceError, StartupError
 from jaxserve.models import Model
 from jaxserve.models.kv_scaling import NAMES, is_kv_scale
 from jaxserve.pallas_kernels import AttentionMetadata, make_layer_kv, page_dtype, write_kv
@@ -132,12 +132,17 @@ def test_names_of_the_flag():
         check(EngineOptions(kv_cache_dtype="int8"))
 
 
-def test_a_gpu_that_lacks_the_conversion_is_told():
-    old, new = (SimpleNamespace(devices=np.array([SimpleNamespace(compute_capability=name)])) for name in ("8.6", "8.9"))
-    _check_kv_dtype(E4M3, new)  # type: ignore[arg-type]
-    _check_kv_dtype(E5M2, old)  # type: ignore[arg-type]
+def test_a_gpu_that_lacks_a_capability_is_told():
+    def mesh(capability: str) -> SimpleNamespace:
+        return SimpleNamespace(devices=np.array([SimpleNamespace(device_kind="Tesla T4", compute_capability=capability)]))
+
+    turing, old, new = map(mesh, ("7.5", "8.6", "8.9"))
+    _check_gpu(E4M3, new)  # type: ignore[arg-type]
+    _check_gpu(E5M2, old)  # type: ignore[arg-type]
     with pytest.raises(StartupError, match=r"needs a GPU of compute capability 8.9 or later, this one is of 8.6; fp8_e5m2 serves it"):
-        _check_kv_dtype(E4M3, old)  # type: ignore[arg-type]
+        _check_gpu(E4M3, old)  # type: ignore[arg-type]
+    with pytest.raises(DeviceError, match=r"^Tesla T4 is a GPU of compute capability 7.5, and 8.0 or later is needed"):
+        _check_gpu(None, turing)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])

@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import export, monitoring
+from jax._src.pallas.triton.gpu_info import get_gpu_info_from_version, gpu_version_from_device_kind
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
@@ -25,7 +27,7 @@ from jaxserve.models import Architecture, Model, ModelConfig
 from jaxserve.models.kv_scaling import KVScaling
 from jaxserve.runner import ModelRunner, Preparation, RunnerConfig, make_mesh, preparation
 from jaxserve.runner.batch import BatchLayout
-from jaxserve.runner.blueprint import Blueprint, digest_sources
+from jaxserve.runner.blueprint import KNOWN_GPUS, Blueprint, digest_sources, lowered_kind
 from jaxserve.runner.buckets import Bucket
 from jaxserve.runner.compile import CACHE_HIT_EVENT
 from jaxserve.runner.kv_cache import plan_kv_cache
@@ -283,6 +285,32 @@ def test_programs_for_a_gpu_are_lowered_where_there_is_none(kv_dtype: str):
     assert exported.platforms == ("cuda",)
     assert any(call in exported.mlir_module() for call in ("mosaic_gpu", "__gpu$xla.gpu.triton"))
     assert ("f8E4M3FN" in exported.mlir_module()) == (kv_dtype != "float16")
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend")
+def test_gpus_that_pallas_does_not_know_are_lowered_for_as_others_of_their_kind():
+    for capability, kind in KNOWN_GPUS.items():
+        assert get_gpu_info_from_version(gpu_version_from_device_kind(kind)).arch_name == capability
+    l40s, *others = (
+        SimpleNamespace(platform="gpu" if capability else "cpu", device_kind=kind, compute_capability=capability)
+        for kind, capability in (("NVIDIA L40S", "8.9"), ("NVIDIA H200", "9.0"), ("MI300", "gfx942"), ("cpu", ""))
+    )
+    assert lowered_kind(l40s) == "NVIDIA L4" and [*map(lowered_kind, others)] == ["NVIDIA H200", "MI300", "cpu"]
+    model, config = ModelConfig.from_hf(LLAMA), RunnerConfig(16, 64)
+    plan = plan_kv_cache(model, config, 1, jnp.dtype(jnp.float16), 1 << 30)
+    here = Blueprint.of(Architecture.of(model), jnp.dtype(jnp.bfloat16), make_mesh(1), plan, config)
+    program = Programs(replace(here, **{**H200, "device_kind": lowered_kind(l40s), "num_cores": 142}))[FORWARD]
+    assert "__gpu$xla.gpu.triton" in export.deserialize(bytearray(lower(program, "cuda"))).mlir_module()
+
+
+def test_what_is_lowered_for_another_kind_of_device_runs():
+    model, config = ModelConfig.from_hf(LLAMA), RunnerConfig(16, 64)
+    plan = plan_kv_cache(model, config, 1, jnp.dtype(jnp.float32), 1 << 20)
+    here = Blueprint.of(Architecture.of(model), jnp.dtype(jnp.float32), make_mesh(1), plan, config)
+    program = Programs(replace(here, device_kind="another"))[FORWARD]
+    compiled = compile_lowered(lower(program, "cpu"), program, make_mesh(1))
+    arguments = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), program.arguments)
+    assert jax.tree.structure(compiled(*arguments)) == jax.tree.structure(program.results)
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend")

@@ -82,10 +82,13 @@ CUTS = [
     (four_bit(32, 256, 64, values=NF4), 3, F16, TritonQuantizedConfig(32, 16, 1, 1, 2, 2)),
     (eight_bit(72, 304, 1, FLOAT8), 16, F16, TritonQuantizedConfig(32, 16, 1, 2, 2, 2)),
     (eight_bit(64, 256, 8, jnp.int8), 3, BF16, TritonQuantizedConfig(32, 16, 1, 1, 2, 2)),
+    (eight_bit(32, 25, 1, jnp.int8), 3, BF16, TritonQuantizedConfig(32, 16, 1, 1, 2, 2)),
 ]
 
 
-@pytest.mark.parametrize(("weight", "num_tokens", "dtype", "config"), CUTS, ids=["zeros", "groups-of-32", "nf4", "float8", "int8"])
+@pytest.mark.parametrize(
+    ("weight", "num_tokens", "dtype", "config"), CUTS, ids=["zeros", "groups-of-32", "nf4", "float8", "int8", "few-columns"]
+)
 def test_the_triton_kernel_multiplies(weight, num_tokens, dtype, config):
     x = activations(num_tokens, weight.shape[1], dtype)
     parts = quantized_matmul_triton(x, weight, dtype, config=config, interpret=True)
@@ -217,6 +220,7 @@ def test_what_is_lowered_for_gpus(monkeypatch):
         monkeypatch, HOPPER, 64, tall, product=quantized_gated_matmul
     )
     assert TRITON in lowered(monkeypatch, AMPERE, 16, floats)
+    assert TRITON in lowered(monkeypatch, AMPERE, 16, eight_bit(72, 25, 1, FLOAT8))  # columns that no power of two cuts
     # Weights stay as they lie, [N, K]: cuBLASLt reads them so.
     text = lowered(monkeypatch, HOPPER, 2048, floats)
     assert "stablehlo.transpose" not in text and "contracting_dims = [1] x [1]" in text

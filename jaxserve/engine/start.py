@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxserve.config import EngineOptions, ModelOptions, limit_gpu_memory
-from jaxserve.errors import StartupError
+from jaxserve.errors import DeviceError, StartupError
 from jaxserve.hosts.agreement import FLAGS, agree, flag_facts
 from jaxserve.lowering_processes import LoweringProcesses
 from jaxserve.models import Model, check_attention
@@ -94,7 +94,7 @@ def begin_start(
     platform = mesh.devices.flat[0].platform
     logger.info("devices: %d x %s", mesh.size, mesh.devices.flat[0].device_kind)
     attention, kv_dtype = engine_options.attention, engine_options.kv_dtype
-    _check_kv_dtype(kv_dtype, mesh)
+    _check_gpu(kv_dtype, mesh)
     if attention != "auto":  # before the weights, which take long
         shape = read_config(source)
         dtype, of_cache = resolve_dtype(model_options.dtype, shape, platform), None if kv_dtype is None else jnp.dtype(kv_dtype)
@@ -139,16 +139,22 @@ def _check_deterministic(options: EngineOptions) -> None:
         )
 
 
-def _check_kv_dtype(kv_dtype: str | None, mesh: Mesh) -> None:
-    """Whether the GPU converts from and to the dtype of the cache.
+def _check_gpu(kv_dtype: str | None, mesh: Mesh) -> None:
+    """Whether the GPU, if it is one, runs Triton's kernels, which are in every step, and converts from and to the dtype of the cache.
 
     Raises:
-        StartupError: naming one that it does.
+        StartupError: naming what does.
     """
-    capability = str(getattr(mesh.devices.flat[0], "compute_capability", ""))
-    if kv_dtype != "float8_e4m3fn" or not re.fullmatch(r"\d+\.\d+", capability):
+    device = mesh.devices.flat[0]
+    told = str(getattr(device, "compute_capability", ""))
+    if not re.fullmatch(r"\d+\.\d+", told):
         return
-    if tuple(map(int, capability.split("."))) < (8, 9):
+    capability = tuple(map(int, told.split(".")))
+    if capability < (8, 0):
+        raise DeviceError(
+            f"{device.device_kind} is a GPU of compute capability {told}, and 8.0 or later is needed; JAX_PLATFORMS=cpu serves on the CPU"
+        )
+    if kv_dtype == "float8_e4m3fn" and capability < (8, 9):
         raise StartupError(
-            f"--kv-cache-dtype fp8_e4m3fn needs a GPU of compute capability 8.9 or later, this one is of {capability}; fp8_e5m2 serves it"
+            f"--kv-cache-dtype fp8_e4m3fn needs a GPU of compute capability 8.9 or later, this one is of {told}; fp8_e5m2 serves it"
         )

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 from jax import export
+from jax._src.pallas.triton.gpu_info import gpu_version_from_device_kind
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh
 
 from jaxserve.models import Architecture, ModelConfig
@@ -24,6 +25,19 @@ from jaxserve.runner.kv_cache import KVCachePlan
 
 # What of JAX's configuration changes a trace.
 TRACE_OPTIONS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion", "jax_numpy_rank_promotion")
+
+# A GPU of each compute capability that Pallas-Triton knows by its name. For others, an L40S or an A10G, it lowers only where one is.
+KNOWN_GPUS = {
+    "8.0": "NVIDIA A100",
+    "8.6": "NVIDIA A10",
+    "8.9": "NVIDIA L4",
+    "9.0": "NVIDIA H100",
+    "10.0": "NVIDIA B200",
+    "10.3": "NVIDIA B300",
+    "11.0": "NVIDIA Thor",
+    "12.0": "NVIDIA RTX PRO 6000",
+    "12.1": "NVIDIA GB10",
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +49,8 @@ class Blueprint:
         attention: which kernels compute it.
         dtype: of weights and activations.
         tensor_size: devices a replica.
-        device_kind, num_cores, device_platform: of each device, as JAX calls them; num_cores is None where it tells none.
+        device_kind: of each device, as JAX calls it, or one of the same compute capability that can be lowered for anywhere.
+        num_cores, device_platform: likewise of each device; num_cores is None where JAX tells none.
         platform: what is compiled for: "cpu", "cuda".
         plan: sizes of the KV cache.
         num_slots: samples that run at once.
@@ -73,7 +88,7 @@ class Blueprint:
             attention=architecture.attention,
             dtype=str(dtype),
             tensor_size=mesh.shape["tensor"],
-            device_kind=device.device_kind,
+            device_kind=lowered_kind(mesh.devices.flat[0]),
             num_cores=device.num_cores,
             device_platform=device.platform,
             platform=export.default_export_platform(),
@@ -109,6 +124,14 @@ class Blueprint:
     def digest(self, name: str) -> str:
         """A name for what this version of jaxserve, on this version of JAX, makes of the blueprint: 64 hexadecimal digits."""
         return hashlib.sha256("\n".join((_versions(), self.to_json(), name)).encode()).hexdigest()
+
+
+def lowered_kind(device: jax.Device) -> str:
+    """The kind of a device by which programs are lowered for it, in processes without one too."""
+    kind = device.device_kind
+    if device.platform != "gpu" or gpu_version_from_device_kind(kind) is not None:
+        return kind
+    return KNOWN_GPUS.get(str(getattr(device, "compute_capability", "")), kind)
 
 
 def code_versions() -> dict[str, str]:

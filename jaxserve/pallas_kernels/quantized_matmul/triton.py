@@ -91,8 +91,8 @@ def _quantized_matmul_kernel(
     four_bit = codes_ref.dtype == jnp.uint16
     num_blocks = pl.cdiv(depth, BLOCK)
     steps = pl.cdiv(pl.cdiv(num_blocks, config.splits), config.blocks)
-    parts = max(1, BLOCK // group)  # groups in a block
     per_row = scales_ref.shape[0] == 1
+    parts = 1 if per_row else max(1, BLOCK // group)  # groups in a block
     first_token, first_row, split = (pl.program_id(axis) for axis in range(3))
     token = first_token * config.tokens + jnp.arange(config.tokens, dtype=jnp.int32)
     row = first_row * config.tile + jnp.arange(config.tile, dtype=jnp.int32)
