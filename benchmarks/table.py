@@ -37,6 +37,7 @@ FIGURES: tuple[tuple[str, str, float | None], ...] = (
     ("8B in fp8 with an fp8 cache, 1000 tokens in, 1000 out: output", "fp8_1000_1000_tok_s", None),
     ("8B in 4 bits, decode step of 1 request", "w4_decode_step_b1_ms", None),
     ("8B in 4 bits, decode step of 64 requests", "w4_decode_step_b64_ms", None),
+    ("8B in 4 bits, decode step of 256 requests", "w4_decode_step_b256_ms", None),
     ("longest gap of a stream beside prompts of 8192 tokens, --max-decode-gap-ms 60", "decode_gap_bound_60_ms", None),
     ("decode attention, 64 requests of 4k tokens", "decode_attention_b64_4k_tbps", None),
 )
@@ -47,7 +48,7 @@ def render(rows: list[dict]) -> str:
     by_name = {row["name"]: row for row in rows}
     shown = [(title, by_name[name], rival) for title, name, rival in FIGURES if name in by_name]
     builds = sorted({f"{row['device']}, jax {row['jax']}, commit {row['commit']}, {row['date']}" for _, row, _ in shown})
-    lines = ["| Llama-3.1-8B and Llama-3.2-1B shapes, bfloat16 | jaxserve | vLLM 0.24.0 |", "|---|---|---|"]
+    lines = ["| Llama-3.1-8B and Llama-3.2-1B shapes, bfloat16 where nothing is said | jaxserve | vLLM 0.24.0 |", "|---|---|---|"]
     for title, row, rival in shown:
         lines.append(f"| {title} | {_figure(row['value'])} {row['unit']} | {'' if rival is None else f'{_figure(rival)} {row["unit"]}'} |")
     return "\n".join([*lines, "", f"Measured on: {'; '.join(builds)}."])

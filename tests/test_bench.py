@@ -231,10 +231,12 @@ def test_latency_times_batches_of_new_prompts() -> None:
 
 
 def test_a_report_says_what_ran_on_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = Report("latency", {"avg_latency": 1234.5, "latencies": [1.0]}, {"model_id": "tiny", "device": "cpu"}, {"seed": 3})
+    report = Report(
+        "latency", {"avg_latency": 1234.5, "p50_latency": 0.01234, "latencies": [1.0]}, {"model_id": "tiny", "device": "cpu"}, {"seed": 3}
+    )
     report.show()
     told = capsys.readouterr().out
-    assert "1,234.50" in told and "tiny" in told and "cpu" in told and "latencies" not in told
+    assert "1,234.50 s\n" in told and "0.0123 s\n" in told and "tiny" in told and "cpu" in told and "latencies" not in told
     report.save(str(tmp_path / "out.json"))
     saved = json.loads((tmp_path / "out.json").read_text())
     assert saved["figures"]["latencies"] == [1.0] and saved["options"] == {"seed": 3} and saved["system"]["device"] == "cpu"

@@ -10,6 +10,7 @@ import pytest
 from jaxserve import cli
 from jaxserve.cli.serve import read_options
 from jaxserve.cli.tgi import REFUSED, UNNEEDED
+from jaxserve.cli.vllm import OUR_NAMES
 from jaxserve.config import EngineOptions, HostOptions, ModelOptions, ServerOptions
 from jaxserve.errors import StartupError
 
@@ -167,6 +168,11 @@ def test_flags_of_missing_features_are_refused(flag, capsys: pytest.CaptureFixtu
     assert flag.why in refused(capsys, [], {flag.name.replace("-", "_").upper(): "1"})
 
 
+def test_what_vllm_calls_otherwise_is_a_flag() -> None:
+    flags = {field.name.replace("_", "-") for options in OPTIONS for field in fields(options)} | {"huggingface-hub-cache"}
+    assert flags.issuperset(OUR_NAMES.values()) and flags.isdisjoint(OUR_NAMES)
+
+
 @pytest.mark.parametrize(
     ("line", "word"),
     [
@@ -175,7 +181,10 @@ def test_flags_of_missing_features_are_refused(flag, capsys: pytest.CaptureFixtu
         ("gnerate", "gnerate"),
         ("--quantization fp8", "did you mean --quantize?"),
         ("--max-batch-sise=8", "did you mean --max-batch-size?"),
-        ("--tensor-parallel-size 2", "--help"),
+        ("--tensor-parallel-size 2", "did you mean --mesh?"),
+        ("--max_model_len=4096", "did you mean --max-total-tokens?"),
+        ("--enable-prefix-caching", "did you mean --prefix-caching?"),
+        ("--swap-space 4", "--help"),
         ("--quantize exl2", "CUDA only"),
         ("--quantize nf4", "bitsandbytes-nf4"),
         ("--port", "--port"),

@@ -12,6 +12,9 @@ from typing import Any
 from jaxserve.environment import describe_environment
 from jaxserve.errors import StartupError
 
+# Figures whose names, which are vLLM's, do not tell their unit.
+SECONDS = ("duration", "elapsed_time")
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -39,7 +42,8 @@ class Report:
         print(f"{self.benchmark}: {', '.join(map(str, told))}")
         for name, value in self.figures.items():
             if isinstance(value, int | float):
-                print(f"  {name:<28}{value:>14,}" if isinstance(value, int) else f"  {name:<28}{value:>14,.2f}")
+                told = f"{value:,}" if isinstance(value, int) else f"{value:,.2f}" if abs(value) >= 10 else f"{value:.4f}"
+                print(f"  {name:<28}{told:>14}{' s' if name in SECONDS or name.endswith('_latency') else ''}")
             elif name == "errors":
                 print(*(f"  error: {error}" for error in value), sep="\n")
         for line in self.profile:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any, NoReturn
 
+from jaxserve.cli.vllm import OUR_NAMES
 from jaxserve.config import check
 from jaxserve.errors import StartupError
 
@@ -30,9 +31,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
     def hint(self, unknown: str) -> str:
-        """Where to look in place of a flag that there is not: at one that is called nearly so, as vLLM's --quantization."""
+        """Where to look in place of a flag that there is not: at ours where it is vLLM's, or at one that is called nearly so."""
         flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
-        near = difflib.get_close_matches(unknown.partition("=")[0], flags, n=1, cutoff=0.7)
+        name = unknown.partition("=")[0].replace("_", "-")
+        near = [f"--{OUR_NAMES.get(name.removeprefix('--'), '')}"]
+        if near[0] not in flags:
+            near = difflib.get_close_matches(name, flags, n=1, cutoff=0.7)
         return f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
 
 
