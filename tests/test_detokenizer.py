@@ -71,6 +71,17 @@ def test_output_continues_the_prompt_wherever_it_is_cut(kind: str):
             assert shown + pushed(kind, token_ids[cut:], token_ids[:cut]) == pushed(kind, token_ids)
 
 
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+def test_what_the_prompt_began_and_the_output_leaves_is_no_output(kind: str):
+    """A prompt of token ids may end in the middle of a character; an answer that must be JSON begins with its brace."""
+    whole, brace = (tokenizer(kind).encode(text, add_special_tokens=False) for text in ("\U0001f9ff", "{}"))
+    assert len(whole) > 2
+    for cut in range(1, len(whole)):
+        assert pushed(kind, brace, whole[:cut]).lstrip(" ") == "{}"
+        assert pushed(kind, [], whole[:cut]) == ""
+    assert "\ufffd" in pushed(kind, [whole[-2], *brace], whole[:-2]), "the output's own byte is told"
+
+
 def test_a_leading_space_is_kept_after_a_prompt_and_dropped_without_one():
     world = tokenizer("sentencepiece").encode("the world", add_special_tokens=False)
     prompt = tokenizer("sentencepiece").encode("hello")

@@ -31,33 +31,45 @@ class ByteLevelDetokenizer:
 
     Args:
         table: the bytes of each token id; b"" for a token that is skipped.
-        prompt_token_ids: the tokens before the first pushed; a character that the prompt leaves incomplete is completed.
+        prompt_token_ids: the tokens before the first pushed; a character that the prompt leaves incomplete is completed, or forgotten
+            where the output does not go on with it.
     """
 
     def __init__(self, table: Sequence[bytes], prompt_token_ids: Sequence[int] = ()):
         self._table = table
         known = (table[token_id] for token_id in prompt_token_ids[-_LONGEST_CHARACTER:] if token_id < len(table))
         self._pending = _incomplete(b"".join(known))
+        self._prompts = bool(self._pending)  # all that is pending is of the prompt
 
     def push(self, token_id: int) -> str:
         try:
-            data = self._pending + self._table[token_id]
+            data = self._table[token_id]
         except IndexError:
             return ""
+        if self._prompts and data:
+            self._prompts = False
+            if not _continues(data[0]):
+                self._pending = b""
+        data = self._pending + data
         text, used = codecs.utf_8_decode(data, "replace", False)
         self._pending = data[used:]
         return text
 
     def flush(self) -> str:
-        text, _ = codecs.utf_8_decode(self._pending, "replace", True)
+        text, _ = codecs.utf_8_decode(b"" if self._prompts else self._pending, "replace", True)
         self._pending = b""
         return text
+
+
+def _continues(byte: int) -> bool:
+    """Whether it goes on with a character of UTF-8, and begins none."""
+    return byte & 0xC0 == 0x80
 
 
 def _incomplete(data: bytes) -> bytes:
     """The character that the end of the data leaves incomplete, b"" if there is none."""
     for length in range(1, min(len(data), _LONGEST_CHARACTER - 1) + 1):
-        if data[-length] & 0xC0 != 0x80:
+        if not _continues(data[-length]):
             try:
                 _, used = codecs.utf_8_decode(data[-length:], "strict", False)
             except UnicodeDecodeError:
@@ -75,7 +87,7 @@ class SentencePieceDetokenizer:
         table: the text of each token id, or its byte (int) for a byte token; "" for a token that is skipped.
         strip: spaces that the decoder strips from the start of a text.
         prompt_token_ids: the tokens before the first pushed; if they have any text, no space is stripped, and a character that they
-            leave incomplete is completed.
+            leave incomplete is completed, or forgotten where the output does not go on with it.
     """
 
     def __init__(self, table: Sequence[str | int], strip: int, prompt_token_ids: Sequence[int] = ()):
@@ -90,12 +102,17 @@ class SentencePieceDetokenizer:
                 break
             tail = bytes((entry,)) + tail
         self._pending = _incomplete(tail)
+        self._prompts = bool(self._pending)  # all that is pending is of the prompt
 
     def push(self, token_id: int) -> str:
         try:
             entry = self._table[token_id]
         except IndexError:
             return ""
+        if self._prompts and entry != "":
+            self._prompts = False
+            if not (isinstance(entry, int) and _continues(entry)):
+                self._pending = b""
         if isinstance(entry, int):
             self._pending += bytes((entry,))
             text = self._characters()
@@ -108,7 +125,7 @@ class SentencePieceDetokenizer:
         return text
 
     def flush(self) -> str:
-        return self._broken()
+        return "" if self._prompts else self._broken()
 
     def _characters(self) -> str:
         text = ""
