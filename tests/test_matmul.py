@@ -195,6 +195,14 @@ def test_a_hopper_gpu_takes_the_kernels_for_batches(monkeypatch):
     assert "mosaic_gpu_v2" not in lowered(64, *down)
 
 
+def test_gated_products_of_a_fixed_order_lower(monkeypatch):
+    """Feed-forward units of which no power of two is a multiple of what keeps a GPU busy: Qwen2.5-14B's and TinyLlama's."""
+    monkeypatch.setattr(api, "local_gpu", lambda: Gpu(132, True))
+    product = functools.partial(gated_matmul, fixed_order=True)
+    for units, depth in ((13824, 5120), (5632, 2048)):
+        assert "custom_call @mosaic_gpu_v2" in lowered(512, 2 * units, depth, product)
+
+
 def test_gated_in_another_dtype_is_finite():
     """Gate and up that a product in float16 cannot hold, as a library gives them."""
     gate = np.asarray([[np.inf, -np.inf, -np.inf, 1, 2, 60000]], np.float16)

@@ -67,7 +67,7 @@ def _many_tokens(num_tokens: int, size: int, splits: int, num_multiprocessors: i
                 width = rows // 2 if gated else rows
                 pairs = num_tokens > 2 * tokens  # of tiles of tokens, that fetch rows together; else pairs of rows fetch tokens together
                 row_cluster = 2 if not pairs and units % (2 * width) == 0 else 1
-                if units % width:
+                if units % width or (pairs and width % 16):  # each of a pair fetches whole groups of eight rows
                     continue
                 cluster = (2 if pairs else 1), row_cluster
                 tiles = units // width * pl.cdiv(num_tokens, 2 * tokens * cluster[0]) * cluster[0] * splits
