@@ -126,9 +126,9 @@ class Blueprint:
         return hashlib.sha256("\n".join((_versions(), self.to_json(), name)).encode()).hexdigest()
 
 
-def lowered_kind(device: jax.Device) -> str:
-    """The kind of a device by which programs are lowered for it, in processes without one too."""
-    kind = device.device_kind
+def lowered_kind(device: Any) -> str:
+    """The kind of one of JAX's devices by which programs are lowered for it, in processes without one too."""
+    kind: str = device.device_kind
     if device.platform != "gpu" or gpu_version_from_device_kind(kind) is not None:
         return kind
     return KNOWN_GPUS.get(str(getattr(device, "compute_capability", "")), kind)
