@@ -43,11 +43,13 @@ class Precompiled(NamedTuple):
     Attributes:
         folder: the compilation cache.
         compiled: what the command printed.
+        logged: what it and the start told on the way.
         start: what a start after it found there.
     """
 
     folder: Path
     compiled: str
+    logged: str
     start: dict[str, Any]
 
 
@@ -61,4 +63,4 @@ def precompile(model: Path, folder: Path) -> Precompiled:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
     assert done.returncode == 0, done.stderr
     *compiled, start = done.stdout.splitlines()
-    return Precompiled(folder, "\n".join(compiled), json.loads(start))
+    return Precompiled(folder, "\n".join(compiled), done.stderr, json.loads(start))
