@@ -11,10 +11,12 @@ import pytest
 from jax._src.pallas.triton import lowering as triton_lowering
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from jaxserve.pallas_kernels import AttentionMetadata
+from jaxserve.pallas_kernels import AttentionMetadata, plan_attention
 from jaxserve.pallas_kernels.gpu import Gpu
+from jaxserve.pallas_kernels.paged_attention import api
 from jaxserve.pallas_kernels.paged_attention.gpu import paged_attention_gpu
 from jaxserve.pallas_kernels.paged_attention.reference import paged_attention_reference
+from jaxserve.pallas_kernels.paged_attention.split_plan import SplitPlan
 from jaxserve.pallas_kernels.paged_attention.triton_deterministic import DeterministicConfig, deterministic_attention_triton
 from jaxserve.pallas_kernels.paged_attention.xla import paged_attention_xla
 from jaxserve.pallas_kernels.paged_attention.xla_plan import plan_xla
@@ -129,5 +131,8 @@ def test_the_kernel_lowers_for_cuda(num_heads: int, head_dim: int, kv_dtype: Any
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Pallas-Triton is deprecated; nothing else serves GPUs before sm_90
         text = jax.jit(call).trace(q, (pages, pages), metadata).lower(lowering_platforms=("cuda",)).as_text()
+    monkeypatch.setattr(api, "local_gpu", lambda: Gpu(132, is_hopper=True))
+    planned = jax.eval_shape(functools.partial(plan_attention, window=window), metadata, q, (pages, pages))
+    assert isinstance(planned.plan, SplitPlan)  # laid out once for all layers, as every step
     assert "paged_deterministic_combine" in text and "mosaic_gpu" not in text
     assert [module.module.operation.verify() for module in modules] == [True, True]

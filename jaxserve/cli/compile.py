@@ -10,8 +10,8 @@ from jaxserve.launcher.logs import set_up_logging
 
 DESCRIPTION = """\
 Compile what a server with the same flags would, and keep it in --compilation-cache-dir: that server then starts without compiling.
-The model's weights are neither fetched nor read; the device must be the one that will serve. Of the
-server's flags only those of its log have an effect.
+The model's weights are neither fetched nor read; the device must be the one that will serve.
+Of the server's flags only those of its log have an effect.
 """
 
 

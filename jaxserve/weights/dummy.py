@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxserve.models.parameters import Axis, Parameter, Source
 
 DUMMY_BOUND = 1e-3
-"""Of random weights, as vLLM draws them (0.24.0): a GPU at its power limit is 1 to 2 % faster on small weights, so speeds compare."""
+"""Of random weights, as vLLM 0.24.0 draws them, so that speeds compare: at its power limit a GPU is faster on small weights."""
 
 type Axes = tuple[tuple[Axis, ...], ...]
 """Of the tensors that are stacked along their first axis."""

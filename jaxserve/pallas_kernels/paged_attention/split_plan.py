@@ -47,6 +47,11 @@ class SplitPlan:
     token_ranks: jax.Array
     token_counts: jax.Array
 
+    @property
+    def most_splits(self) -> int:
+        """S."""
+        return self.items.shape[0] // self.tile_rows.shape[0]
+
 
 def split_starts(longest: int, smallest: int) -> tuple[int, ...]:
     """Where splits begin in a row of `longest` tokens, from position 0 on, and where the last one ends.
@@ -60,7 +65,7 @@ def split_starts(longest: int, smallest: int) -> tuple[int, ...]:
     return tuple(starts)
 
 
-def most_splits(starts: tuple[int, ...], tile_tokens: int, window: int | None) -> int:
+def _most_splits(starts: tuple[int, ...], tile_tokens: int, window: int | None) -> int:
     """Most splits that a tile's tokens see."""
     if window is None:
         return len(starts) - 1
@@ -74,7 +79,6 @@ def plan_splits(
     num_tokens: int,
     tile_tokens: int,
     starts: tuple[int, ...],
-    most: int,
     window: int | None,
     enough_items: int,
 ) -> SplitPlan:
@@ -84,7 +88,6 @@ def plan_splits(
         num_tokens: of the step.
         tile_tokens: of a tile at most.
         starts: `split_starts`.
-        most: `most_splits`.
         window: as in `paged_attention`.
         enough_items: more than so many are not made of one split each.
     """
@@ -109,7 +112,7 @@ def plan_splits(
     count = jnp.where(size > 0, split_of(position + size - 1) - first + 1, 0)
     run_splits = jnp.maximum(jnp.sum(count, dtype=jnp.int32) // enough_items, 1)
 
-    run = jnp.arange(most, dtype=jnp.int32)
+    run = jnp.arange(_most_splits(starts, tile_tokens, window), dtype=jnp.int32)
     there = (run * run_splits)[:, None] < count[None, :]
     of_run = jnp.sum(there, axis=1, dtype=jnp.int32)
     place = (jnp.cumsum(of_run) - of_run)[:, None] + jnp.cumsum(there, axis=1, dtype=jnp.int32) - 1

@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton as plt
 from jaxserve.pallas_kernels.layer_kv import FLOAT8, LayerKV
 from jaxserve.pallas_kernels.metadata import AttentionMetadata, Queries
 from jaxserve.pallas_kernels.paged_attention.combine import MASKED
-from jaxserve.pallas_kernels.paged_attention.split_plan import SplitPlan, most_splits, plan_splits, split_starts
+from jaxserve.pallas_kernels.paged_attention.split_plan import SplitPlan, plan_splits, split_starts
 from jaxserve.pallas_kernels.paged_attention.triton_decode import padded_lanes, soft_capped
 
 _SPLIT_TOKENS = 256  # of the smallest splits; the memory of the partial results grows with their number
@@ -64,21 +64,16 @@ class DeterministicConfig:
 
     def plan(self, metadata: AttentionMetadata, q: Queries, kv: LayerKV, window: int | None) -> SplitPlan:
         """Cut a step, once for all layers that have this shape of heads and cache, and this window."""
-        starts, most, tile_tokens = self._cut(metadata, q, kv, window)
-        enough = pl.cdiv(_ITEMS_A_WORKER * self.num_workers, kv[0].shape[1])
-        split = functools.partial(plan_splits, metadata, num_tokens=q.shape[0], tile_tokens=tile_tokens)
-        return split(starts=starts, most=most, window=window, enough_items=enough)
-
-    def most_splits(self, metadata: AttentionMetadata, q: Queries, kv: LayerKV, window: int | None) -> int:
-        """Most splits that a tile's tokens see."""
-        return self._cut(metadata, q, kv, window)[1]
-
-    def _cut(self, metadata: AttentionMetadata, q: Queries, kv: LayerKV, window: int | None) -> tuple[tuple[int, ...], int, int]:
         num_kv_heads, page_size = kv[0].shape[1:3]
         heads = pl.next_power_of_2(q.shape[1] // num_kv_heads)  # lanes of a token
-        starts = split_starts(metadata.page_table.shape[1] * page_size, self.split_tokens)
-        tile_tokens = max(self.tile_lanes, heads) // heads
-        return starts, most_splits(starts, tile_tokens, window), tile_tokens
+        return plan_splits(
+            metadata,
+            num_tokens=q.shape[0],
+            tile_tokens=max(self.tile_lanes, heads) // heads,
+            starts=split_starts(metadata.page_table.shape[1] * page_size, self.split_tokens),
+            window=window,
+            enough_items=pl.cdiv(_ITEMS_A_WORKER * self.num_workers, num_kv_heads),
+        )
 
 
 def deterministic_attention_triton(
@@ -103,7 +98,7 @@ def deterministic_attention_triton(
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = kv[0].shape[1]
     group = num_heads // num_kv_heads
-    partials = num_tokens, num_kv_heads, config.most_splits(metadata, q, kv, window), group
+    partials = num_tokens, num_kv_heads, plan.most_splits, group
     shape = num_tokens, num_kv_heads, group, head_dim
     operands = q.reshape(shape), *kv, metadata.page_table, plan
     sums, maxima, weights = pl.pallas_call(
