@@ -150,7 +150,8 @@ def test_a_gated_product_is_whole_and_has_both_halves_in_a_tile():
 def test_the_cut_for_many_tokens_fills_whole_rounds(size, depth, gated, tiles):
     config = WideMatmulConfig.suited(*abstract(256, size, depth), 132, gated)
     assert config is not None
-    assert size // config.rows * config.splits == tiles and size % (config.rows * config.row_cluster) == 0
+    assert size // config.rows * config.splits * (256 // config.token_tile) == tiles and size % (config.rows * config.row_cluster) == 0
+    assert 256 % (config.token_tile * config.token_cluster) == 0
     assert depth % (config.splits * 64) == 0
     assert 128 * (config.token_tile + config.rows) * config.num_stages <= 200 * 1024
 
@@ -164,7 +165,7 @@ def test_what_is_not_measured_is_left_to_xla():
         (129, *LLAMA_8B[3], jnp.float16),
     ):
         assert MosaicMatmulConfig.suited(*abstract(num_tokens, size, depth, dtype), 132) is None
-    for num_tokens, size, depth in ((192, *LLAMA_8B[3]), (512, *LLAMA_8B[3]), (256, *LLAMA_8B[0]), (256, *LLAMA_8B[1])):
+    for num_tokens, (size, depth) in ((224, LLAMA_8B[3]), (512, LLAMA_8B[3]), (256, LLAMA_8B[0]), (256, LLAMA_8B[1])):
         assert WideMatmulConfig.suited(*abstract(num_tokens, size, depth), 132) is None
 
 

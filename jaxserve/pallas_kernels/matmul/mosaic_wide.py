@@ -33,7 +33,7 @@ from jaxserve.pallas_kernels.mosaic import (
 
 BLOCK_BYTES = 128  # of columns fetched at once: the widest swizzle
 BLOCK_K = BLOCK_BYTES // 2  # so many columns of 16 bits
-_TOKENS = range(193, 257)
+_TOKENS = range(225, 257)
 _FEWEST_PROMPT_TOKENS = 1024  # of a gated product
 _FEWEST_BYTES = 32 * 2**20
 _LEAST_DEPTH = 3072  # of a share of the columns: below it partial sums weigh too much
@@ -95,6 +95,8 @@ class WideMatmulConfig:
         if best is None:
             return None
         _, rows, splits = best
+        if gated:  # as large a tile, of which less passes through SMEM
+            return cls(2, 64, 2 * rows, splits, 4, num_multiprocessors, token_cluster=cluster)
         return cls(2, 128, rows, splits, 4, num_multiprocessors, cluster)
 
     @property
