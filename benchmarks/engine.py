@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.quantized_model import CHOICES, quantized_model
-from benchmarks.rows import Rows, add_row_flags, command_line, make_rows
+from benchmarks.rows import Rows, add_row_flags, command_line, make_rows, mesh_prefix
 from jaxserve import LLM, SamplingParams
 from jaxserve.config import parse_mesh
 
@@ -118,7 +118,9 @@ class Measurement:
 def name_parts(quantize: str | None, label: str, tensor_size: int) -> tuple[str, str]:
     """Prefix and label of the rows' names, as Measurement takes them."""
     prefix = f"{quantize}_" if quantize else ""
-    return (f"tp{tensor_size}_{prefix}{label}_", "") if tensor_size > 1 else (prefix, label)
+    if tensor_size == 1:
+        return prefix, label
+    return mesh_prefix((1, tensor_size), "_".join(filter(None, (quantize, label)))), ""
 
 
 def main() -> None:
@@ -143,6 +145,9 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     add_row_flags(parser)
     arguments = parser.parse_args()
+    num_replicas, tensor_size = parse_mesh(arguments.mesh)
+    if num_replicas > 1:
+        parser.error("one replica is measured here, --mesh 1xT; of several benchmarks.http_scaling tells")
     logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("jaxserve").setLevel(logging.INFO)
     begin = time.perf_counter()
@@ -158,7 +163,7 @@ def main() -> None:
     told = llm.generate(fixed, SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True))
     print("greedy tokens of fixed prompts:", [list(output.outputs[0].token_ids) for output in told], flush=True)
     rows = make_rows(arguments, llm.info.device)
-    prefix, label = name_parts(arguments.quantize, arguments.label, parse_mesh(arguments.mesh)[1])
+    prefix, label = name_parts(arguments.quantize, arguments.label, tensor_size)
     measurement = Measurement(llm, rows, prefix, label, arguments.tokens_in, arguments.tokens_out, arguments.repetitions)
     if "prefill" in arguments.only:
         for prefill in arguments.prefills:

@@ -1,6 +1,6 @@
 """The server over HTTP: start to ready, tokens a second by concurrency, and the gaps of a stream beside long prompts.
 
-    python -m benchmarks.over_http FOLDER [--repetitions 3] [--warm-only] [--max-decode-gap-ms 60] [--results FILE]
+    python -m benchmarks.over_http FOLDER [--repetitions 3] [--warm-only] [--max-decode-gap-ms 60] [--mesh 1x4 --label 70b] [--results FILE]
 
 FOLDER holds a config.json and a tokenizer; the weights are random. The server runs with its default flags but for dummy weights, no
 prefix cache, requests of at most 32768 tokens, and a folder of compiled programs of its own. ready_cold_s: from the start of the process
@@ -12,6 +12,8 @@ and TPOT by the definitions of `jaxserve bench serve`; each the median of the re
 
 With --max-decode-gap-ms a second server runs with that flag, and both are asked the same: one stream runs while prompts of 8192 tokens
 arrive, four at a time. Rows: the largest gap of the stream in the meantime, and prompt tokens a second.
+
+On a mesh the names of rows begin with its sizes and the label: tp4_70b_ready_cold_s. What replicas add is benchmarks.http_scaling's to say.
 """
 
 import argparse
@@ -27,11 +29,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import Rows, add_row_flags, command_line, make_rows
+from benchmarks.rows import Rows, add_row_flags, command_line, make_rows, mesh_prefix
 from benchmarks.server import Server
 from jaxserve.bench.figures import RequestFigures, summarize
 from jaxserve.bench.serve import measure, measure_request
 from jaxserve.client import Client, connect
+from jaxserve.config import parse_mesh
 
 LOADS = ("1:16", "16:128", "64:384", "256:1024")  # concurrency:prompts
 LONG_PROMPTS_AT_ONCE = 4
@@ -53,13 +56,18 @@ class Prompts:
 
 
 async def run_load(client: Client, prompts: Prompts, concurrency: int, count: int, tokens_in: int, tokens_out: int) -> dict[str, float]:
-    """Figures of one load (bench.figures.summarize); all requests must succeed with their whole output."""
+    """Figures of one load, see `run_bodies`."""
     bodies = [prompts.body(tokens_in, tokens_out) for _ in range(count)]
-    requests, seconds = await measure(client, bodies, [0.0] * count, concurrency)
+    return await run_bodies(client, bodies, concurrency)
+
+
+async def run_bodies(client: Client, bodies: Sequence[dict[str, Any]], concurrency: int) -> dict[str, float]:
+    """Figures of requests (bench.figures.summarize), all of which must succeed with their whole output."""
+    requests, seconds = await measure(client, bodies, [0.0] * len(bodies), concurrency)
     if errors := {request.error for request in requests if request.error}:
         raise RuntimeError(f"requests failed: {sorted(errors)[:3]}")
     figures = summarize(requests, seconds)
-    if (wanted := count * tokens_out) != figures["total_output_tokens"]:
+    if (wanted := sum(body["max_tokens"] for body in bodies)) != figures["total_output_tokens"]:
         raise RuntimeError(f"{figures['total_output_tokens']} output tokens came, not {wanted}")
     return figures
 
@@ -128,6 +136,8 @@ def main() -> None:
     """Read the arguments and measure."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("folder")
+    parser.add_argument("--mesh", default="1x1", help="the server's flag")
+    parser.add_argument("--label", default="", help="part of the rows' names, for a shape or mesh of its own: 70b")
     parser.add_argument("--loads", nargs="*", default=LOADS, metavar="CONCURRENCY:PROMPTS")
     parser.add_argument("--tokens-in", type=int, default=1024)
     parser.add_argument("--tokens-out", type=int, default=256)
@@ -150,8 +160,7 @@ def main() -> None:
 
 
 def _measure(arguments: argparse.Namespace, cache: Path) -> None:
-    flags = ["--model-id", arguments.folder, "--load-format", "dummy", "--no-prefix-caching", "--compilation-cache-dir", str(cache)]
-    flags += ["--max-total-tokens", str(arguments.max_total_tokens), *arguments.server_flags]
+    flags = server_flags(arguments, cache)
     command, starts = command_line("benchmarks.over_http"), {}
     if not arguments.warm_only:
         shutil.rmtree(cache, ignore_errors=True)
@@ -162,19 +171,19 @@ def _measure(arguments: argparse.Namespace, cache: Path) -> None:
         print(f"ready after {server.ready_seconds:.1f} s", flush=True)
         if not arguments.warm_only:
             starts["ready_warm_s"] = server.ready_seconds
-        info, model = asyncio.run(_served(server))
-        rows = make_rows(arguments, info["model_device_type"])
+        info, model = asyncio.run(served(server))
+        rows = make_rows(arguments, info["model_device_type"], mesh_prefix(parse_mesh(arguments.mesh), arguments.label))
         for name, seconds in starts.items():
             rows.add(name, seconds, "s", command)
-        prompts = Prompts(model, _vocab_size(arguments.folder))
+        prompts = Prompts(model, vocab_size(arguments.folder))
         asyncio.run(measure_loads(server, arguments, rows, prompts))
         if arguments.max_decode_gap_ms:
             _add_gap(rows, server, arguments, prompts, "")
-        _check(server)
+        check_server(server)
     if arguments.max_decode_gap_ms:
         with Server([*flags, "--max-decode-gap-ms", str(arguments.max_decode_gap_ms)], arguments.log) as server:
             _add_gap(rows, server, arguments, prompts, f"_bound_{arguments.max_decode_gap_ms:g}")
-            _check(server)
+            check_server(server)
     rows.show()
 
 
@@ -185,7 +194,23 @@ def _add_gap(rows: Rows, server: Server, arguments: argparse.Namespace, prompts:
     rows.add(f"prefill_beside_stream{name}_tok_s", rate, "tok/s", command)
 
 
-def _check(server: Server) -> None:
+def server_flags(arguments: argparse.Namespace, cache: Path, mesh: str | None = None) -> list[str]:
+    """Of a server that is measured.
+
+    Args:
+        cache: folder of its compiled programs.
+        mesh: where it is not that of the arguments.
+    """
+    flags = ["--model-id", arguments.folder, "--load-format", "dummy", "--no-prefix-caching", "--compilation-cache-dir", str(cache)]
+    return [*flags, "--mesh", mesh or arguments.mesh, "--max-total-tokens", str(arguments.max_total_tokens), *arguments.server_flags]
+
+
+def check_server(server: Server) -> None:
+    """Tell its steps and padding; nothing may have been compiled after it was ready.
+
+    Raises:
+        SystemExit: something was.
+    """
     metrics = server.metrics()
     padded, useful = metrics["jaxserve_padded_tokens_total"], metrics["jaxserve_useful_tokens_total"]
     print(f"{metrics['jaxserve_steps_total']:.0f} steps, {padded / max(padded + useful, 1):.1%} of the tokens were padding")
@@ -193,12 +218,14 @@ def _check(server: Server) -> None:
         raise SystemExit(f"{events:.0f} programs were compiled after ready")
 
 
-async def _served(server: Server) -> tuple[dict[str, Any], str]:
+async def served(server: Server) -> tuple[dict[str, Any], str]:
+    """/info, and the model's name."""
     async with connect(server.url) as client:
         return await client.get("/info"), (await client.models())[0]["id"]
 
 
-def _vocab_size(folder: str) -> int:
+def vocab_size(folder: str) -> int:
+    """Of the model's config.json."""
     return json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
 
 

@@ -26,16 +26,19 @@ class Rows:
         path: where they are kept; None keeps none.
         commit: of the tree that is measured.
         device: for people, "NVIDIA H200".
+        prefix: beginning of all names, e.g. of `mesh_prefix`.
     """
 
-    def __init__(self, path: Path | None, commit: str, device: str):
+    def __init__(self, path: Path | None, commit: str, device: str, prefix: str = ""):
         self._path = path
         self._commit = commit
         self._device = device
+        self._prefix = prefix
         self.added: list[dict[str, object]] = []
 
     def add(self, name: str, value: float, unit: str, command: str) -> None:
         """Keep a figure, at once: a run that is cut short keeps what it had."""
+        name = self._prefix + name
         row: dict[str, object] = dict(name=name, value=round(value, 3), unit=unit, command=command, device=self._device)
         row |= dict(jax=version("jax"), commit=self._commit, date=datetime.datetime.now(datetime.UTC).date().isoformat())
         self.added = [other for other in self.added if other["name"] != name] + [row]
@@ -59,9 +62,15 @@ def add_row_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--commit", help=f"of the tree that is measured [${COMMIT_VARIABLE}, or what git says]")
 
 
-def make_rows(arguments: argparse.Namespace, device: str) -> Rows:
+def make_rows(arguments: argparse.Namespace, device: str, prefix: str = "") -> Rows:
     """The rows that the parsed flags of `add_row_flags` speak of."""
-    return Rows(arguments.results, arguments.commit or os.environ.get(COMMIT_VARIABLE, "") or commit(), device)
+    return Rows(arguments.results, arguments.commit or os.environ.get(COMMIT_VARIABLE, "") or commit(), device, prefix)
+
+
+def mesh_prefix(mesh: tuple[int, int], label: str) -> str:
+    """Beginning of the names of a mesh's rows: "tp4_70b_", "dp4_8b_", "dp2_tp2_8b_"; of one device the label alone, "" without."""
+    sizes = [f"{kind}{size}" for kind, size in zip(("dp", "tp"), mesh, strict=True) if size > 1]
+    return "".join(f"{part}_" for part in (*sizes, label) if part)
 
 
 def command_line(module: str, arguments: Sequence[str] | None = None) -> str:

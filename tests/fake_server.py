@@ -74,7 +74,7 @@ class FakeServer:
         return web.json_response({"object": "list", "data": [{"id": "fake-model", "object": "model"}]})
 
     async def _info(self, request: web.Request) -> web.Response:
-        return web.json_response({"model_id": "fake-model", "version": "0"})
+        return web.json_response({"model_id": "fake-model", "version": "0", "model_device_type": "cpu"})
 
     async def _page(self, request: web.Request) -> web.FileResponse:
         return web.FileResponse(STATIC / "chat.html", headers={"Content-Security-Policy": CONTENT_SECURITY_POLICY})

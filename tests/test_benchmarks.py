@@ -49,6 +49,7 @@ class InstantLLM:
         ("fp8", "", 1, {"fp8_decode_step_b1_ms", "fp8_decode_step_b64_ms", "fp8_prefill_64x2048_tok_s"}),
         ("w4", "", 1, {"w4_decode_step_b1_ms", "w4_decode_step_b64_ms", "w4_prefill_64x2048_tok_s"}),
         (None, "1b", 1, {"decode_step_1b_b1_ms", "decode_step_1b_b64_ms", "prefill_1b_64x2048_tok_s"}),
+        ("fp8", "8b", 4, {"tp4_fp8_8b_decode_step_b1_ms", "tp4_fp8_8b_decode_step_b64_ms", "tp4_fp8_8b_prefill_64x2048_tok_s"}),
         (None, "8b", 2, {"tp2_8b_decode_step_b1_ms", "tp2_8b_decode_step_b64_ms", "tp2_8b_prefill_64x2048_tok_s"}),
     ],
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.rows import COMMIT_VARIABLE, Rows, command_line
+from benchmarks.rows import COMMIT_VARIABLE, Rows, command_line, mesh_prefix
 from benchmarks.server import sum_metrics
 
 
@@ -22,6 +22,14 @@ def test_a_row_takes_the_place_of_its_name(tmp_path: Path, capsys: pytest.Captur
     assert kept[0]["commit"] == "abc1234" and kept[0]["device"] == "NVIDIA H200"
     rows.show()
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [["c", "1.235", "ms"], ["a", "8.0", "ms"]]
+
+
+def test_names_tell_the_mesh():
+    assert [mesh_prefix(mesh, "8b") for mesh in ((1, 1), (1, 4), (4, 1), (2, 2))] == ["8b_", "tp4_8b_", "dp4_8b_", "dp2_tp2_8b_"]
+    assert [mesh_prefix(mesh, "") for mesh in ((1, 1), (1, 4))] == ["", "tp4_"]
+    rows = Rows(None, "abc1234", "NVIDIA H200", "tp4_70b_")
+    rows.add("ready_cold_s", 1.0, "s", "x")
+    assert rows.added[0]["name"] == "tp4_70b_ready_cold_s"
 
 
 def test_the_command_is_told_without_what_changes_no_figure():
