@@ -54,8 +54,8 @@ def test_logits_at_every_position(tiny_checkpoint: Callable[[str], Path]):
 
 def test_logits_of_a_mesh_are_held_against_one_device(tiny_checkpoint: Callable[[str], Path]):
     folder, lines = tiny_checkpoint("llama"), []
-    two = tiny_runner(folder, tensor_size=2, **FEW_PROGRAMS)
-    assert checked.check_logits(two.runner, two.config, tiny_runner(folder)._model, CONFIGS["llama"], 40, lines.append)
+    four = tiny_runner(folder, tensor_size=4, **FEW_PROGRAMS)
+    assert checked.check_logits(four.runner, four.config, tiny_runner(folder)._model, CONFIGS["llama"], 40, lines.append)
     assert len(lines) == 5
 
 

@@ -1,14 +1,18 @@
 """Under load every request gets the tokens that transformers gives it alone, through chunked prefill, preemption, prefix hits and aborts,
 on every mesh."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from engines import FEW_PROGRAMS, TinyRunner, finish, greedy, load_goldens, tiny_runner, tokens_of
 
+from jaxserve import LLM
 from jaxserve.engine.engine import Engine
 from jaxserve.request import Request
+
+TOKEN_BYTES = 2 * 4 * 4 * 8 * 2  # K and V in float32, 4 heads of 8, 2 layers
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +71,24 @@ def test_bounded_decode_gap_gives_the_same_tokens(runner: TinyRunner):
     check_under_load(runner.engine(kv_tokens=240, max_decode_gap_ms=0.001))
 
 
-@pytest.mark.parametrize("tensor_size", [2, 4])
-def test_tensor_parallel_gives_the_same_tokens(tiny_checkpoint: Callable[[str], Path], tensor_size: int):
-    check_under_load(tiny_runner(tiny_checkpoint("llama"), tensor_size=tensor_size, **FEW_PROGRAMS).engine())
+def test_four_shards_give_the_same_tokens(tiny_checkpoint: Callable[[str], Path]):
+    check_under_load(tiny_runner(tiny_checkpoint("llama"), tensor_size=4, **FEW_PROGRAMS).engine())
+
+
+def test_two_shards_and_two_replicas_of_two_shards_give_the_same_tokens(tiny_checkpoint: Callable[[str], Path], tmp_path: Path):
+    """As LLM makes them; the replicas, each in a process of its own, find the programs that were compiled here."""
+    options = dict(max_batch_size=2, max_batch_prefill_tokens=32, max_total_tokens=240, disable_grammar_support=True)
+    options |= dict(cpu_kv_cache_gib=240 * TOKEN_BYTES / 2**30, compilation_cache_dir=str(tmp_path))
+    with LLM(str(tiny_checkpoint("llama")), mesh="1x2", **options) as llm:
+        check_under_load(llm.engines[0])
+    prompts, alone = load_goldens("llama")
+    with LLM(str(tiny_checkpoint("llama")), mesh="2x2", **options) as llm:
+        outputs = llm.generate(prompts, [greedy(len(tokens)) for tokens in alone])
+        assert [output.outputs[0].token_ids for output in outputs] == alone
+        deadline = time.monotonic() + 10
+        while not all(stats.output_tokens for stats in llm.stats()):  # which come twice a second
+            assert time.monotonic() < deadline, "both replicas were meant to work"
+            time.sleep(0.05)
 
 
 def test_two_kv_groups_of_which_one_has_a_window(tiny_checkpoint: Callable[[str], Path]):

@@ -1,4 +1,4 @@
-"""LLM(mesh="2x1") from a script without a main guard: two processes, the tokens of one, a clear error when one dies, a clean end."""
+"""LLM(mesh="4x1") from a script without a main guard: four processes, the tokens of one, a clear error when one dies, a clean end."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from jaxserve.errors import GenerationFailed, InvalidRequest
 
 print("script", file=sys.stderr)
 folder, cache, few_programs, prompts, lengths = json.load(sys.stdin)
-llm = LLM(folder, mesh="2x1", compilation_cache_dir=cache, **few_programs)
+llm = LLM(folder, mesh="4x1", compilation_cache_dir=cache, **few_programs)
 params = [SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True) for length in lengths]
 told = {"tokens": [output.outputs[0].token_ids for output in llm.generate(prompts, params)]}
 try:
@@ -52,7 +52,7 @@ json.dump(told, sys.stdout)
 """
 
 
-def test_a_script_with_two_replicas(tiny_checkpoint: Callable[[str], Path], few_programs: Precompiled, tmp_path: Path):
+def test_a_script_with_four_replicas(tiny_checkpoint: Callable[[str], Path], few_programs: Precompiled, tmp_path: Path):
     prompts, alone = load_goldens("llama")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     prompts, alone = [prompts[i] for i in order], [alone[i] for i in order]
@@ -67,11 +67,11 @@ def test_a_script_with_two_replicas(tiny_checkpoint: Callable[[str], Path], few_
     told = json.loads(ran.stdout)
     assert told["tokens"] == alone and told["again"] == alone[3]
     assert "500" in told["refused"]
-    assert min(told["work"]) > 0 and sum(told["work"]) >= sum(map(len, alone)) and told["running"] == [0, 0]
+    assert min(told["work"]) > 0 and sum(told["work"]) >= sum(map(len, alone)) and told["running"] == [0] * 4
     assert told["errors"] == ["engine 1 was killed by SIGKILL"] * 2
     assert not told["jax"], "the script's own process needs no JAX"
     assert ran.stderr.count("script\n") == 1 and "Traceback" not in ran.stderr, ran.stderr
-    assert len(told["engines"]) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in told["engines"])
+    assert len(told["engines"]) == 4 and not any(Path(f"/proc/{pid}").exists() for pid in told["engines"])
     assert not list(tmp_path.glob("jaxserve-*"))
 
 

@@ -18,6 +18,12 @@ from jaxserve.weights.loader import load_model
 
 GOLDENS: dict[str, list[dict[str, Any]]] = json.loads((Path(__file__).parent / "goldens" / "models.json").read_text())
 BUCKET = 160
+SHARDED = [
+    *(("llama-bias", 2), ("llama", 4), ("llama-mha-tied", 8)),
+    *(("mistral", 2), ("mistral", 4), ("mistral", 8)),
+    *(("qwen2", 2), ("qwen2-windows", 4), ("qwen2", 8)),
+    *(("qwen3", 2), ("qwen3-bias", 4), ("qwen3", 8)),
+]
 
 
 def load(folder: Path, tensor: int, dtype: str = "auto") -> Model:
@@ -43,9 +49,10 @@ def test_tokens_and_logits_equal_transformers(name: str, tiny_checkpoint: Callab
         check_golden(model, golden, 1)
 
 
-@pytest.mark.parametrize(("name", "tensor"), [("llama-bias", 2), ("qwen3-bias", 4), ("llama-mha-tied", 8)])
+@pytest.mark.parametrize(("name", "tensor"), SHARDED)
 def test_tensor_parallel_equals_transformers(name: str, tensor: int, tiny_checkpoint: Callable[[str], Path]) -> None:
-    """Biases, repeated KV heads (2 on 4 shards) and a vocabulary that the shards do not divide (tied, 8 shards)."""
+    """Every family on 2, 4 and 8 devices; among them biases, repeated KV heads (2 on 4 shards, 4 on 8), windows, and a vocabulary that the
+    shards do not divide (tied, 8 shards)."""
     check_golden(load(tiny_checkpoint(name), tensor), GOLDENS[name][1], tensor)
 
 
