@@ -10,9 +10,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
+import jax
 import psutil
 import pytest
 from engines import finish, greedy, load_goldens, tiny_runner
@@ -23,6 +25,7 @@ from jaxserve.request import Request, SamplingParams, TokenOutput
 from jaxserve.rpc.client import EngineClient
 from jaxserve.rpc.handshake import StreamKey
 from jaxserve.rpc.router import Router
+from jaxserve.runner import Hosts, start_jax
 
 SECRET = "sixteen characters"
 # Two ways to have few programs, all of which both hosts compile.
@@ -43,11 +46,11 @@ class Launchers:
     """
 
     def __init__(self, model: Path, folder: Path, cache: Path, *flags: str, mesh: str = "1x4", each: Sequence[list[str]] = ([], [])):
-        self.port, coordinator = free_port(), free_port()
+        self.port, self.coordinator = free_port(), free_port()
         self.processes: list[subprocess.Popen[bytes]] = []
         self._folder = folder
         self._logs = [folder / f"log{index}" for index in range(len(each))]
-        common = ["--model-id", model, "--mesh", mesh, "--num-hosts", len(each), "--coordinator", f"127.0.0.1:{coordinator}"]
+        common = ["--model-id", model, "--mesh", mesh, "--num-hosts", len(each), "--coordinator", f"127.0.0.1:{self.coordinator}"]
         common += ["--hostname", "127.0.0.1", "--port", self.port, "--max-batch-size", "2", "--max-batch-prefill-tokens", "32"]
         common += ["--max-total-tokens", "240", "--cpu-kv-cache-gib", "0.01", "--compilation-cache-dir", cache, *flags]
         self._command = [sys.executable, "-m", "jaxserve", *map(str, common)]
@@ -90,6 +93,12 @@ class Launchers:
         children = psutil.Process(self.processes[index].pid).children()
         modules = {"jaxserve.launcher.host_process", "jaxserve.launcher.engine_process"}
         return next(child for child in children if modules & set(child.cmdline()))
+
+    def listening(self, port: int) -> list[str]:
+        """Addresses at which the hosts' JAX processes listen on a port; gRPC has some as IPv4 in IPv6."""
+        processes = map(self.jax_process, range(len(self.processes)))
+        sockets = [connection for process in processes for connection in process.net_connections("tcp") if connection.status == "LISTEN"]
+        return [socket.laddr.ip.removeprefix("::ffff:") for socket in sockets if socket.laddr.port == port]
 
     def metric(self, name: str) -> list[float]:
         """Values of a labelled metric."""
@@ -180,6 +189,8 @@ def test_two_hosts_give_the_tokens_of_one_device_until_one_is_killed(
     two_hosts: Callable[..., Launchers], tiny_checkpoint: Callable[[str], Path]
 ):
     both = two_hosts(*ONE_SHAPE).until_ready()
+    # Ours and JAX's, which asks nobody who he is, are where they were told to be, and not on the machine's other networks.
+    assert both.listening(both.coordinator) == both.listening(both.coordinator + 1) == ["127.0.0.1"]
     engine = tiny_runner(tiny_checkpoint("llama")).engine(eos_token_ids=(0,))
     for request in some_requests():
         engine.add_request(request)
@@ -201,6 +212,15 @@ def test_two_hosts_give_the_tokens_of_one_device_until_one_is_killed(
     assert both.last_line(0, 1, LOSS_TIME).startswith("jaxserve: error: host 1 was lost (")
     assert both.last_line(1, 1, LOSS_TIME) == "jaxserve: error: worker was killed by SIGKILL"
     assert time.monotonic() - killed < LOSS_TIME
+
+
+def test_jax_is_told_where_to_listen_and_for_how_long_a_host_may_be_silent(monkeypatch: pytest.MonkeyPatch):
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments, **options: told.update(options, where=arguments))
+    monkeypatch.setattr(jax.config, "update", lambda *option: None)
+    start_jax(cast(Hosts, SimpleNamespace(jax_coordinator="10.1.2.3:29401", count=2, index=1)))
+    assert told["where"] == ("10.1.2.3:29401", 2, 1) and told["coordinator_bind_address"] == "10.1.2.3:29401"
+    assert 0 < told["heartbeat_timeout_seconds"] <= 10
 
 
 def test_hosts_that_were_started_otherwise_are_one_line_each_and_the_right_one_may_join_later(two_hosts: Callable[..., Launchers]):
