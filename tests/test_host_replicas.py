@@ -1,5 +1,6 @@
 """Replicas on several hosts behind host 0's port: launchers on loopback, with engine doubles, and with the tiny model."""
 
+import asyncio
 import json
 import signal
 import tempfile
@@ -14,6 +15,7 @@ from test_hosts import free_port
 from test_launcher import ENDLESS, Server
 from test_two_hosts import ONE_SLOT, Launchers, tokens_by_sample
 
+from jaxserve.client import Client, ServerError, connect
 from jaxserve.request import Request
 
 SECRET = "sixteen characters"
@@ -179,6 +181,61 @@ def test_replicas_that_span_hosts_give_the_tokens_of_one(real_hosts: Callable[..
     assert hosts.last_line(0, 1, LOSS_TIME).startswith(f"jaxserve: error: {whose}host 1 was lost (")
 
 
+class Streamed:
+    """A greedy answer as its stream brings it.
+
+    Attributes:
+        tokens: so far.
+        begun: set with the first, or where there will be none.
+        error: of a stream that ended with one.
+    """
+
+    def __init__(self, prompt: list[int], max_tokens: int):
+        self.tokens: list[int] = []
+        self.begun = asyncio.Event()
+        self.error = ""
+        self._body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+        self._body |= {"logprobs": 0, "return_tokens_as_token_ids": True}
+
+    async def read(self, client: Client) -> None:
+        """Ask, and read to the end."""
+        try:
+            async for event in client.stream("/v1/completions", self._body):
+                for choice in event["choices"]:
+                    self.tokens += [int(name.removeprefix("token_id:")) for name in choice["logprobs"]["tokens"]]
+                self.begun.set()
+        except ServerError as error:
+            self.error = str(error)
+            self.begun.set()
+
+
+async def lose_a_replica_under_load(hosts: Launchers) -> None:
+    """kill -9 of the second engine: what it had begun fails with what it had told, everybody else gets each token once."""
+    prompts, tokens = load_goldens("llama")
+    async with connect(f"http://127.0.0.1:{hosts.port}") as client:
+        longest = [Streamed(prompts[i], 200) for i in (9, 10)]  # one a replica, and the rest waits for them
+        reads = [asyncio.create_task(each.read(client)) for each in longest]
+        for each in longest:
+            await each.begun.wait()
+        engine = hosts.jax_process(1)
+        engine.suspend()  # so that it is in the middle of an answer when it is killed
+        rest = [i for i in range(len(prompts)) if i not in (9, 10)]
+        others = {i: Streamed(prompts[i], len(tokens[i])) for i in rest}
+        reads += [asyncio.create_task(each.read(client)) for each in others.values()]
+        await asyncio.wait([asyncio.create_task(each.begun.wait()) for each in others.values()], return_when=asyncio.FIRST_COMPLETED)
+        engine.kill()
+        await asyncio.gather(*reads)
+    assert {i: (each.tokens, each.error) for i, each in others.items()} == {i: (tokens[i], "") for i in others}
+    (lost,), (kept,) = ([each for each in longest if bool(each.error) is failed] for failed in (True, False))
+    assert lost.error == "the engine process ended while the request ran" and 0 < len(lost.tokens) < 200 == len(kept.tokens)
+    for i, each in zip((9, 10), longest, strict=True):
+        assert each.tokens[: len(tokens[i])] == tokens[i][: len(each.tokens)]
+
+
 def test_whole_replicas_of_two_hosts_give_the_tokens_of_one(real_hosts: Callable[..., Launchers], few_programs: Precompiled):
+    """And go on doing so where one of them is killed under load, which then comes back."""
     hosts = real_hosts("2x1", 2, few_programs.folder).until_ready()
     both_give_the_tokens_of_one(hosts)
+    asyncio.run(lose_a_replica_under_load(hosts))
+    both_give_the_tokens_of_one(hosts)
+    assert hosts.metric("jaxserve_engine_losses_total") == [0, 1]
