@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import closing
@@ -13,8 +15,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from plain_forward import make_mesh
 from safetensors.numpy import load_file, save_file
+from test_hosts import free_port
 from tiny_models import CONFIGS, write_checkpoint
 
 from jaxserve.config import ModelOptions
@@ -24,11 +28,12 @@ from jaxserve.models.parameters import Parameter
 from jaxserve.weights import ModelSource, resolve_model
 from jaxserve.weights.loader import load_model, read_config, resolve_dtype
 from jaxserve.weights.read_ahead import read_ahead
+from jaxserve.weights.safetensors_folder import SafetensorsCheckpoint
 
 
-def load(folder: Path, tensor: int = 1, load_format: str = "auto") -> Model:
+def load(folder: Path, tensor: int | Mesh = 1, load_format: str = "auto") -> Model:
     options = ModelOptions(model_id=str(folder), load_format=load_format)
-    return load_model(resolve_model(options), options, make_mesh(tensor))
+    return load_model(resolve_model(options), options, make_mesh(tensor) if isinstance(tensor, int) else tensor)
 
 
 def by_name(model: Model) -> dict[str, jax.Array]:
@@ -76,6 +81,74 @@ def test_shards_hold_their_heads_units_and_vocabulary(tiny_checkpoint: Callable[
         for name, array in expected.items():
             np.testing.assert_array_equal(shards(leaves[layer + name])[i], array, err_msg=name)
         np.testing.assert_array_equal(shards(leaves["lm_head.weight"])[i], tensors["lm_head.weight"][80 * i : 80 * i + 80])
+
+
+COUNT = """
+import json, sys
+import jax
+from jaxserve.runner import make_mesh
+from jaxserve.weights.safetensors_folder import SafetensorsCheckpoint
+from test_weights import Counted, load
+folder, port, index = sys.argv[1], sys.argv[2], int(sys.argv[3])
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, index, cluster_detection_method="deactivate")
+with Counted() as read:
+    model = load(folder, make_mesh(4, num_hosts=2))
+print(json.dumps([read.nbytes, sum(shard.data.nbytes for leaf in model.leaves for shard in leaf.addressable_shards)]))
+"""
+
+
+class Counted:
+    """Counts what is read of safetensors files while the block runs.
+
+    Attributes:
+        nbytes: so far.
+    """
+
+    def __enter__(self) -> "Counted":
+        self.nbytes, self._read = 0, SafetensorsCheckpoint.read
+        lock = threading.Lock()
+
+        def read(checkpoint: SafetensorsCheckpoint, name: str, index: tuple[slice, ...]) -> np.ndarray:
+            part = self._read(checkpoint, name, index)
+            with lock:
+                self.nbytes += part.nbytes
+            return part
+
+        SafetensorsCheckpoint.read = read  # pyright: ignore[reportAttributeAccessIssue]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        SafetensorsCheckpoint.read = self._read
+
+
+def sizes(folder: Path) -> tuple[int, int]:
+    """Bytes of a checkpoint's matrices, and of its vectors, which every device holds."""
+    tensors = load_file(folder / "model.safetensors").values()
+    matrices = sum(tensor.nbytes for tensor in tensors if tensor.ndim == 2)
+    return matrices, sum(tensor.nbytes for tensor in tensors) - matrices
+
+
+@pytest.mark.parametrize("num_shards", [2, 4])
+def test_a_host_reads_each_byte_once(num_shards: int, tiny_checkpoint: Callable[[str], Path]) -> None:
+    """However many devices share what it reads."""
+    folder = tiny_checkpoint("llama")
+    matrices, vectors = sizes(folder)
+    with Counted() as read:
+        model = load(folder, num_shards)
+    assert read.nbytes == matrices + vectors
+    held = [sum(array.nbytes for array in of_device) for of_device in zip(*map(shards, model.leaves), strict=True)]
+    assert held == [matrices // num_shards + vectors] * num_shards
+
+
+def test_each_of_two_hosts_reads_its_half(tiny_checkpoint: Callable[[str], Path]) -> None:
+    """Neither ever has the whole model: two processes of two devices each."""
+    folder = tiny_checkpoint("llama")
+    matrices, vectors = sizes(folder)
+    flags = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", COUNT, str(folder), str(free_port())]
+    hosts = [subprocess.Popen([*command, str(index)], env=flags, stdout=subprocess.PIPE, text=True) for index in range(2)]
+    told = [json.loads(host.communicate(timeout=120)[0]) for host in hosts]
+    assert told == [[matrices // 2 + vectors, matrices // 2 + 2 * vectors]] * 2
 
 
 def test_many_files_are_read_as_one(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
