@@ -14,10 +14,11 @@ import json
 import platform
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from jaxserve.page_changes import PageChanges
 from jaxserve.page_key import short_names
 from jaxserve.request import Request, SamplingParams
 from jaxserve.rpc import engine_pb2 as pb
@@ -34,7 +35,7 @@ STEP_TOKENS = 8192
 class Watcher(UntoldPages):
     """A stream that nobody reads but this benchmark."""
 
-    def put_pages(self, changes: list) -> None:
+    def put_pages(self, changes: Sequence[PageChanges]) -> None:
         self.put(changes)
 
     def write(self) -> int:
