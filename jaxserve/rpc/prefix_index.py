@@ -6,7 +6,7 @@ from functools import partial
 
 from jaxserve.prefix_match import longest_prefix
 
-MAX_PAGES_KEPT = 2**19  # of a KV group; more are not learned of
+MAX_PAGES_KEPT = 2**19  # of a KV group, about 38 MB; of more nothing is learned
 
 
 class PrefixIndex:
