@@ -1,8 +1,9 @@
 """How many server-sent events the http process writes for a second of its CPU time, behind the real gRPC.
 
     python benchmarks/front_end.py [--streams 256] [--tokens 1000] [--step-seconds 0] [--http-workers 1]
+        [--replicas 1]
 
-The engine is a double in its own process that yields a token a stream and step, by default as fast as they are read; the http process is
+Each engine is a double in its own process that yields a token a stream and step, by default as fast as they are read; the http process is
 the real one under uvicorn; clients are raw sockets in this process. Each stream is a chat completion with stop strings and usage, one
 event a token; the counts are checked. One line of JSON tells the result.
 """
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--step-seconds", type=float, default=0.0, help="0: as fast as they are read")
     parser.add_argument("--http-workers", type=int, default=1)
+    parser.add_argument("--replicas", type=int, default=1, help="engines; the streams are spread over them")
     parser.add_argument("--tokenizer", type=Path, help="folder or .gguf file; default: a byte-level one of 320 tokens")
     arguments = parser.parse_args()
     sys.path.insert(0, str(TESTS))
@@ -57,18 +59,21 @@ def measure(arguments: argparse.Namespace, tokenizer: Path) -> dict[str, object]
         "forever": True,
         "max_unread": 8 * arguments.streams,
     }
-    options = {"server": {"hostname": "127.0.0.1", "port": port, "http_workers": arguments.http_workers}}
+    server_options = {"hostname": "127.0.0.1", "port": port, "http_workers": arguments.http_workers}
+    options = {"server": server_options, "engine": {"mesh": f"{arguments.replicas}x1"}}
     server = subprocess.Popen(
         [sys.executable, str(TESTS / "engine_double.py"), "serve", json.dumps(options)],
         env={**os.environ, "ENGINE_DOUBLE": json.dumps(double)},
     )
     try:
-        wait_until_ready(port, server)
-        workers = [child for child in psutil.Process(server.pid).children() if "jaxserve.launcher.http_process" in child.cmdline()]
+        wait_until_ready(port, server, arguments.http_workers)
+        children = psutil.Process(server.pid).children()
+        workers = [child for child in children if "jaxserve.launcher.http_process" in child.cmdline()]
+        engines = [child for child in children if child not in workers]
         uvloop.run(stream_all(port, arguments.streams, 20))  # connections, imports, branches taken once
-        before, began = cpu_seconds(workers), time.perf_counter()
+        before, engines_before, began = cpu_seconds(workers), cpu_seconds(engines), time.perf_counter()
         writes = uvloop.run(stream_all(port, arguments.streams, arguments.tokens))
-        wall, cpu = time.perf_counter() - began, cpu_seconds(workers) - before
+        wall, cpu, engines_cpu = time.perf_counter() - began, cpu_seconds(workers) - before, cpu_seconds(engines) - engines_before
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait()
@@ -78,8 +83,10 @@ def measure(arguments: argparse.Namespace, tokenizer: Path) -> dict[str, object]
         "tokens_per_stream": arguments.tokens,
         "step_seconds": arguments.step_seconds,
         "http_workers": arguments.http_workers,
+        "replicas": arguments.replicas,
         "events": events,
         "cpu_seconds": round(cpu, 3),
+        "engines_cpu_seconds": round(engines_cpu, 3),
         "wall_seconds": round(wall, 3),
         "events_per_cpu_second": round(events / cpu),
         "events_per_second": round(events / wall),
@@ -94,17 +101,22 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_until_ready(port: int, server: subprocess.Popen[bytes]) -> None:
-    while server.poll() is None:
+def wait_until_ready(port: int, server: subprocess.Popen[bytes], http_workers: int) -> None:
+    """Return once as many connections in a row are answered as surely go to all http processes."""
+    num_answered = 0
+    while server.poll() is None and num_answered < 10 * http_workers:
         try:
             with socket.create_connection(("127.0.0.1", port), 5) as connection:
                 connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")
                 if b" 200 " in connection.recv(4096):
-                    return
+                    num_answered += 1
+                    continue
         except OSError:
             pass
+        num_answered = 0
         time.sleep(0.1)
-    sys.exit("the server ended")
+    if server.poll() is not None:
+        sys.exit("the server ended")
 
 
 def cpu_seconds(processes: list[psutil.Process]) -> float:

@@ -121,7 +121,9 @@ class ServerOptions:
 
     hostname: str = option("0.0.0.0", "Address to listen on.")
     port: int = option(3000, "Port to listen on.", low=0, high=65535)
-    http_workers: int = option(1, "HTTP processes sharing the port.", low=1)
+    http_workers: int | None = option(
+        None, "HTTP processes sharing the port. Default: one for two engine replicas, as far as there are cores beside them.", low=1
+    )
     served_model_name: str | None = option(None, "Model name in answers. Default: the model id.", metavar="NAME")
     api_key: str | None = option(None, "Clients must send it as a bearer token.", metavar="KEY")
     cors_allow_origin: tuple[str, ...] = option((), "Allowed browser origin; may be repeated. Default: any.", metavar="ORIGIN")

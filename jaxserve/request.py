@@ -291,6 +291,7 @@ class EngineInfo:
         kv_cache_dtype: of the KV cache, as --kv-cache-dtype calls it, or JAX: "fp8_e4m3fn", "bfloat16".
         quantization: of the weights, for people: "fp8", "gguf (Q4_1, Q8_0)"; "" if none.
         weight_bytes: of all weights, over the devices of a replica.
+        windows: of each KV group, in tokens; 0 for all positions.
     """
 
     model_id: str
@@ -311,6 +312,7 @@ class EngineInfo:
     kv_cache_dtype: str = ""
     quantization: str = ""
     weight_bytes: int = 0
+    windows: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,6 +101,12 @@ class EngineDouble:
             running = min(len(self._samples), self.max_batch_size)
             return EngineStats(num_running=running, num_waiting=len(self._samples) - running, num_pages=1000, **self.counters)  # pyright: ignore[reportArgumentType]
 
+    def watch_pages(self, watcher: Any) -> None:
+        """It holds no pages."""
+
+    def unwatch_pages(self, watcher: Any) -> None:
+        pass
+
     def drain(self, timeout: float) -> bool:
         with self._lock:
             return self._lock.wait_for(lambda: not self._samples, timeout)

@@ -102,6 +102,7 @@ class TinyRunner:
             dtype="float32",
             device="cpu",
             defaults={},
+            windows=tuple(window or 0 for _, window in runner.kv_groups),
         )
         options_ = EngineOptions(**options)  # pyright: ignore[reportArgumentType]
         if not self._masked:

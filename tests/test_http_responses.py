@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from live_front_end import LiveFrontEnd
+from tiny_models import write_tokenizer
 
 from jaxserve.chat_output import MessageDelta, ToolCallDelta
 from jaxserve.http.response_items import ResponseItems
@@ -112,6 +114,15 @@ def test_a_conversation_goes_on(front_ends: Callable[[str], LiveFrontEnd]):
         unkept = client.responses.create(model="double", input="x", temperature=0, store=False)
         with pytest.raises(openai.NotFoundError, match="not found"):
             client.responses.create(model="double", input="y", previous_response_id=unkept.id)
+
+
+def test_nothing_is_kept_where_another_process_may_be_asked(tmp_path: Path):
+    write_tokenizer(tmp_path)
+    live = LiveFrontEnd(tmp_path, {"http_workers": 2})
+    live.start()
+    answer = live.client.get("/v1/responses/resp_1")
+    assert answer.status_code == 400 and "--http-workers 1" in answer.json()["error"]["message"]
+    live.stop()
 
 
 @pytest.mark.parametrize(

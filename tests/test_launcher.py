@@ -22,9 +22,10 @@ from tiny_models import write_tokenizer
 
 from jaxserve.config import EngineOptions, ModelOptions, ServerOptions
 from jaxserve.errors import DeviceError, StartupError
+from jaxserve.launcher import launcher as launcher_module
 from jaxserve.launcher.child import ChildOptions
 from jaxserve.launcher.devices import device_environment
-from jaxserve.launcher.listening import listen
+from jaxserve.launcher.listening import listen, num_http_processes
 from jaxserve.launcher.run_folder import PREFIX, make_run_folder
 
 DOUBLE = str(Path(__file__).parent / "engine_double.py")
@@ -298,6 +299,29 @@ def test_an_error_that_nobody_foresaw_ends_the_launcher(short_path: Path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(short_path)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 1 and done.stderr.endswith("jaxserve: error: LookupError: of no kind\n")
+
+
+@pytest.mark.parametrize(
+    ("replicas", "cores", "expected"),
+    [(1, 64, 1), (2, 64, 1), (3, 64, 2), (4, 64, 2), (8, 64, 4), (4, 5, 1), (4, 4, 1), (8, 2, 1), (1, 1, 1)],
+)
+def test_http_processes_follow_the_replicas_and_the_cores(replicas: int, cores: int, expected: int):
+    assert num_http_processes(replicas, cores) == expected
+
+
+@pytest.mark.parametrize(("server", "expected"), [(ServerOptions(), 2), (ServerOptions(http_workers=3), 3)])
+def test_the_port_is_shared_by_as_many_http_processes(server: ServerOptions, expected: int, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def refuse(hostname: str, port: int, count: int) -> list[socket.socket]:
+        asked.append(count)
+        raise StartupError("not here")
+
+    monkeypatch.setattr(launcher_module, "listen", refuse)
+    monkeypatch.setattr(launcher_module, "set_up_logging", lambda json_output, level: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(64))
+    assert launcher_module.launch(ModelOptions("m"), EngineOptions(mesh="4x1"), server) == 1
+    assert asked == [expected]
 
 
 def test_no_tokenizer_is_a_startup_error(tmp_path: Path):

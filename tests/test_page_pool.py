@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from jaxserve.scheduler.page_pool import PageEvent, PagePool
+from jaxserve.page_changes import PageChanges
+from jaxserve.scheduler.page_pool import PagePool
 
 
 def key(i: int) -> bytes:
@@ -72,15 +73,16 @@ def test_equal_content_computed_twice_is_stored_once():
     assert pool.find(key(1)) == first
 
 
-def test_events_tell_what_became_findable_and_what_is_gone():
-    events: list[PageEvent] = []
-    pool = PagePool(1, group=3, events=events)
+def test_changes_tell_what_became_findable_and_what_is_gone():
+    pool = PagePool(1)
     page = pool.allocate()
     pool.store(page, key(1))
+    assert pool.stored().stored == {key(1)}
+    pool.changes = PageChanges()
     pool.store(page, key(1))
     pool.release(page)
-    pool.allocate()
-    assert events == [PageEvent(True, 3, key(1)), PageEvent(False, 3, key(1))]
+    pool.store(pool.allocate(), key(2))
+    assert (pool.changes.stored, pool.changes.removed, pool.stored().stored) == ({key(2)}, {key(1)}, {key(2)})
 
 
 def test_check_integrity_names_what_is_wrong():

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.page_key import ROOT, page_key, request_extras
+from jaxserve.prefix_match import first_page_seen
 from jaxserve.request import Request, SamplingParams
 from jaxserve.scheduler.page_pool import PagePool
-from jaxserve.scheduler.prefix_cache import PrefixCache, first_page_seen
+from jaxserve.scheduler.prefix_cache import PrefixCache
 
 PAGE_SIZE = 4
 

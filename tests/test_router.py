@@ -6,19 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve.errors import EngineUnavailable, JaxserveError, Overloaded
+from jaxserve.errors import EngineUnavailable, InvalidRequest, JaxserveError, Overloaded
 from jaxserve.request import EngineInfo, Request, SamplingParams, TokenOutput
+from jaxserve.rpc import prefix_index
 from jaxserve.rpc import router as router_module
 from jaxserve.rpc.client import EngineClient, Generation
 from jaxserve.rpc.prefix_index import PrefixIndex
 from jaxserve.rpc.router import SLACK, Router
 
 
-def make_router(count: int = 2, num_pages: int = 500) -> Router:
+def make_router(count: int = 2) -> Router:
     clients = [EngineClient(Path("nowhere"), replica) for replica in range(count)]
     for client in clients:
         client.available = True
-        client.info = EngineInfo("m", "", "", 1000, 10000, 9999, (0,), 16, num_pages, "3x1", "float32", "cpu", {})
+        client.info = EngineInfo("m", "", "", 1000, 10000, 9999, (0,), 16, 500, "3x1", "float32", "cpu", {})
     return Router(clients)
 
 
@@ -32,11 +33,22 @@ def replica_of(router: Router, generation: Generation) -> int:
 
 
 def ask(router: Router, tokens: Sequence[int], salt: str = "", **params: int) -> int:
-    """The replica of a request that ends at once."""
-    generation = router.submit(request("r", tokens, salt, **params))
+    """The replica of a request that ends once its prompt is computed, which the replica tells."""
+    asked = request("r", tokens, salt, **params)
+    generation = router.submit(asked)
     replica = replica_of(router, generation)
+    router.clients[replica].prefixes.change(0, pages_of(router, asked), ())
+    begin(generation)
     generation.abort()
     return replica
+
+
+def pages_of(router: Router, asked: Request) -> list[int]:
+    return router._pages(asked, router.clients[0].info)
+
+
+def begin(generation: Generation) -> None:
+    generation.take(TokenOutput("", 0, [5], []))
 
 
 def conversation(number: int, pages: int = 4) -> list[int]:
@@ -45,7 +57,7 @@ def conversation(number: int, pages: int = 4) -> list[int]:
 
 def test_a_conversation_stays_where_its_prefix_is():
     router = make_router(3)
-    # Replicas equally busy: whichever was sent the fewest prefixes.
+    # Replicas equally busy: whichever was sent nothing for longest.
     homes = [ask(router, conversation(n)) for n in range(6)]
     assert sorted(homes) == [0, 0, 1, 1, 2, 2]
     for n, home in enumerate(homes):
@@ -60,8 +72,8 @@ def test_who_may_not_share_a_prefix_is_not_drawn_by_it():
     router = make_router()
     for _ in range(3):
         assert ask(router, conversation(1)) == 0
-    assert ask(router, conversation(1), salt="other") == 1
-    assert ask(router, conversation(1), salt="other") == 1
+    for _ in range(2):
+        assert ask(router, conversation(1), salt="other") == 1
     # Scoring a prompt computes all of it: no use in the cache.
     blocker = router.submit(request("blocker", [5]))
     assert replica_of(router, blocker) == 0
@@ -78,36 +90,78 @@ def test_a_hot_prefix_spreads():
     # Of a prompt of which little is cached hardly any imbalance is taken.
     router = make_router()
     assert ask(router, conversation(1, 1)) == 0
-    router.submit(request("busy", conversation(1, 1)))
+    assert replica_of(router, router.submit(request("busy", conversation(1, 1)))) == 0
     assert ask(router, [*conversation(1, 1), *conversation(2, 30)]) == 1
 
 
 def test_nothing_is_remembered_of_an_engine_that_ended():
     router = make_router()
     assert [ask(router, conversation(n)) for n in range(2)] == [0, 1]
+    router.submit(request("lost with it", conversation(1)))
     router.clients[1]._lose_all()
     assert ask(router, conversation(1)) == 0
     router.clients[1].available = True
     assert (len(router.clients[1].prefixes), router.clients[1].num_losses) == (0, 1)
+    assert not router.clients[1]._computing
 
 
-def test_the_index_is_bounded_and_forgets_the_ends_of_what_is_old():
+def test_an_evicted_prefix_draws_nobody():
+    router = make_router()
+    assert [ask(router, conversation(n)) for n in (0, 1, 0, 0)] == [0, 1, 0, 0]
+    pages = pages_of(router, request("r", conversation(0)))
+    router.clients[0].prefixes.change(0, (), pages[2:])
+    assert ask(router, conversation(0)) == 0  # half of it is still there
+    router.clients[0].prefixes.change(0, (), pages)
+    assert ask(router, conversation(0)) == 1
+
+
+def test_a_prompt_counts_while_it_is_computed_and_then_by_what_the_engine_tells():
+    router = make_router()
+    client, asked = router.clients[0], request("r", conversation(0))
+    pages = pages_of(router, asked)
+    rejected, aborted, first, second = (router.submit(asked) for _ in range(4))
+    assert {replica_of(router, each) for each in (rejected, aborted, first, second)} == {0}
+    aborted.abort()
+    client._reject(rejected._number, InvalidRequest("no"))
+    assert client.prefixes.match(pages) == 4 and len(client.prefixes) == 4
+    client.prefixes.change(0, pages[:3], ())
+    begin(first)
+    assert client.prefixes.match(pages) == 4  # the second one's
+    begin(second)
+    assert client.prefixes.match(pages) == 3 and len(client.prefixes) == 3
+    first.abort()
+    assert client.prefixes.match(pages) == 3 and not client._computing
+
+
+def test_what_is_computed_is_not_guessed_at_where_routing_is_not_by_prefix():
+    for router in (make_router(1), make_router()):
+        if len(router.clients) > 1:
+            router = Router(router.clients, by_prefix=False)
+        router.submit(request("r", conversation(0)))
+        assert not any(client.routes_by_prefix or len(client.prefixes) for client in router.clients)
+
+
+def test_a_windowed_engine_needs_only_what_its_next_token_sees():
+    index = PrefixIndex(16, (0, 33))  # of 6 pages the last 2 are seen
+    index.change(0, range(6), ())
+    index.change(1, (4, 5), ())
+    assert index.match(range(8)) == 6
+    index.change(1, (), (5,))
+    assert index.match(range(8)) == 0
+    index.change(1, (1, 2), ())
+    assert index.match(range(8)) == 3
+    index.change(0, (), (1,))
+    assert index.match(range(8)) == 0
+
+
+def test_the_index_is_bounded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(prefix_index, "MAX_PAGES_KEPT", 8)
     index = PrefixIndex()
-    old, new = [bytes([0, n]) for n in range(6)], [bytes([1, n]) for n in range(6)]
-    index.add(old, 8)
-    index.add(new, 8)
-    assert (len(index), index.match(old), index.match(new)) == (8, 2, 6)
-    index.add(old[:2], 8)
-    index.add([b"x"], 8)
-    assert (index.match(old), index.match(new)) == (2, 5)
-    router = make_router(num_pages=10)
-    for n in range(9):
-        ask(router, conversation(n, 30))
-    assert all(len(client.prefixes) <= 10 for client in router.clients)
-
-
-def begin(generation: Generation) -> None:
-    generation.take(TokenOutput("", 0, [5], []))
+    index.change(0, range(6), ())
+    index.change(0, range(6, 12), ())
+    assert len(index) == 6
+    index.change(0, range(6, 8), range(2))
+    assert len(index) == 6 and index.match(range(2, 8)) == 6
 
 
 def error_of(generation: Generation) -> JaxserveError | None:
@@ -153,7 +207,6 @@ def test_a_replica_without_room_passes_it_on(monkeypatch: pytest.MonkeyPatch):
         router = make_router()
         lost, dropped = router.submit(request("lost", [1])), router.submit(request("dropped", [1], n=2))
         router.clients[0]._lose_all()
-        router.clients[1].prefixes.clear()
         for _ in range(3):
             refuse(router, 1, lost)
             assert error_of(lost) is None and router.clients[1].num_in_flight == 2

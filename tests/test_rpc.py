@@ -133,6 +133,7 @@ def test_info_and_stats_round_trip():
         {"temperature": 0.6, "top_k": 20},
         deterministic=True,
         kv_cache_dtype="fp8_e5m2",
+        windows=(0, 4096),
         quantization="gguf (Q4_1, Q8_0)",
         weight_bytes=2**33,
     )

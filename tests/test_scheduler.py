@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxserve.errors import ContextTooLong, InvalidRequest, StartupError
+from jaxserve.page_changes import PageChanges
 from jaxserve.request import FinishReason, Request, SamplingParams, TokenOutput
 from jaxserve.runner.buckets import Buckets
 from jaxserve.scheduler import KVGroupPages, ScheduledBatch, ScheduledRow, Scheduler, SchedulerConfig
@@ -324,16 +325,23 @@ def test_pages_of_a_step_that_is_not_collected_are_not_found():
     assert shape(must_schedule(scheduler))[-1] == ("b", 0, 13)
 
 
-def test_events_are_told_to_their_owner():
-    events = []
-    config = SchedulerConfig(2, 64, PAGE_SIZE, 20)
-    scheduler = Scheduler(config, [KVGroupPages(5)], page_events=events)
+def test_watchers_are_told_of_stored_and_removed_pages():
+    class Watcher:
+        def put_pages(self, changes: Sequence[PageChanges]) -> None:
+            self.told = [(len(group.stored), len(group.removed)) for group in changes]
+
+    scheduler, watcher = Scheduler(SchedulerConfig(2, 64, PAGE_SIZE, 20), [KVGroupPages(5)]), Watcher()
+    scheduler.page_watchers.add(watcher)
+    scheduler.page_watchers.tell()
+    assert watcher.told == [(0, 0)]
     scheduler.add(request("a", 8, 2), 0.0)
     run(scheduler)
-    assert [event.stored for event in events] == [True, True]
+    scheduler.page_watchers.tell()
+    assert watcher.told == [(2, 0)]
     scheduler.add(request("b", 18, 2), 0.0)
     run(scheduler)
-    assert [event.stored for event in events].count(False) == 2
+    scheduler.page_watchers.tell()
+    assert watcher.told == [(4, 2)]
 
 
 # Several samples of one prompt

@@ -11,6 +11,7 @@ from typing import Protocol
 from jaxserve.engine.engine import Engine
 from jaxserve.errors import EngineUnavailable, InvalidRequest, Overloaded
 from jaxserve.request import EngineInfo, EngineStats, FinishReason, Request, TokenOutput
+from jaxserve.scheduler import PageWatcher
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,18 @@ class AsyncEngine:
             self._stats_wanted = True
             return self._stats
 
+    def watch_pages(self, watcher: PageWatcher) -> None:
+        """Tell a watcher which pages are stored, and from now on after each step what changed, before the step's outputs."""
+        with self._wake:
+            self._engine.page_watchers.add(watcher)
+            if self._at_rest and self.failure is None:
+                self._engine.page_watchers.tell()
+
+    def unwatch_pages(self, watcher: PageWatcher) -> None:
+        """Tell a watcher no more; who does not watch is ignored."""
+        with self._wake:
+            self._engine.page_watchers.remove(watcher)
+
     @property
     def num_permits_held(self) -> int:
         """Accepted requests that have not ended."""
@@ -181,6 +194,7 @@ class AsyncEngine:
         with self._wake:
             if self._stats_wanted:
                 self._stats, self._stats_wanted = self._engine.stats(), False
+            self._engine.page_watchers.tell()
             for output in outputs:
                 permit = self._permits.get(output.request_id)
                 if permit is None or output.index not in permit.unfinished:  # aborted while the step ran

@@ -141,5 +141,6 @@ def _info(source: ModelSource, options: EngineOptions, model: Model, runner: Mod
         kv_cache_dtype=str(model.kv_dtype) if options.kv_dtype is None else options.kv_dtype.replace("float8", "fp8"),
         quantization=model.config.quantization.description,
         weight_bytes=model.nbytes,
+        windows=tuple(window or 0 for _, window in runner.kv_groups),
         defaults={name: int(value) if name == "top_k" else value for name, value in model.config.defaults},
     )

@@ -19,7 +19,7 @@ from jaxserve.engine.durations import Durations
 from jaxserve.engine.prompt_scores import PromptScores
 from jaxserve.request import EngineInfo, EngineStats, Request, TokenOutput
 from jaxserve.runner import ModelRunner
-from jaxserve.scheduler import ScheduledBatch, Scheduler
+from jaxserve.scheduler import PageWatchers, ScheduledBatch, Scheduler
 
 COMPILE_WAIT = 0.005  # seconds that a step with nothing else to do waits for a grammar
 
@@ -76,6 +76,11 @@ class Engine:
     def has_work(self) -> bool:
         """Whether step() has anything to do."""
         return self._in_flight is not None or self._scheduler.has_work or (self._constraints is not None and self._constraints.compiling)
+
+    @property
+    def page_watchers(self) -> PageWatchers:
+        """Who is told which pages are stored and removed, and are to be told between steps."""
+        return self._scheduler.page_watchers
 
     def add_request(self, request: Request) -> None:
         """Queue a request.

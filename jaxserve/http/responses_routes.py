@@ -28,10 +28,11 @@ def responses_routes(service: Service) -> APIRouter:
         prefix="/v1/responses", route_class=json_route(service.options.payload_limit), tags=["OpenAI"], responses=OPENAI_ERRORS
     )
     store = ResponseStore()
+    alone = service.options.http_workers in (None, 1)  # without a launcher, which tells a number, there are no others
 
     def stored(response_id: str, param: str | None = None) -> StoredResponse:
-        if service.options.http_workers > 1:
-            raise InvalidRequest("responses are kept by one HTTP process only; this server has several (--http-workers)", param)
+        if not alone:
+            raise InvalidRequest("responses are kept only where there is one HTTP process (--http-workers 1); here are several", param)
         response = store.get(response_id)
         if response is None:
             raise NotFound(f"Response with id '{response_id[:256]}' not found.", param)
@@ -53,7 +54,7 @@ def responses_routes(service: Service) -> APIRouter:
 
         def keep(response: Mapping[str, Any]) -> None:
             ended = turn.finish_reason(turn.answers.samples[0]) is not None  # else the client has gone
-            if ended and body.keeps and service.options.http_workers == 1:
+            if ended and body.keeps and alone:
                 parts = previous.parts if previous else ()
                 before = [*previous.input_items, *previous.parts[-1].output] if previous else ()
                 store.add(response, parts, input_items(body.input, before), [*messages, *messages_of(response["output"])])

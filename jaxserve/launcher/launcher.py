@@ -21,7 +21,7 @@ from jaxserve.hosts.placement import Placement, place
 from jaxserve.launcher.bytecode import OF_ENGINE, OF_HTTP, bytecode_environment
 from jaxserve.launcher.child import ONE_HOST, ChildOptions
 from jaxserve.launcher.devices import device_environment
-from jaxserve.launcher.listening import listen
+from jaxserve.launcher.listening import listen, num_http_processes
 from jaxserve.launcher.logs import set_up_logging
 from jaxserve.launcher.process import ChildProcess
 from jaxserve.launcher.run_folder import make_run_folder, metrics_folder
@@ -62,11 +62,13 @@ def launch(
         where a second one cut the end short.
     """
     set_up_logging(server.json_output, server.log_level)
+    num_http = server.http_workers or num_http_processes(engine.data_size, len(os.sched_getaffinity(0)))
+    server = replace(server, http_workers=num_http)
     listening: list[socket.socket] = []
     metrics: socket.socket | None = None
     try:
         if hosts.leads:
-            listening = listen(server.hostname, server.port, server.http_workers)
+            listening = listen(server.hostname, server.port, num_http)
             # One process answers for all of them.
             metrics = None if server.prometheus_port is None else listen(server.hostname, server.prometheus_port, 1)[0]
         placement = place(engine, hosts)

@@ -12,6 +12,15 @@ BACKLOG = 2048
 SEND_BUFFER = 131072
 
 
+def num_http_processes(replicas: int, cores: int) -> int:
+    """How many HTTP processes serve engine replicas where the user does not say: one for two, as far as there are cores beside the engines.
+
+    One is enough for what two replicas yield where each token is an event and a write of its own; and not one each, because an engine has
+    a message to send to each process in each step (docs/performance.md).
+    """
+    return max(1, min((replicas + 1) // 2, cores - replicas))
+
+
 def listen(hostname: str, port: int, count: int) -> list[socket.socket]:
     """Open sockets that share a port; the kernel spreads connections over them.
 

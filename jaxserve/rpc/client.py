@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,12 +65,17 @@ class Submission:
         self._unfinished -= ended
         if ended and self._client is not None:
             self._client.abort(self._number, index, ended)
+            if not self._unfinished:
+                self._client.settle(self._number)
 
     def take(self, output: TokenOutput) -> bool:
         """Take a new output (client only); return whether its sample goes on."""
         if output.index not in self._unfinished:
             return False
-        self.begun = True
+        if not self.begun:
+            self.begun = True
+            if self._client is not None:
+                self._client.settle(self._number)
         output.request_id = self.request.request_id
         if output.finish_reason is not None:
             self._unfinished.discard(output.index)
@@ -177,7 +182,8 @@ class EngineClient:
         available: whether it can be asked now.
         leaving: whether it ends as soon as it has finished what it was asked.
         num_losses: how often it could be asked no longer.
-        prefixes: of the prompts that were sent to it since it was reached; what it may have cached.
+        routes_by_prefix: set before start(), has the engine tell which pages it holds.
+        prefixes: what it holds, and what it is computing for this client; empty unless routes_by_prefix.
         rescue: given a submission that has not begun, and why this engine will not begin it, tells whether another one will.
     """
 
@@ -188,6 +194,7 @@ class EngineClient:
         self.available = False
         self.leaving = False
         self.num_losses = 0
+        self.routes_by_prefix = False
         self.prefixes = PrefixIndex()
         self.rescue: Callable[[Submission, EngineUnavailable | Overloaded, int], bool] = lambda submission, error, replica: False
         self._place = place
@@ -196,6 +203,7 @@ class EngineClient:
         self._connecting: asyncio.Task[None] | None = None
         # Of the stream that is open now.
         self._samples: dict[int, Submission] = {}
+        self._computing: dict[int, Sequence[int]] = {}  # names of the pages of prompts whose first output is awaited
         self._outbox: asyncio.Queue[pb.ClientMessage | None] = asyncio.Queue()
         self._closing = False
 
@@ -230,11 +238,14 @@ class EngineClient:
         self.send(generation)
         return generation
 
-    def send(self, submission: Submission) -> None:
-        """Send a request that no engine has now. Raises EngineUnavailable."""
+    def send(self, submission: Submission, pages: Sequence[int] = ()) -> None:
+        """Send a request that no engine has now; `pages` are its prompt's, by short_names(). Raises EngineUnavailable."""
         if not self.available:
             raise EngineUnavailable
         number = next(self._numbers)
+        if pages:
+            self._computing[number] = pages
+            self.prefixes.expect(pages)
         submission.place(self, number)
         self._samples.update((number * MAX_SAMPLES + index, submission) for index in range(submission.request.params.n))
         self._outbox.put_nowait(generate_message(number, submission.request))
@@ -313,11 +324,17 @@ class EngineClient:
         except FileNotFoundError:
             return None
 
+    def settle(self, number: int) -> None:
+        """A request's prompt is computed, and the engine has told its pages, or it will not be (called by its Submission)."""
+        if (pages := self._computing.pop(number, None)) is not None:
+            self.prefixes.settle(pages)
+
     def _lose_all(self) -> None:
         """The engine is gone: what has not begun goes elsewhere, the rest fails."""
         self.num_losses += self.available and not self.leaving
         self.available = self.leaving = False
-        self.prefixes.clear()
+        self.prefixes = PrefixIndex()
+        self._computing.clear()
         lost = dict.fromkeys(self._samples.values())  # in the order in which they were sent
         self._samples.clear()
         # Not a failure of the request: what has told its client nothing yet may be sent again, and the client hears so.
@@ -344,7 +361,10 @@ class EngineClient:
                     self.info = info_from(message.info)
                     if self._key is not None:
                         self.info = replace(self.info, model_path="")  # a path of another host's
+                    self.prefixes = PrefixIndex(self.info.page_size, self.info.windows)
                     self._outbox = asyncio.Queue()
+                    if self.routes_by_prefix:
+                        self._outbox.put_nowait(pb.ClientMessage(watch_pages=pb.WatchPages()))
                     writing = asyncio.create_task(self._write(call, self._outbox))
                     self.available = True
                 self._receive(message)
@@ -364,6 +384,8 @@ class EngineClient:
         self.leaving = message.leaving
         if message.HasField("stats"):
             self.stats = stats_from(message.stats)
+        for changes in message.page_changes:
+            self.prefixes.change(changes.group, changes.stored, changes.removed)
         for rejection in message.rejections:
             self._reject(rejection.number, error_from(rejection))
         if message.HasField("outputs"):
@@ -378,4 +400,5 @@ class EngineClient:
             return
         for index in range(submission.request.params.n):
             self._samples.pop(first + index, None)
+        self.settle(number)
         self._rescued(submission, error)

@@ -25,16 +25,22 @@ ERROR: FinishReason
 INVALID: FinishReason
 
 class ClientMessage(_message.Message):
-    __slots__ = ("generate", "abort", "hello", "proof")
+    __slots__ = ("generate", "abort", "hello", "proof", "watch_pages")
     GENERATE_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     PROOF_FIELD_NUMBER: _ClassVar[int]
+    WATCH_PAGES_FIELD_NUMBER: _ClassVar[int]
     generate: Generate
     abort: Abort
     hello: Hello
     proof: Proof
-    def __init__(self, generate: _Optional[_Union[Generate, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., proof: _Optional[_Union[Proof, _Mapping]] = ...) -> None: ...
+    watch_pages: WatchPages
+    def __init__(self, generate: _Optional[_Union[Generate, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., proof: _Optional[_Union[Proof, _Mapping]] = ..., watch_pages: _Optional[_Union[WatchPages, _Mapping]] = ...) -> None: ...
+
+class WatchPages(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("challenge",)
@@ -137,20 +143,32 @@ class Grammar(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., text: _Optional[str] = ..., param: _Optional[str] = ...) -> None: ...
 
 class EngineMessage(_message.Message):
-    __slots__ = ("info", "stats", "outputs", "rejections", "answer", "leaving")
+    __slots__ = ("info", "stats", "outputs", "rejections", "answer", "leaving", "page_changes")
     INFO_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     REJECTIONS_FIELD_NUMBER: _ClassVar[int]
     ANSWER_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
+    PAGE_CHANGES_FIELD_NUMBER: _ClassVar[int]
     info: EngineInfo
     stats: EngineStats
     outputs: Outputs
     rejections: _containers.RepeatedCompositeFieldContainer[Rejection]
     answer: Answer
     leaving: bool
-    def __init__(self, info: _Optional[_Union[EngineInfo, _Mapping]] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., outputs: _Optional[_Union[Outputs, _Mapping]] = ..., rejections: _Optional[_Iterable[_Union[Rejection, _Mapping]]] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., leaving: _Optional[bool] = ...) -> None: ...
+    page_changes: _containers.RepeatedCompositeFieldContainer[PageChanges]
+    def __init__(self, info: _Optional[_Union[EngineInfo, _Mapping]] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., outputs: _Optional[_Union[Outputs, _Mapping]] = ..., rejections: _Optional[_Iterable[_Union[Rejection, _Mapping]]] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., leaving: _Optional[bool] = ..., page_changes: _Optional[_Iterable[_Union[PageChanges, _Mapping]]] = ...) -> None: ...
+
+class PageChanges(_message.Message):
+    __slots__ = ("group", "stored", "removed")
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    group: int
+    stored: _containers.RepeatedScalarFieldContainer[int]
+    removed: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, group: _Optional[int] = ..., stored: _Optional[_Iterable[int]] = ..., removed: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Outputs(_message.Message):
     __slots__ = ("samples", "counts", "token_ids", "notes", "logprobs", "prompt_logprobs")
@@ -241,7 +259,7 @@ class Rejection(_message.Message):
     def __init__(self, number: _Optional[int] = ..., kind: _Optional[_Union[Rejection.Kind, str]] = ..., message: _Optional[str] = ..., param: _Optional[str] = ..., retry_after: _Optional[int] = ...) -> None: ...
 
 class EngineInfo(_message.Message):
-    __slots__ = ("model_id", "revision", "model_path", "vocab_size", "max_total_tokens", "max_input_tokens", "eos_token_ids", "page_size", "num_pages", "mesh", "dtype", "device", "defaults", "no_grammars", "deterministic", "kv_cache_dtype", "quantization", "weight_bytes")
+    __slots__ = ("model_id", "revision", "model_path", "vocab_size", "max_total_tokens", "max_input_tokens", "eos_token_ids", "page_size", "num_pages", "mesh", "dtype", "device", "defaults", "no_grammars", "deterministic", "kv_cache_dtype", "quantization", "weight_bytes", "windows")
     class DefaultsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -267,6 +285,7 @@ class EngineInfo(_message.Message):
     KV_CACHE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WINDOWS_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     revision: str
     model_path: str
@@ -285,7 +304,8 @@ class EngineInfo(_message.Message):
     kv_cache_dtype: str
     quantization: str
     weight_bytes: int
-    def __init__(self, model_id: _Optional[str] = ..., revision: _Optional[str] = ..., model_path: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_total_tokens: _Optional[int] = ..., max_input_tokens: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., page_size: _Optional[int] = ..., num_pages: _Optional[int] = ..., mesh: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., defaults: _Optional[_Mapping[str, float]] = ..., no_grammars: _Optional[str] = ..., deterministic: _Optional[bool] = ..., kv_cache_dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., weight_bytes: _Optional[int] = ...) -> None: ...
+    windows: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, model_id: _Optional[str] = ..., revision: _Optional[str] = ..., model_path: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_total_tokens: _Optional[int] = ..., max_input_tokens: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., page_size: _Optional[int] = ..., num_pages: _Optional[int] = ..., mesh: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., defaults: _Optional[_Mapping[str, float]] = ..., no_grammars: _Optional[str] = ..., deterministic: _Optional[bool] = ..., kv_cache_dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., windows: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class EngineStats(_message.Message):
     __slots__ = ("num_running", "num_waiting", "num_pages_used", "num_pages", "prefix_queries", "prefix_hits", "num_preemptions", "prompt_tokens", "output_tokens", "num_steps", "padded_tokens", "useful_tokens", "compile_events", "schedule_seconds", "dispatch_seconds", "collect_seconds", "device_seconds", "schedule_counts", "dispatch_counts", "device_counts", "collect_counts")

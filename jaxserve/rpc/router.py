@@ -6,7 +6,7 @@ replica has. It is a candidate while
 
     load <= least + share * (SLACK + SLACK_SHARE * least)
 
-and of the candidates that with the longest prefix is taken, then the least loaded, then the one that was sent the fewest prefixes. A hot
+and of the candidates that with the longest prefix is taken, then the least loaded, then the one that was sent nothing for longest. A hot
 prefix thus spreads to a second replica as soon as the first is so much busier, and from then on both have it. That a long match wins only
 while loads are balanced is the idea of SGLang's cache-aware router, which has two fixed thresholds for it; the rule above, which lets a
 match count by its share, is our own.
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from jaxserve.errors import EngineUnavailable, JaxserveError, Overloaded
-from jaxserve.page_key import extend_keys
+from jaxserve.page_key import extend_keys, short_names
 from jaxserve.request import EngineInfo, Request
 from jaxserve.rpc.client import EngineClient, Generation, Submission
 
@@ -25,7 +25,6 @@ SLACK = 8  # samples
 SLACK_SHARE = 0.5
 # A prompt's pages beyond these are not looked at: hashing them would hold up the event loop (1 us each), and so long a match is enough.
 MAX_PAGES_COMPARED = 1024
-MAX_PAGES_KEPT = 2**17  # of each replica, about 25 MB
 RETRY_INTERVAL = 0.5  # seconds
 
 
@@ -40,10 +39,12 @@ class Router:
     def __init__(self, clients: Sequence[EngineClient], by_prefix: bool = True):
         self.clients = tuple(clients)
         self._by_prefix = by_prefix and len(self.clients) > 1
+        self._turns = list(self.clients)  # the one that was sent nothing for longest is the first
         # Lost by one replica, while the others have no room for them yet.
         self._waiting: set[Submission] = set()
         for client in self.clients:
             client.rescue = self._rescue
+            client.routes_by_prefix = self._by_prefix
 
     @property
     def available(self) -> bool:
@@ -78,14 +79,14 @@ class Router:
     def send(self, submission: Submission) -> None:
         """Send what no replica has now, to one that has neither lost nor refused it. Raises EngineUnavailable where there is none."""
         tried = submission.lost_by | submission.refused_by
-        available = [c for c in self.clients if c.available and not c.leaving and c.replica not in tried]
+        available = [c for c in self._turns if c.available and not c.leaving and c.replica not in tried]
         if not available:
             raise EngineUnavailable
-        keys = self._keys(submission.request, available[0].info) if self._by_prefix else []
-        client = _choose(submission.request, keys, available)
-        client.send(submission)
-        if client.info is not None:
-            client.prefixes.add(keys, min(client.info.num_pages, MAX_PAGES_KEPT))
+        pages = self._pages(submission.request, available[0].info) if self._by_prefix else []
+        client = _choose(submission.request, pages, available)
+        client.send(submission, pages)
+        self._turns.remove(client)
+        self._turns.append(client)
 
     def fail_all(self, error: JaxserveError) -> None:
         """Let everything that is in flight from here fail."""
@@ -104,12 +105,12 @@ class Router:
         """Hang up."""
         await asyncio.gather(*(client.close() for client in self.clients))
 
-    def _keys(self, request: Request, info: EngineInfo | None) -> list[bytes]:
+    def _pages(self, request: Request, info: EngineInfo | None) -> list[int]:
         keys: list[bytes] = []
         if info is not None:
             num_pages = min(len(request.prompt_token_ids) // info.page_size, MAX_PAGES_COMPARED)
             extend_keys(keys, request, request.prompt_token_ids, info.page_size, num_pages)
-        return keys
+        return short_names(keys)
 
     def _rescue(self, submission: Submission, error: EngineUnavailable | Overloaded, replica: int) -> bool:
         """Send what has not begun to another replica.
@@ -141,11 +142,11 @@ class Router:
                 submission.fail(error)
 
 
-def _choose(request: Request, keys: Sequence[bytes], clients: Sequence[EngineClient]) -> EngineClient:
-    """The replica that the rule above prefers."""
+def _choose(request: Request, pages: Sequence[int], clients: Sequence[EngineClient]) -> EngineClient:
+    """The replica that the rule above prefers; of those that it holds equal the first."""
     least = min(client.num_in_flight for client in clients)
     # What scores its prompt computes all of it.
-    matches = {client: client.prefixes.match(keys) if request.params.prompt_logprobs is None else 0 for client in clients}
+    matches = {client: client.prefixes.match(pages) if request.params.prompt_logprobs is None else 0 for client in clients}
 
     def is_candidate(client: EngineClient) -> bool:
         page_size = client.info.page_size if client.info is not None else 0
@@ -153,4 +154,4 @@ def _choose(request: Request, keys: Sequence[bytes], clients: Sequence[EngineCli
         return client.num_in_flight <= least + share * (SLACK + SLACK_SHARE * least)
 
     candidates = filter(is_candidate, clients)
-    return min(candidates, key=lambda client: (-matches[client], client.num_in_flight, len(client.prefixes)))
+    return min(candidates, key=lambda client: (-matches[client], client.num_in_flight))

@@ -8,7 +8,7 @@ its reader is slower than that. The asyncio server is used because a message cro
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,15 +18,18 @@ import grpc
 from jaxserve.errors import EngineUnavailable, JaxserveError, StartupError
 from jaxserve.hosts.addresses import join_address
 from jaxserve.hosts.wire import CHANNEL_OPTIONS
+from jaxserve.page_changes import PageChanges
 from jaxserve.request import EngineInfo, EngineStats, FinishReason, Request, TokenOutput
 from jaxserve.rpc import engine_pb2 as pb
 from jaxserve.rpc.handshake import StreamKey, admit
+from jaxserve.rpc.untold_pages import UntoldPages
 from jaxserve.rpc.wire import OutputColumns, info_message, rejection_message, request_from, stats_message
 
 logger = logging.getLogger(__name__)
 
 SERVICE = "jaxserve.rpc.Engine"
 STATS_INTERVAL = 0.5  # seconds
+PAGES_INTERVAL = 0.1  # seconds between two looks for changed pages, where there are no outputs with which they are told
 # Outputs that may wait for a reader before its stream is broken: 256 samples for 256 steps.
 MAX_PENDING_OUTPUTS = 65536
 
@@ -47,6 +50,14 @@ class ServedEngine(Protocol):
 
     def stats(self) -> EngineStats:
         """Counters as of the last step."""
+        ...
+
+    def watch_pages(self, watcher: Any) -> None:
+        """Call `watcher.put_pages(changes)` with what is stored, then with what changed, each time before the outputs of that step."""
+        ...
+
+    def unwatch_pages(self, watcher: Any) -> None:
+        """Call it no more."""
         ...
 
 
@@ -154,7 +165,7 @@ class _Live:
 class _Stream:
     """One http process: its requests, and the outputs that wait to be sent to it.
 
-    The engine's thread only appends to `_pending` and wakes the writer; everything else runs on the event loop.
+    The engine's thread only appends to `_pending`, wakes the writer, and puts changed pages aside; all else runs on the event loop.
     """
 
     def __init__(self, engine: ServedEngine, loop: asyncio.AbstractEventLoop, leaving: bool):
@@ -169,10 +180,12 @@ class _Stream:
         self._ending = False
         self._leaving = leaving
         self._stats_at = 0.0
+        self._pages_wanted = False
         # Shared with the engine's thread; each counter has one writer.
         self._pending: deque[list[TokenOutput]] = deque()
         self._num_put = 0
         self._num_taken = 0
+        self._untold_pages = UntoldPages()
 
     @property
     def num_pending(self) -> int:
@@ -195,6 +208,10 @@ class _Stream:
         except RuntimeError:  # the loop is closed: this process is ending
             self._pending.clear()
 
+    def put_pages(self, changes: Sequence[PageChanges]) -> None:
+        """Take what changed in each KV group (engine's thread); it waits for outputs to go with, PAGES_INTERVAL at most."""
+        self._untold_pages.put(changes)
+
     def tell_leaving(self) -> None:
         """Have the client told, with what comes next, that the engine ends."""
         self._leaving = True
@@ -212,6 +229,10 @@ class _Stream:
                 self._submit(message.generate)
             elif message.WhichOneof("message") == "abort":
                 self._abort(message.abort)
+            elif message.WhichOneof("message") == "watch_pages":
+                self._pages_wanted = True
+                self._engine.watch_pages(self)
+                self._wake.set()
         self._hung_up = True
         self._wake.set()
 
@@ -220,22 +241,33 @@ class _Stream:
 
         Only between two messages: gRPC takes it amiss if one is broken off.
         """
+        tick_at = 0.0
         while not self._hung_up and (self._pending or not self._ending):
             try:
-                async with asyncio.timeout_at(self._stats_at + STATS_INTERVAL):
+                async with asyncio.timeout_at(tick_at):
                     await self._wake.wait()
             except TimeoutError:
                 pass
+            woken = self._wake.is_set()
             self._wake.clear()
             message = pb.EngineMessage(leaving=self._leaving)
             if self._pending:
                 message.outputs.CopyFrom(self._take_outputs())
             message.rejections.extend(self._rejections)
             self._rejections = []
-            if (now := self._loop.time()) >= self._stats_at + STATS_INTERVAL:
+            now = self._loop.time()
+            if stats_due := now >= self._stats_at + STATS_INTERVAL:
                 self._stats_at = now
                 message.stats.CopyFrom(stats_message(self._engine.stats()))
-            await context.write(message)
+            tick_at = self._stats_at + STATS_INTERVAL
+            if self._pages_wanted:
+                tick_at = min(tick_at, now + PAGES_INTERVAL)
+                # After the outputs are taken, so that with a request's first output the pages of its prompt are told.
+                message.page_changes.extend(self._untold_pages.take())
+                if self._untold_pages.more:
+                    self._wake.set()
+            if woken or stats_due or message.page_changes:
+                await context.write(message)
         raise _HungUp
 
     async def watch(self) -> None:
@@ -244,7 +276,8 @@ class _Stream:
         raise _Stalled
 
     def close(self) -> None:
-        """Abort whatever still runs."""
+        """Abort whatever still runs, and watch no more pages."""
+        self._engine.unwatch_pages(self)
         for request_id in self._requests:
             self._engine.abort(request_id)
         self._requests.clear()

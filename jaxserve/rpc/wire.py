@@ -228,7 +228,7 @@ def info_from(message: pb.EngineInfo) -> EngineInfo:
     """The info of a message."""
     values = {field.name: getattr(message, field.name) for field in fields(EngineInfo)}
     defaults = {name: int(value) if name == "top_k" else value for name, value in message.defaults.items()}
-    return EngineInfo(**values | {"eos_token_ids": tuple(message.eos_token_ids), "defaults": defaults})
+    return EngineInfo(**values | {"eos_token_ids": tuple(message.eos_token_ids), "windows": tuple(message.windows), "defaults": defaults})
 
 
 def stats_message(stats: EngineStats) -> pb.EngineStats:

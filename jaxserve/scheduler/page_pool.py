@@ -1,21 +1,8 @@
 """Who holds which KV page: reference counts, free pages, and pages kept for their content."""
 
 from collections import OrderedDict
-from typing import NamedTuple
 
-
-class PageEvent(NamedTuple):
-    """A page's content became findable, or is gone.
-
-    Attributes:
-        stored: True where it became findable.
-        group: KV group of the page.
-        key: names the content (prefix_cache.page_key).
-    """
-
-    stored: bool
-    group: int
-    key: bytes
+from jaxserve.page_changes import PageChanges
 
 
 class PagePool:
@@ -29,16 +16,18 @@ class PagePool:
 
     Args:
         num_pages: ids are 0 ... num_pages - 1.
-        group: named in events.
-        events: where stored and removed pages are told; its owner empties it. None tells nobody.
+        group: named where something is wrong.
+
+    Attributes:
+        changes: is told of stored and removed pages; None where nobody wants to know.
     """
 
-    __slots__ = ("_cached", "_events", "_free", "_group", "_keys", "_pages", "_references", "num_pages")
+    __slots__ = ("_cached", "_free", "_group", "_keys", "_pages", "_references", "changes", "num_pages")
 
-    def __init__(self, num_pages: int, group: int = 0, events: list[PageEvent] | None = None):
+    def __init__(self, num_pages: int, group: int = 0):
         self.num_pages = num_pages
+        self.changes: PageChanges | None = None
         self._group = group
-        self._events = events
         self._free = list(range(num_pages - 1, -1, -1))  # the end is handed out first
         self._references = [0] * num_pages
         self._keys: list[bytes | None] = [None] * num_pages
@@ -96,8 +85,8 @@ class PagePool:
             return
         self._pages[key] = page
         self._keys[page] = key
-        if self._events is not None:
-            self._events.append(PageEvent(True, self._group, key))
+        if self.changes is not None:
+            self.changes.store(key)
 
     def has(self, key: bytes) -> bool:
         """Whether a page is stored under a key."""
@@ -110,6 +99,10 @@ class PagePool:
             KeyError: none is.
         """
         return self._pages[key]
+
+    def stored(self) -> PageChanges:
+        """Return all that is findable now, for somebody who was told nothing."""
+        return PageChanges(self._pages)
 
     def check_integrity(self, references: dict[int, int]) -> None:
         """Compare with what the page tables say.
@@ -140,5 +133,5 @@ class PagePool:
         assert key is not None
         del self._pages[key]
         self._keys[page] = None
-        if self._events is not None:
-            self._events.append(PageEvent(False, self._group, key))
+        if self.changes is not None:
+            self.changes.remove(key)

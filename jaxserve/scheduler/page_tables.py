@@ -4,9 +4,10 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from jaxserve.prefix_match import first_page_seen
 from jaxserve.scheduler.config import KVGroupPages, SchedulerConfig
-from jaxserve.scheduler.page_pool import PageEvent, PagePool
-from jaxserve.scheduler.prefix_cache import Prefix, PrefixCache, first_page_seen
+from jaxserve.scheduler.page_pool import PagePool
+from jaxserve.scheduler.prefix_cache import Prefix, PrefixCache
 from jaxserve.scheduler.sample import Sample
 
 
@@ -19,11 +20,10 @@ class PageTables:
     Args:
         config: page size, prefix caching, tokens a step.
         groups: the memory.
-        events: where stored and removed pages are told; None tells nobody.
     """
 
-    def __init__(self, config: SchedulerConfig, groups: Sequence[KVGroupPages], events: list[PageEvent] | None = None):
-        self.pools = [PagePool(group.num_pages, i, events) for i, group in enumerate(groups)]
+    def __init__(self, config: SchedulerConfig, groups: Sequence[KVGroupPages]):
+        self.pools = [PagePool(group.num_pages, i) for i, group in enumerate(groups)]
         self._windows = [group.window for group in groups]
         self._page_size = config.page_size
         self._cache = PrefixCache(self.pools, self._windows, config.page_size) if config.prefix_caching else None

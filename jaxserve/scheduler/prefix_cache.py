@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxserve.page_key import extend_keys
+from jaxserve.prefix_match import first_page_seen, longest_prefix
 from jaxserve.request import Request
 from jaxserve.scheduler.page_pool import PagePool
 
@@ -38,6 +39,7 @@ class PrefixCache:
 
     def __init__(self, pools: Sequence[PagePool], windows: Sequence[int | None], page_size: int):
         self._groups = list(zip(pools, windows, strict=True))
+        self._stored = [(pool.has, window) for pool, window in self._groups]
         self._page_size = page_size
 
     def extend_keys(self, keys: list[bytes], request: Request, token_ids: Sequence[int], num_pages: int) -> None:
@@ -50,35 +52,7 @@ class PrefixCache:
         Args:
             keys: of as many leading pages as are wanted at most.
         """
-        length = wanted = len(keys)
-        while True:
-            for pool, window in self._groups:
-                length = _match_all(pool, keys, length) if window is None else self._match_window(pool, window, keys, length)
-            if length == wanted:  # no group took anything from what the others can serve
-                break
-            wanted = length
+        length = longest_prefix(self._stored, self._page_size, keys)
         num_tokens = length * self._page_size
         first = [first_page_seen(num_tokens, window, self._page_size) for _, window in self._groups]
         return Prefix(num_tokens, [[pool.find(key) for key in keys[i:length]] for (pool, _), i in zip(self._groups, first, strict=True)])
-
-    def _match_window(self, pool: PagePool, window: int, keys: Sequence[bytes], limit: int) -> int:
-        """Return the longest length whose last window is stored: the pages that its next token sees, not those before."""
-        length = limit
-        for i in range(limit - 1, -1, -1):
-            if not pool.has(keys[i]):
-                length = i
-            elif i <= first_page_seen(length * self._page_size, window, self._page_size):
-                return length
-        return 0
-
-
-def _match_all(pool: PagePool, keys: Sequence[bytes], limit: int) -> int:
-    for i in range(limit):
-        if not pool.has(keys[i]):
-            return i
-    return limit
-
-
-def first_page_seen(position: int, window: int | None, page_size: int) -> int:
-    """Return the logical index of the first page that the token at a position sees, its own position included in the window."""
-    return 0 if window is None else max(0, position - window + 1) // page_size

@@ -12,8 +12,8 @@ from jaxserve.request import Request, TokenOutput
 from jaxserve.scheduler.batch import IN_FLIGHT, ScheduledBatch, ScheduledRow
 from jaxserve.scheduler.config import KVGroupPages, SchedulerConfig
 from jaxserve.scheduler.outputs import error_output, receive
-from jaxserve.scheduler.page_pool import PageEvent
 from jaxserve.scheduler.page_tables import PageTables
+from jaxserve.scheduler.page_watchers import PageWatchers
 from jaxserve.scheduler.prefill_budget import MAX_LOOKED_AT, PrefillBudget, tokens_for_prompts
 from jaxserve.scheduler.sample import NEVER, Sample, SampleState
 from jaxserve.step import StepResult
@@ -41,20 +41,17 @@ class Scheduler:
         config: limits.
         groups: the KV groups, at least one.
         clock: seconds; the one of `add`'s `now`.
-        page_events: where stored and removed pages are told, for whoever owns and empties the list; None tells nobody.
+
+    Attributes:
+        page_watchers: who is told which pages are stored and removed.
     """
 
-    def __init__(
-        self,
-        config: SchedulerConfig,
-        groups: Sequence[KVGroupPages],
-        clock: Callable[[], float] = time.monotonic,
-        page_events: list[PageEvent] | None = None,
-    ):
+    def __init__(self, config: SchedulerConfig, groups: Sequence[KVGroupPages], clock: Callable[[], float] = time.monotonic):
         self._config = config
         self._clock = clock
         # Memory
-        self._tables = PageTables(config, groups, page_events)
+        self._tables = PageTables(config, groups)
+        self.page_watchers = PageWatchers(self._tables.pools)
         self._free_slots = list(range(config.max_batch_size - 1, -1, -1))
         # Samples: unfinished ones by request; those to admit and those that run in order of arrival; those still held by a step
         self._requests: dict[str, list[Sample]] = {}
