@@ -158,7 +158,7 @@ def test_a_device_is_dealt_its_share_of_the_rows():
     logits, columns = one._placed(np.zeros((NUM_ROWS, VOCAB + one.padding), np.float32)), np.zeros((NUM_ROWS, len(Column)), np.int32)
     _, state = one._sample(logits, one.state, columns)
     assert state.token_counts.sharding.shard_shape(state.token_counts.shape) == (NUM_ROWS, shard_width(VOCAB, 4))
-    traced = jax.make_jaxpr(one._sample)(logits, one.state, columns).jaxpr
+    traced = one._sample.trace(logits, one.state, columns).jaxpr.jaxpr
     (sharded,) = [equation for equation in _equations(traced) if equation.primitive.name == "shard_map"]
     shapes = [variable.aval.shape for equation in _equations(sharded.params["jaxpr"]) for variable in equation.outvars]
     assert {math.prod(shape[:-1]) for shape in shapes if shape and shape[-1] >= VOCAB} == {1, 4}
