@@ -2,12 +2,15 @@
 
 import functools
 import math
+import re
+import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec
 from plain_forward import make_mesh
 
 from jaxserve.pallas_kernels import Shards
@@ -169,3 +172,30 @@ def _equations(jaxpr):
         yield equation
         for inner in jaxprs_in_params(equation.params):
             yield from _equations(inner)
+
+
+def test_gpus_exchange_by_kernels_alone():
+    """XLA's own collectives would split the step's CUDA graph."""
+    mesh = AbstractMesh((4,), ("tensor",), abstract_device=AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu"))
+
+    def sample(logits, state, columns, peers):
+        return sharded_sampler.sample(logits, state, columns, VocabularyShards(VOCAB, Shards(peers)))
+
+    specs, out_specs = (HERE, SAMPLING_SPEC, EVERYWHERE, PartitionSpec("tensor")), (EVERYWHERE, SAMPLING_SPEC)
+    sharded = jax.jit(jax.shard_map(sample, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False))
+    padded = 4 * shard_width(VOCAB, 4)
+
+    def placed(shape, dtype, spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    state = jax.eval_shape(lambda: make_sampling_state(8, padded))
+    state = jax.tree.map(lambda x, spec: placed(x.shape, x.dtype, spec), state, SAMPLING_SPEC)
+    shapes = ((8, padded), jnp.float32), ((8, len(Column)), jnp.int32), ((4, 5, 2), jnp.uint32)
+    logits, columns, peers = (placed(*shape, spec) for shape, spec in zip(shapes, (specs[0], *specs[2:]), strict=True))
+    with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Pallas-Triton is deprecated
+        text = sharded.trace(logits, state, columns, peers).lower(lowering_platforms=("cuda",)).as_text()
+    names = re.findall(r'triton\(.*\bname = "(\w+)"', text)
+    kernels = "largest_logits", "all_gather", "all_to_all", "choose_tokens", "choose_truncated_tokens", "race_of_shard", "all_gather"
+    assert sorted(names) == sorted(kernels)
+    assert not re.search(r"stablehlo\.all_|stablehlo\.collective|stablehlo\.while|stablehlo\.case|stablehlo\.if", text)

@@ -55,8 +55,9 @@ class VocabularyShards:
 
     def best(self, values: jax.Array, token_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of what each shard found, both [shards, ...], the largest value and its token id; the lowest token id of equals."""
-        winner = jnp.argmax(values, axis=0, keepdims=True)
-        value, token_id = (jnp.take_along_axis(x, winner, axis=0)[0] for x in (values, token_ids))
+        value, token_id = values[0], token_ids[0]
+        for theirs, their_id in zip(values[1:], token_ids[1:], strict=True):  # one by one XLA computes it beside what follows
+            value, token_id = jnp.where(theirs > value, theirs, value), jnp.where(theirs > value, their_id, token_id)
         return value, jnp.minimum(token_id, jnp.int32(self.size - 1))
 
     def told(self, x: jax.Array) -> jax.Array:
