@@ -67,17 +67,14 @@ def sample(logits: jax.Array, state: SamplingState, columns: jax.Array, vocabula
 def find_logprobs(
     raw: jax.Array, logits: jax.Array, state: SamplingState, columns: jax.Array, sampled: jax.Array, vocabulary: VocabularyShards
 ) -> jax.Array:
-    """As the sampler's: raw and logits float32 [R, width] and the state are of this shard, the rest and the result as there.
-
-    All rows are dealt out: a step where some row wants log probabilities is told from one where none does by the host alone.
-    """
+    """As the sampler's: raw and logits float32 [R, width] and the state are of this shard, the rest and the result as there."""
     rows, num_rows = unpack_rows(columns), len(columns)
     token_ids, previous = sampled[:, 1], sampled[:, 2]
     stats = jax.lax.bitcast_convert_type(sampled[:, 3:], jnp.float32)
     distribution = Distribution(*(stats[:, i] for i in range(_NUM_STATS)))
-    own, own_tokens = vocabulary.whole_rows(raw)[:, : vocabulary.size], vocabulary.own_rows(token_ids)
+    own = vocabulary.whole_rows(raw, rows.wants_logprobs)[:, : vocabulary.size]
     top_logits, top_ids = sampler.top_tokens(own, MAX_TOP_LOGPROBS)
-    chosen = jnp.take_along_axis(own, own_tokens[:, None], axis=1)
+    chosen = jnp.take_along_axis(own, vocabulary.own_rows(token_ids)[:, None], axis=1)
     log_sum = log_sum_exp(own)[:, None]
     told = vocabulary.told(pack_columns(chosen - log_sum, top_logits - log_sum, top_ids))
     raws, top_ids = jnp.split(vocabulary.all_rows(told, num_rows), [1 + MAX_TOP_LOGPROBS], axis=1)
