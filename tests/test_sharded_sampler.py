@@ -87,7 +87,7 @@ class Sampler:
         self.state = jax.tree.map(self._placed, state, SAMPLING_SPEC)
         self._load, self._mask, self._sample, self._logprobs = programs(tensor)
 
-    def _placed(self, x: jax.Array, spec: PartitionSpec = HERE) -> jax.Array:
+    def _placed(self, x: jax.Array | np.ndarray, spec: PartitionSpec = HERE) -> jax.Array:
         """On the devices as the programs take it, so that they are not compiled for another placement, too."""
         return jax.device_put(x, NamedSharding(self._mesh, spec))
 

@@ -13,7 +13,7 @@ from jax._src.pallas.triton import lowering as triton_lowering
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from jaxserve.pallas_kernels.noise import noise_keys
-from jaxserve.pallas_kernels.token_choice import VocabularyShard, choose_adjusted_tokens, choose_tokens, race
+from jaxserve.pallas_kernels.token_choice import TokenRange, choose_adjusted_tokens, choose_tokens, race
 from jaxserve.pallas_kernels.token_options import Column, Flag
 from jaxserve.request import SamplingParams
 from jaxserve.runner.sampler import apply_masks
@@ -124,7 +124,7 @@ def choose_by_shards(raw, state, columns, width: int, vocab_size: int):
             jnp.pad(x[:, first : first + held], ((0, 0), (0, width - held)), constant_values=fill)
             for x, fill in ((raw, 1e30), (state.token_counts, 0), (state.bias, 0))
         )
-        shard = VocabularyShard(jnp.array([first, held], jnp.int32), logits, columns, keys, counts, bias, state.last_tokens)
+        shard = TokenRange(jnp.array([first, held], jnp.int32), logits, columns, keys, counts, bias, state.last_tokens)
         shards.append(shard)
         found.append(shard.largest(interpret=True))
     best = functools.reduce(jnp.maximum, (value for value, _, _ in found))

@@ -117,19 +117,19 @@ class _KernelShard(_Shard):
 
     def __init__(self, logits: jax.Array, state: SamplingState, columns: jax.Array, vocabulary: VocabularyShards):
         # Pallas takes over a second to import: not where there is no GPU.
-        from jaxserve.pallas_kernels.token_choice import VocabularyShard
+        from jaxserve.pallas_kernels.token_choice import TokenRange
 
         self._vocabulary, self._rows = vocabulary, unpack_rows(columns)
-        token_range = jnp.stack([vocabulary.first, vocabulary.num_held])
+        bounds = jnp.stack([vocabulary.first, vocabulary.num_held])
         of_slots = state.token_counts, state.bias, state.last_tokens
-        self._shard = VocabularyShard(token_range, logits, columns, _keys(self._rows), *of_slots)
-        self._best, self._place, self._adjusted = self._shard.largest()
+        self._range = TokenRange(bounds, logits, columns, _keys(self._rows), *of_slots)
+        self._best, self._place, self._adjusted = self._range.largest()
 
     def largest(self) -> tuple[jax.Array, jax.Array]:
         return self._best, self._place
 
     def race(self, best: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return self._shard.race(best)
+        return self._range.race(best)
 
     def choose_whole(self, columns: jax.Array, best: jax.Array) -> tuple[jax.Array, jax.Array]:
         from jaxserve.pallas_kernels.token_choice import choose_adjusted_tokens

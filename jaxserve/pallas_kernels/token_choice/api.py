@@ -5,7 +5,7 @@ their predicates to the host and end the CUDA graph. The first kernel (race.py) 
 min_p and top_p; the second (truncation.py) the others, and returns at once where there are none. They are two because a kernel's
 registers are those of its hungriest path: all in one, a multiprocessor held one row at a time.
 
-Of a vocabulary that is cut over shards two more (shard.py) find what a shard can say of its own range.
+Of a vocabulary that is cut over shards two more (token_range.py) find what a shard can say of its own range.
 """
 
 import functools
@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jaxserve.pallas_kernels.token_choice import race, shard, truncation
+from jaxserve.pallas_kernels.token_choice import race, token_range, truncation
 
 
 class TokenChoice(NamedTuple):
@@ -77,15 +77,15 @@ def choose_adjusted_tokens(
     return _choose(_shared(logits, columns, noise_keys, nothing.astype(jnp.float32)), [nothing, nothing], vocab_size, interpret, True)
 
 
-class VocabularyShard(NamedTuple):
-    """A range of the vocabulary, and what its shard has of each row.
+class TokenRange(NamedTuple):
+    """A range of the vocabulary, and what the shard that has it knows of each row.
 
     Attributes:
-        token_range: int32 [2], the first token id, and how many there are; logits, counts and bias may be wider.
+        bounds: int32 [2], the first token id, and how many there are; logits, counts and bias may be wider.
         logits, columns, noise_keys, token_counts, bias, last_tokens: as `choose_tokens` takes them, of these tokens.
     """
 
-    token_range: jax.Array
+    bounds: jax.Array
     logits: jax.Array
     columns: jax.Array
     noise_keys: tuple[jax.Array, jax.Array]
@@ -99,7 +99,7 @@ class VocabularyShard(NamedTuple):
         """
         each = self.logits.shape[:1]
         outputs = [_words(each, jnp.float32), _words(each, jnp.int32), _words(self.logits.shape, jnp.float32)]
-        best, place, adjusted = _call(shard.largest, self._operands, outputs, shard.NUM_WARPS, "largest_logits", interpret)
+        best, place, adjusted = _call(token_range.largest, self._operands, outputs, token_range.NUM_WARPS, "largest_logits", interpret)
         return best, place, adjusted
 
     def race(self, best: jax.Array, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -110,13 +110,13 @@ class VocabularyShard(NamedTuple):
             best: float32 [R], the largest adjusted logit of all shards.
         """
         outputs = [_words(best.shape, jnp.float32), _words(best.shape, jnp.int32)]
-        score, place = _call(shard.race, [*self._operands, best], outputs, shard.NUM_WARPS, "race_of_shard", interpret)
+        score, place = _call(token_range.race, [*self._operands, best], outputs, token_range.NUM_WARPS, "race_of_shard", interpret)
         return score, place
 
     @property
     def _operands(self) -> list[jax.Array]:
         shared = _shared(self.logits, self.columns, self.noise_keys, self.bias)
-        return [*shared, self.token_counts, self.last_tokens, self.token_range]
+        return [*shared, self.token_counts, self.last_tokens, self.bounds]
 
 
 def _shared(logits: jax.Array, columns: jax.Array, noise_keys: tuple[jax.Array, jax.Array], bias: jax.Array) -> list[jax.Array]:

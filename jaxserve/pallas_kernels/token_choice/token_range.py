@@ -16,8 +16,8 @@ _BLOCK = 4096  # tokens read at once: four a thread
 
 def largest(*refs):
     """The first kernel: largest logit, its lowest token, adjusted logits where the row is needed whole."""
-    *shared, counts_ref, last_ref, range_ref, best_ref, token_ref, adjusted_ref = refs
-    row = _row(shared, counts_ref, last_ref, range_ref)
+    *shared, counts_ref, last_ref, bounds_ref, best_ref, token_ref, adjusted_ref = refs
+    row = _row(shared, counts_ref, last_ref, bounds_ref)
     best_ref[row.number], token_ref[row.number], _ = row.largest()
 
     @pl.when(row.needs_whole)
@@ -27,8 +27,8 @@ def largest(*refs):
 
 def race(*refs):
     """The second: score and token of the winner, -1 and 0 where there is none; other rows get nothing."""
-    *shared, counts_ref, last_ref, range_ref, best_ref, score_ref, token_ref = refs
-    row = _row(shared, counts_ref, last_ref, range_ref)
+    *shared, counts_ref, last_ref, bounds_ref, best_ref, score_ref, token_ref = refs
+    row = _row(shared, counts_ref, last_ref, bounds_ref)
 
     @pl.when(row.draws & ~row.needs_whole)
     def _():
@@ -41,6 +41,6 @@ def race(*refs):
         score_ref[row.number], token_ref[row.number] = score, jnp.maximum(winner, 0)
 
 
-def _row(shared, counts_ref, last_ref, range_ref) -> Row:
-    """`range_ref`: int32 [2], the shard's first token id, and how many it has."""
-    return Row(shared, counts_ref, last_ref, range_ref[1], _BLOCK, first=range_ref[0])
+def _row(shared, counts_ref, last_ref, bounds_ref) -> Row:
+    """`bounds_ref`: int32 [2], the shard's first token id, and how many it has."""
+    return Row(shared, counts_ref, last_ref, bounds_ref[1], _BLOCK, first=bounds_ref[0])
