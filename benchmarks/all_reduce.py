@@ -217,6 +217,8 @@ CASES = (
     Case(3, 4096, 1, "bfloat16", "bfloat16", "norm"),
     Case(8, 64128, 1, "float32", "float32", "gather"),
     Case(5, 1001, 1, "float32", "float32", "gather", blocks=2),
+    Case(24, 32064, 1, "float32", "float32", "deal"),
+    Case(48, 5001, 1, "float32", "float32", "deal", blocks=2),
 )
 
 
@@ -240,6 +242,11 @@ def check_case(case: Case, table: jax.Array, seed: int) -> bool:
         # All shards' blocks of 1024 threads must run at once, two on a multiprocessor.
         call = functools.partial(triton.all_gather_triton, blocks=min(case.blocks, 128 // count))
         got = (jax.jit(call)(parts[:, 0], table),)
+        expected = (jnp.concatenate(list(parts[:, 0]), axis=1),)
+    elif case.kind == "deal":
+        call = functools.partial(triton.all_to_all_triton, blocks=min(case.blocks, 128 // count))
+        dealt = jax.jit(call)(parts[:, 0], *(jnp.ones((case.num_rows,), jnp.int32),) * 2, table)
+        got = (jnp.broadcast_to(jnp.concatenate(list(jnp.swapaxes(dealt, 0, 1))), (count, case.num_rows, count * case.columns)),)
         expected = (jnp.concatenate(list(parts[:, 0]), axis=1),)
     elif case.kind == "norm":
         config = triton.AllReduceConfig.for_rows(case.columns, dtype, layout)

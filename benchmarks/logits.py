@@ -74,7 +74,7 @@ class Prompts:
             self._occupants.append([Occupant(request, params, 0, next(slots), ids, tables) for _ in range(self.slots_each)])
 
     def run(self, pieces: Sequence[Piece]) -> jax.Array:
-        """Compute pieces in one step; float32 logits [rows of the bucket, V] of the last token of each."""
+        """Compute pieces in one step; float32 logits [rows of the bucket, V or wider] of the last token of each, cut over the mesh."""
         used = [0] * len(self.prompts)
         rows = []
         for number, start, count in pieces:
@@ -84,7 +84,7 @@ class Prompts:
             rows.append(ScheduledRow(occupant, start, count, ids, True, self._is_new[occupant.slot], 0))  # pyright: ignore
             self._is_new[occupant.slot] = False
         step = self._runner.forward(ScheduledBatch(rows, num_tokens=sum(count for _, _, count in pieces)))  # pyright: ignore
-        logits = self._runner.logits.addressable_data(0)  # of a mesh each device has all of them
+        logits = self._runner.logits
         self._runner.sample(step)
         self._runner.collect(step)
         return logits
@@ -190,7 +190,9 @@ class Reference:
         """Add a step's errors; hidden states of a prompt begin at its number times `stride`."""
         places = np.zeros(logits.shape[0], np.int32)
         places[: len(pieces)] = [number * stride + start + count - 1 for number, start, count in pieces]
-        relative, divergence = self._compare(hidden, jnp.asarray(places), self._head, logits)
+        head = self._head
+        here = jax.device_put(logits, hidden.sharding)[:, : len(head)]
+        relative, divergence = self._compare(hidden, jnp.asarray(places), head, here)
         errors.relative += np.asarray(relative)[: len(pieces)].tolist()
         errors.divergence += np.asarray(divergence)[: len(pieces)].tolist()
         errors.positions += pieces

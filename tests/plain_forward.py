@@ -36,12 +36,13 @@ def logits_of(model: Model, mesh: Mesh, tokens: list[int], bucket: int, kv_dtype
         decode_only=False,
     )
     padded = jnp.asarray(np.where(real, np.pad(np.asarray(tokens, np.int32), (0, bucket - count)), 0))
-    return np.asarray(_forward(model.architecture, mesh, pages, kv_dtype)(model.leaves, padded, jnp.asarray(flat), metadata))[:count]
+    forward = _forward(model.architecture, mesh, pages, kv_dtype)
+    return np.asarray(forward(model.leaves, padded, jnp.asarray(flat), metadata))[:count, : model.config.vocab_size]
 
 
 @lru_cache
 def _forward(architecture: Architecture, mesh: Mesh, pages: int, kv_dtype: str) -> Callable[..., jax.Array]:
-    """(leaves, token ids [T], positions [T], metadata) -> logits [T, vocab], jitted over an empty cache of `pages` pages a layer."""
+    """(leaves, token ids [T], positions [T], metadata) -> logits [T, vocab or wider], jitted over an empty cache of so many pages."""
     config = architecture.config
     shape = layer_kv_shape(pages, PAGE_SIZE, config.local_kv_heads(mesh.shape["tensor"]), config.head_dim)
     dtype = page_dtype(jnp.dtype(kv_dtype), "cpu")
@@ -52,5 +53,5 @@ def _forward(architecture: Architecture, mesh: Mesh, pages: int, kv_dtype: str) 
         return architecture.apply(leaves, token_ids, positions, kv, (metadata,) * len(config.kv_groups), everywhere, Shards())[0]
 
     specs = (architecture.specs, P(), P(), P())
-    step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
+    step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P(None, "tensor"), check_vma=False)
     return jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})  # compiles in half the time

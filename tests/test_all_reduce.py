@@ -1,6 +1,7 @@
 """Sums over shards without a GPU: the kernel's PTX on a machine of our own, what is lowered for CUDA, and XLA's sums on fake devices."""
 
 import random
+import re
 import warnings
 from functools import partial
 
@@ -12,7 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionS
 from ptx_machine import EMPTY, Memory, Trap, run_all, run_thread
 
 from jaxserve.config import EngineOptions
-from jaxserve.pallas_kernels import ExchangeLayout, Shards, all_gather, all_reduce, all_reduce_add_rms_norm, peers_table
+from jaxserve.pallas_kernels import ExchangeLayout, Shards, all_gather, all_reduce, all_reduce_add_rms_norm, all_to_all, peers_table
 from jaxserve.pallas_kernels.add_rms_norm.reference import add_rms_norm_reference
 from jaxserve.pallas_kernels.all_reduce.exchange import BLOCKS, CONTROL_BYTES, THREADS, round_asm
 from jaxserve.pallas_kernels.all_reduce.triton import AllReduceConfig
@@ -145,7 +146,7 @@ def lower_for_cuda(function, num_shards, shapes, peers=True):
     with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Pallas-Triton is deprecated; nothing else serves GPUs before sm_90
         text = jax.jit(sharded).trace(*shapes, table).lower(lowering_platforms=("cuda",)).as_text()
-    return text.count("custom_call @__gpu$xla.gpu.triton"), text.count("stablehlo.all_reduce") + text.count("stablehlo.all_gather")
+    return text.count("custom_call @__gpu$xla.gpu.triton"), len(re.findall(r"stablehlo\.all_(reduce|gather|to_all)", text))
 
 
 def shapes_of(num_tokens, size, num_parts=None, dtype=BF16, parts_dtype=None):
@@ -170,6 +171,10 @@ def gather_of(part, residual, weight, shards):
     return all_gather(part, shards)
 
 
+def dealt_of(part, residual, weight, shards):
+    return all_to_all(part, shards, residual[:, 0] > 0)
+
+
 @pytest.mark.parametrize(
     ("function", "num_shards", "shapes", "calls"),
     [
@@ -186,9 +191,11 @@ def gather_of(part, residual, weight, shards):
         (sum_of, 3, shapes_of(7, 1000, 2, parts_dtype=F32), (1, 0)),
         (sum_of, 8, shapes_of(64, 8192, 2, parts_dtype=F32), (1, 0)),
         (sum_of, 8, shapes_of(8192, 4096), (0, 1)),
-        (gather_of, 2, shapes_of(8, 64128, dtype=F32), (1, 0)),  # the logits of the 8B's vocabulary
-        (gather_of, 2, shapes_of(64, 64128, dtype=F32), (1, 0)),
-        (gather_of, 8, shapes_of(64, 16032, dtype=F32), (0, 1)),  # each is sent 4 MB by seven
+        (gather_of, 2, shapes_of(8, 2, dtype=F32), (1, 0)),  # what shards of a vocabulary tell of each row
+        (gather_of, 8, shapes_of(256, 9, dtype=F32), (1, 0)),
+        (dealt_of, 2, shapes_of(8, 64128, dtype=F32), (1, 0)),  # the logits of the 8B's vocabulary
+        (dealt_of, 4, shapes_of(256, 32064, dtype=F32), (1, 0)),
+        (dealt_of, 8, shapes_of(64, 16032, dtype=F32), (1, 0)),
     ],
 )
 def test_small_sums_of_gpus_are_the_kernels(function, num_shards, shapes, calls):
@@ -211,12 +218,17 @@ def test_shards_that_do_not_reach_each_other_get_the_same_sum(deterministic: boo
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
-def test_what_shards_have_side_by_side():
-    part, everywhere = np.arange(4 * 3 * 5, dtype=np.float32).reshape(3, 20), PartitionSpec()
-    gather = jax.shard_map(
-        lambda x: all_gather(x, Shards()), mesh=make_mesh(4), in_specs=PartitionSpec(None, "tensor"), out_specs=everywhere, check_vma=False
-    )
-    np.testing.assert_array_equal(jax.jit(gather)(part), part)
+def test_what_shards_tell_and_deal_out():
+    whole, side_by_side, everywhere = np.arange(8 * 20, dtype=np.float32).reshape(8, 20), PartitionSpec(None, "tensor"), PartitionSpec()
+
+    def over_four(function, out_specs):
+        function = jax.shard_map(function, mesh=make_mesh(4), in_specs=side_by_side, out_specs=out_specs, check_vma=False)
+        return np.asarray(jax.jit(function)(whole))
+
+    told = over_four(lambda part: all_gather(part, Shards()), everywhere)
+    np.testing.assert_array_equal(np.concatenate(list(told), axis=1), whole)
+    dealt = over_four(lambda part: all_to_all(part, Shards()), PartitionSpec("tensor"))
+    np.testing.assert_array_equal(dealt, np.concatenate([whole[shard::4] for shard in range(4)]))
 
 
 def test_a_buffer_a_device():

@@ -6,7 +6,6 @@ from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from sampler_reference import adjusted_logits, log_softmax, noise, probabilities
@@ -319,22 +318,3 @@ def test_the_same_seed_gives_the_same_tokens_in_any_bucket_row_and_slot():
         crowd.step(logits)
     assert alone.outputs[0] == crowd.outputs[5]
     assert len(set(alone.outputs[0])) > 5
-
-
-def test_all_shards_of_a_mesh_choose_alike():
-    mesh = jax.make_mesh((1, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    everywhere = jax.sharding.PartitionSpec()
-
-    def sharded(logits: jax.Array, state: SamplingState, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
-        sampled, state = sample(logits, state, columns)
-        return find_logprobs(logits, logits, state, columns, sampled), state.last_tokens
-
-    batch = Batch([replace(p, seed=4, logprobs=1) for p in TRUNCATIONS])
-    columns = batch.columns(8)
-    state = make_sampling_state(SLOTS, VOCAB)
-    logits = random_logits(8)
-    run = jax.jit(jax.shard_map(sharded, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False))
-    packed, last = run(jnp.asarray(logits), state, jnp.asarray(columns))
-    batch.step(logits)
-    assert np.asarray(last)[:8, 0].tolist() == [output[0] for output in batch.outputs]
-    assert {np.asarray(shard.data).tobytes() for shard in packed.addressable_shards} == {np.asarray(packed).tobytes()}

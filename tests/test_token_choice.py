@@ -13,10 +13,11 @@ from jax._src.pallas.triton import lowering as triton_lowering
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from jaxserve.pallas_kernels.noise import noise_keys
-from jaxserve.pallas_kernels.token_choice import choose_tokens, race
-from jaxserve.pallas_kernels.token_options import Column
+from jaxserve.pallas_kernels.token_choice import TokenRange, choose_adjusted_tokens, choose_tokens, race
+from jaxserve.pallas_kernels.token_options import Column, Flag
 from jaxserve.request import SamplingParams
-from jaxserve.runner.sampler import _choose, apply_masks
+from jaxserve.runner.sampler import apply_masks
+from jaxserve.runner.sampler import choose_by_xla as choose_of_xla
 from jaxserve.runner.sampling_rows import RowPacker, unpack_rows
 from jaxserve.runner.sampling_state import load_slot, make_sampling_state, needs_slot_load, slot_loads
 from jaxserve.scheduler.sample import sample_seed
@@ -25,7 +26,7 @@ VOCAB = 9001  # more than a row of scratch holds
 EOS = (7, 8999)
 load = jax.jit(load_slot, donate_argnums=0)
 choose = jax.jit(functools.partial(choose_tokens, interpret=True))
-choose_by_xla = jax.jit(_choose)
+choose_by_xla = jax.jit(choose_of_xla)
 
 PARAMS = [
     SamplingParams(temperature=0.0),
@@ -49,8 +50,8 @@ PARAMS = [
 NUM_EQUAL = 3  # the last rows have equal logits: nothing parts them, and no list holds them
 
 
-def choices(masks: np.ndarray | None, logits: np.ndarray):
-    """Tokens, distributions [R, 6] and states by both ways."""
+def inputs(masks: np.ndarray | None, logits: np.ndarray):
+    """Logits as masks leave them, state and columns."""
     state, packer, slots = make_sampling_state(20, VOCAB), RowPacker(20), np.arange(len(PARAMS))[::-1].copy()
     state = replace(state, last_tokens=state.last_tokens + 77)
     for slot, params in zip(slots, PARAMS, strict=True):
@@ -59,8 +60,13 @@ def choices(masks: np.ndarray | None, logits: np.ndarray):
             for upload in slot_loads(int(slot), params, [1, 2, 3, 9], [9, 5], EOS, VOCAB):
                 state = load(state, upload)
     columns = jnp.asarray(packer.pack(slots, slots + 7, np.full(len(slots), 2), slots != 3, len(slots) + 1, np.where(slots % 2, slots, -1)))
+    return jnp.asarray(logits if masks is None else np.asarray(apply_masks(jnp.asarray(logits), jnp.asarray(masks)))), state, columns
+
+
+def choices(masks: np.ndarray | None, logits: np.ndarray):
+    """Tokens, distributions [R, 6] and states by both ways."""
+    raw, state, columns = inputs(masks, logits)
     rows = unpack_rows(columns)
-    raw = jnp.asarray(logits if masks is None else np.asarray(apply_masks(jnp.asarray(logits), jnp.asarray(masks))))
     tokens, distribution, expected_state = choose_by_xla(raw, state, columns)
     stats = jnp.stack(
         [getattr(distribution, name) for name in ("best", "inverse_temperature", "bound", "mean", "typical_bound", "log_mass")], 1
@@ -105,6 +111,56 @@ def test_broken_logits_give_some_token():
     logits[2::3, 5] = np.inf
     *_, found = choices(None, logits)
     assert all(0 <= token < VOCAB for token in found.token_ids.tolist())
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def choose_by_shards(raw, state, columns, width: int, vocab_size: int):
+    """Tokens, as shards of `width` tokens would find them, one after the other."""
+    rows, shards, found = unpack_rows(columns), [], []
+    keys = noise_keys(rows.seed_low, rows.seed_high, rows.positions)
+    for first in range(0, vocab_size, width):
+        held = min(width, vocab_size - first)
+        logits, counts, bias = (
+            jnp.pad(x[:, first : first + held], ((0, 0), (0, width - held)), constant_values=fill)
+            for x, fill in ((raw, 1e30), (state.token_counts, 0), (state.bias, 0))
+        )
+        shard = TokenRange(jnp.array([first, held], jnp.int32), logits, columns, keys, counts, bias, state.last_tokens)
+        shards.append(shard)
+        found.append(shard.largest(interpret=True))
+    best = functools.reduce(jnp.maximum, (value for value, _, _ in found))
+
+    def winner(places, values):
+        places, values = jnp.stack(places), jnp.stack(values)
+        ids = places + width * jnp.arange(len(places), dtype=jnp.int32)[:, None]
+        return jnp.take_along_axis(ids, jnp.argmax(values, axis=0)[None], axis=0)[0]
+
+    most_likely = winner([place for _, place, _ in found], [value for value, _, _ in found])
+    scores, places = zip(*(shard.race(best, interpret=True) for shard in shards), strict=True)
+    within = jnp.where(rows.draws, winner(places, scores), most_likely)
+    dealt = jnp.concatenate([adjusted for *_, adjusted in found], axis=1)
+    dealt_columns = columns.at[:, Column.FLAGS].set(columns[:, Column.FLAGS] & int(Flag.LOGPROBS)).at[:, Column.SLOT].set(0)
+    whole = choose_adjusted_tokens(dealt, dealt_columns, keys, vocab_size, interpret=True)
+    return jnp.where(rows.needs_whole, whole.token_ids, within), whole.stats
+
+
+@pytest.mark.parametrize("truncated", [True, False], ids=["truncated", "whole"])
+def test_shards_of_the_vocabulary_choose_as_the_kernel_does(truncated: bool):
+    """Of greedy rows and of those that truncate by min_p alone each finds its own; the others are put together, adjusted."""
+    logits = np.random.default_rng(5).normal(size=(len(PARAMS) + 1, VOCAB)).astype(np.float32) * 3
+    logits[0, [17, 3000, 8000]] = 50.0
+    raw, state, columns = inputs(None, logits)
+    if not truncated:
+        columns = columns.at[:, Column.FLAGS].set(columns[:, Column.FLAGS] & ~int(Flag.LOGPROBS)).at[:, Column.TOP_K].set(0)
+        ones = np.ones((len(logits), 1), np.float32).view(np.int32)
+        columns = columns.at[:, [Column.TOP_P, Column.TYPICAL_P]].set(ones)
+    rows = unpack_rows(columns)
+    keys = noise_keys(rows.seed_low, rows.seed_high, rows.positions)
+    found = choose(raw, columns, keys, state.token_counts, state.bias, state.last_tokens)
+    tokens, stats = choose_by_shards(raw, state, columns, -(-VOCAB // 2), VOCAB)
+    assert tokens.tolist() == found.token_ids.tolist() and tokens[0] == 17 and len(set(tokens.tolist())) > 8
+    assert np.asarray(rows.needs_whole).sum() == (15 if truncated else 0)
+    wants = np.asarray(rows.wants_logprobs)
+    np.testing.assert_array_equal(np.asarray(stats)[wants], np.asarray(found.stats)[wants])
 
 
 def test_the_kernel_lowers_for_cuda(monkeypatch: pytest.MonkeyPatch):

@@ -238,8 +238,8 @@ class Decoder(nnx.Module):
                 `last` alone, which must be one for each row of the metadata. Of prompts that saves most of one layer's time.
 
         Returns:
-            Logits, float32 [R, vocab_size], the same on every shard; the caches with this step's keys and values; what the last layer
-            gives, [T, hidden], from which `logits` makes those of any other token: None where it is not whole.
+            Logits, float32 [R, vocab_size / shards], of the shard's range of the vocabulary; the caches with this step's keys and values;
+            what the last layer gives, [T, hidden], from which `logits` makes those of any other token: None where it is not whole.
         """
         dtype = self.norm.weight[...].dtype
         x = self.embedding(token_ids, self.residual_dtype(dtype, shards))
@@ -268,7 +268,7 @@ class Decoder(nnx.Module):
         return self.logits(hidden.at[last].get(mode="promise_in_bounds"), shards), tuple(caches), hidden.astype(dtype)
 
     def logits(self, x: jax.Array, shards: Shards) -> jax.Array:
-        """Logits, float32 [T, vocab_size], of what the last layer gives, [T, hidden]."""
+        """Logits, float32 [T, vocab_size / shards], of what the last layer gives, [T, hidden]; see `Embedding.logits`."""
         with jax.named_scope("logits"):
             normed, _ = self.norm(Branch(x), jnp.zeros_like(x), shards, self.norm.weight[...].dtype)
             return (self.head or self.embedding).logits(normed, shards)

@@ -16,7 +16,6 @@ from jaxserve.pallas_kernels import (
     add_branch,
     add_parts,
     add_rms_norm,
-    all_gather,
     all_reduce,
     all_reduce_add_rms_norm,
     multiply_gated,
@@ -128,12 +127,15 @@ class Embedding(nnx.Module):
     def __call__(self, token_ids: jax.Array, dtype: jnp.dtype) -> Branch:
         """Vectors [T, K] in a dtype of int32 token ids [T]; each is held by one shard, the others add zero."""
         shards = jax.lax.axis_size("tensor")
-        local = -(-self.vocab_size // shards)
+        local = self._local_entries(shards)
         indices = token_ids - jax.lax.axis_index("tensor") * local
         held = (indices >= 0) & (indices < local)
         rows = self.matrix.rows(jnp.where(held, indices, 0), dtype)
         return Branch(jnp.where(held[:, None], rows, jnp.zeros((), rows.dtype)), shards > 1)
 
     def logits(self, x: jax.Array, shards: Shards) -> jax.Array:
-        """Logits, float32 [T, vocab_size], of hidden states [T, K]; every shard gets all of them."""
-        return all_gather(self.matrix.matmul(x, jnp.float32, shards.deterministic), shards)[:, : self.vocab_size]
+        """Logits of hidden states [T, K], float32 [T, local entries]: of this shard's range of the vocabulary, the last with padding."""
+        return self.matrix.matmul(x, jnp.float32, shards.deterministic)[:, : self._local_entries(shards.count)]
+
+    def _local_entries(self, shards: int) -> int:
+        return -(-self.vocab_size // shards)

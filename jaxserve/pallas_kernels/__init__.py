@@ -11,6 +11,7 @@ from jaxserve.pallas_kernels.all_reduce import Shards as Shards
 from jaxserve.pallas_kernels.all_reduce import all_gather as all_gather
 from jaxserve.pallas_kernels.all_reduce import all_reduce as all_reduce
 from jaxserve.pallas_kernels.all_reduce import all_reduce_add_rms_norm as all_reduce_add_rms_norm
+from jaxserve.pallas_kernels.all_reduce import all_to_all as all_to_all
 from jaxserve.pallas_kernels.all_reduce import peers_table as peers_table
 from jaxserve.pallas_kernels.float16 import attention_dtype as attention_dtype
 from jaxserve.pallas_kernels.float16 import narrowed as narrowed

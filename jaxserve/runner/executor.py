@@ -27,7 +27,8 @@ from jaxserve.runner.preparation import Preparation
 from jaxserve.runner.programs import PAGE_COPIES, PAGE_ENTRIES, TRITON_PRODUCTS, ProgramKey, mask_words, num_scored_a_call
 from jaxserve.runner.sampling_rows import neutral_columns
 from jaxserve.runner.sampling_state import SLOT_LOAD_SIZE
-from jaxserve.runner.state import allocate_state
+from jaxserve.runner.state import VOCABULARY_SPEC, allocate_state
+from jaxserve.runner.vocabulary import shard_width
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class Executor:
 
     @property
     def logits(self) -> jax.Array:
-        """Of the step between its forward and its sampler, float32 [rows of the bucket's logits, V]."""
+        """Of the step between its forward and its sampler, float32 [rows of the bucket's logits, V or wider], cut over the shards."""
         return self._logits[0]
 
     @property
@@ -141,8 +142,8 @@ class Executor:
 
     def _run(self, key: ProgramKey, arrays: Sequence[np.ndarray]) -> jax.Array | None:
         program, uploads, result = self._compiled[key], [self._upload(array) for array in arrays], None
+        peers = () if self._exchange is None else (self._exchange.peers,)
         if key.kind in ("forward", "step"):
-            peers = () if self._exchange is None else (self._exchange.peers,)
             self._state, *results = program(self._model.leaves, self._state, *uploads, *peers)
             if key.kind == "forward":
                 self._logits = results
@@ -153,10 +154,10 @@ class Executor:
         elif key.kind in ("sample", "logprobs"):
             (raw, columns), self._logits = self._logits, ()
             logits, self._masked = raw if self._masked is None else self._masked, None
-            result, sampling = self._compiled[key._replace(kind="sample")](logits, self._state.sampling, columns)
+            result, sampling = self._compiled[key._replace(kind="sample")](logits, self._state.sampling, columns, *peers)
             self._state = replace(self._state, sampling=sampling)
             if key.kind == "logprobs":
-                result = program(raw, logits, sampling, columns, result)
+                result = program(raw, logits, sampling, columns, result, *peers)
         elif key.kind == "score":
             result = program(self._model.leaves, self._state.hidden, *uploads)
         else:
@@ -189,11 +190,16 @@ class Executor:
             times = 2 if bucket.num_tokens <= _MOST_RECORDED_TOKENS else 1
         for _ in range(1 if on_cpu else times):
             if isinstance(num_rows := key.shape, int):
-                arrays = np.zeros((num_rows, self._model.config.vocab_size), np.float32), np.tile(neutral_columns(), (num_rows, 1))
-                self._logits = [self._upload(array) for array in arrays]
+                self._logits = [self._idle_logits(num_rows), self._upload(np.tile(neutral_columns(), (num_rows, 1)))]
             self._run(key, self._idle_arrays(key))
             self._logits, self._masked = (), None
         jax.block_until_ready(self._state)
+
+    def _idle_logits(self, num_rows: int) -> jax.Array:
+        shards = self._mesh.shape["tensor"]
+        shape = num_rows, shards * shard_width(self._model.config.vocab_size, shards)
+        sharding = NamedSharding(self._mesh, VOCABULARY_SPEC)
+        return jax.make_array_from_callback(shape, sharding, lambda index: np.zeros((num_rows, shape[1] // shards), np.float32))
 
     def _idle_arrays(self, key: ProgramKey) -> list[np.ndarray]:
         """What the host would send up for nobody."""

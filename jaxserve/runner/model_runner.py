@@ -105,7 +105,7 @@ class ModelRunner:
 
     @property
     def logits(self) -> jax.Array:
-        """Of the step between forward() and sample(), float32 [rows of the bucket's logits, V]: for checks."""
+        """Of the step between forward() and sample(), float32 [rows of the bucket's logits, V or wider], cut over shards: for checks."""
         return self._executor.logits
 
     @property

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import os
 import threading
 import time
@@ -31,6 +32,7 @@ from jaxserve.runner.lowering import compile_lowered, lower
 from jaxserve.runner.memory import expected_temporaries, kv_cache_bytes
 from jaxserve.runner.program_store import ProgramStore
 from jaxserve.runner.programs import Program, ProgramKey, Programs
+from jaxserve.runner.vocabulary import shard_width
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +120,10 @@ class Preparation:
             blueprint = self._blueprint()
             state = Programs(blueprint).state
             # Beside the KV cache: the rest of the state, and a step's logits with masks applied.
-            beside = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.sampling, state.hidden)))
-            self._bytes_left -= beside + config.masked * 4 * config.max_batch_size * architecture.config.vocab_size
+            rest = jax.tree.leaves((state.sampling, state.hidden))
+            beside = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in rest)
+            logits = 4 * config.max_batch_size * shard_width(architecture.config.vocab_size, mesh.shape["tensor"])
+            self._bytes_left -= beside + config.masked * logits
             name = blueprint.digest(f"temporaries {describe_compiler(mesh)}")  # XLA's choices are in them
             measured = self._leaders("temporaries", self._store.read(name) or b"")
             self._temporaries = max(int(measured or 0), expected_temporaries(blueprint))

@@ -19,15 +19,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.models import Architecture
 from jaxserve.pallas_kernels import Shards
+from jaxserve.runner import prompt_scores, sampler, sampling_state, sharded_sampler
 from jaxserve.runner.batch import BatchLayout, add_page_entries, unpack_batch
 from jaxserve.runner.blueprint import Blueprint
 from jaxserve.runner.buckets import Bucket, Buckets
 from jaxserve.runner.exchange import PEERS_SPEC
-from jaxserve.runner.prompt_scores import score_tokens
-from jaxserve.runner.sampler import SAMPLED_COLUMNS, apply_masks, find_logprobs, sample
+from jaxserve.runner.sampler import SAMPLED_COLUMNS
 from jaxserve.runner.sampling_rows import NUM_SAMPLING_COLUMNS, neutral_columns
-from jaxserve.runner.sampling_state import SLOT_LOAD_SIZE, load_slot
-from jaxserve.runner.state import STATE_SPEC, DeviceState, abstract_state
+from jaxserve.runner.sampling_state import SLOT_LOAD_SIZE, SamplingState
+from jaxserve.runner.state import SAMPLING_SPEC, STATE_SPEC, VOCABULARY_SPEC, DeviceState, abstract_state
+from jaxserve.runner.vocabulary import VocabularyShards, shard_width
 
 PAGE_COPIES = 16  # a call
 PAGE_ENTRIES = 1024  # a call
@@ -130,7 +131,7 @@ class Programs:
             layout: of the bucket.
             logit_rows: rows of the logits and columns; those beyond the bucket's are padding.
         """
-        return self._model_program(self._forward(layout, logit_rows), layout, (_EVERYWHERE, _EVERYWHERE))
+        return self._model_program(self._forward(layout, logit_rows), layout, (VOCABULARY_SPEC, _EVERYWHERE))
 
     def step(self, layout: BatchLayout, logit_rows: int) -> Program:
         """(leaves, state, packed[, peers]) -> (state, what unpack_sampled() reads): `forward` and `sample` in one."""
@@ -140,7 +141,7 @@ class Programs:
             leaves: tuple[jax.Array, ...], state: DeviceState, packed: jax.Array, peers: jax.Array | None = None
         ) -> tuple[DeviceState, jax.Array]:
             state, logits, columns = forward(leaves, state, packed, peers)
-            sampled, sampling = sample(logits, state.sampling, columns)
+            sampled, sampling = self._sample(logits, state.sampling, columns, peers)
             return replace(state, sampling=sampling), sampled
 
         return self._model_program(step, layout, (_EVERYWHERE,))
@@ -175,20 +176,48 @@ class Programs:
 
     def mask(self, num_rows: int) -> Program:
         """(logits, masks) -> logits."""
+
+        def apply_masks(logits: jax.Array, masks: jax.Array) -> jax.Array:
+            if (vocabulary := self._vocabulary()) is None:
+                return sampler.apply_masks(logits, masks)
+            return sharded_sampler.apply_masks(logits, masks, vocabulary)
+
         masks = self._array((num_rows, mask_words(self.blueprint.model.vocab_size)), jnp.uint32)
-        return self._program(apply_masks, (self._logits(num_rows), masks), (_EVERYWHERE,) * 2, _EVERYWHERE, _ARRAY, donated=())
+        specs = VOCABULARY_SPEC, _EVERYWHERE
+        return self._program(apply_masks, (self._logits(num_rows), masks), specs, VOCABULARY_SPEC, _ARRAY, donated=())
 
     def sample(self, num_rows: int) -> Program:
-        """(logits, sampling state, columns) -> (what unpack_sampled() reads, sampling state)."""
-        arguments = self._logits(num_rows), self.state.sampling, self._ints(num_rows, NUM_SAMPLING_COLUMNS)
+        """(logits, sampling state, columns[, peers]) -> (what unpack_sampled() reads, sampling state)."""
+
+        def sample(
+            logits: jax.Array, state: SamplingState, columns: jax.Array, peers: jax.Array | None = None
+        ) -> tuple[jax.Array, SamplingState]:
+            return self._sample(logits, state, columns, peers)
+
+        arguments = self._logits(num_rows), self.state.sampling, self._ints(num_rows, NUM_SAMPLING_COLUMNS), *self._peers()
+        specs = VOCABULARY_SPEC, SAMPLING_SPEC, _EVERYWHERE, *(PEERS_SPEC for _ in self._peers())
         results = _ARRAY, self.state.sampling
-        return self._program(sample, arguments, (_EVERYWHERE,) * 3, (_EVERYWHERE,) * 2, results, donated=1)
+        return self._program(sample, arguments, specs, (_EVERYWHERE, SAMPLING_SPEC), results, donated=1)
 
     def logprobs(self, num_rows: int) -> Program:
-        """(logits, masked logits, sampling state, columns, sampled) -> what unpack_sampled() reads."""
+        """(logits, masked logits, sampling state, columns, sampled[, peers]) -> what unpack_sampled() reads."""
+
+        def find_logprobs(
+            raw: jax.Array,
+            logits: jax.Array,
+            state: SamplingState,
+            columns: jax.Array,
+            sampled: jax.Array,
+            peers: jax.Array | None = None,
+        ) -> jax.Array:
+            if (vocabulary := self._vocabulary(peers)) is None:
+                return sampler.find_logprobs(raw, logits, state, columns, sampled)
+            return sharded_sampler.find_logprobs(raw, logits, state, columns, sampled, vocabulary)
+
         ints = self._ints(num_rows, NUM_SAMPLING_COLUMNS), self._ints(num_rows, SAMPLED_COLUMNS)
-        arguments = self._logits(num_rows), self._logits(num_rows), self.state.sampling, *ints
-        return self._program(find_logprobs, arguments, (_EVERYWHERE,) * 5, _EVERYWHERE, _ARRAY, donated=())
+        arguments = self._logits(num_rows), self._logits(num_rows), self.state.sampling, *ints, *self._peers()
+        specs = VOCABULARY_SPEC, VOCABULARY_SPEC, SAMPLING_SPEC, _EVERYWHERE, _EVERYWHERE, *(PEERS_SPEC for _ in self._peers())
+        return self._program(find_logprobs, arguments, specs, _EVERYWHERE, _ARRAY, donated=())
 
     def score(self) -> Program:
         """(leaves, hidden, int32 [2, num_scored_a_call]: tokens of the last step, and which follows each) -> what unpack_scored() reads."""
@@ -196,7 +225,9 @@ class Programs:
         def score(leaves: tuple[jax.Array, ...], hidden: jax.Array, upload: jax.Array) -> jax.Array:
             x = hidden.at[upload[0]].get(mode="promise_in_bounds")
             logits = self.architecture.logits(leaves, x, self.blueprint.deterministic)
-            return score_tokens(logits, upload[1])
+            if (vocabulary := self._vocabulary()) is None:
+                return prompt_scores.score_tokens(logits, upload[1])
+            return sharded_sampler.score_tokens(logits, upload[1], vocabulary)
 
         num_tokens = num_scored_a_call(self.blueprint.device_platform)
         specs = self.architecture.specs, _EVERYWHERE, _EVERYWHERE
@@ -228,9 +259,20 @@ class Programs:
         """(state, int32 [SLOT_LOAD_SIZE]) -> state with a slot of the sampler loaded."""
 
         def load(state: DeviceState, upload: jax.Array) -> DeviceState:
-            return replace(state, sampling=load_slot(state.sampling, upload))
+            return replace(state, sampling=sampling_state.load_slot(state.sampling, upload, self._vocabulary()))
 
         return self._state_program(load, self._ints(SLOT_LOAD_SIZE))
+
+    def _sample(
+        self, logits: jax.Array, state: SamplingState, columns: jax.Array, peers: jax.Array | None
+    ) -> tuple[jax.Array, SamplingState]:
+        if (vocabulary := self._vocabulary(peers)) is None:
+            return sampler.sample(logits, state, columns)
+        return sharded_sampler.sample(logits, state, columns, vocabulary)
+
+    def _vocabulary(self, peers: jax.Array | None = None) -> VocabularyShards | None:
+        """How it is cut, while tracing; None: one shard has all of it."""
+        return VocabularyShards(self.blueprint.model.vocab_size, Shards(peers)) if self.blueprint.tensor_size > 1 else None
 
     def _state_program(self, function: Callable[..., DeviceState], upload: jax.ShapeDtypeStruct) -> Program:
         return self._program(function, (self.state, upload), (STATE_SPEC, _EVERYWHERE), STATE_SPEC, self.state, donated=0)
@@ -275,13 +317,15 @@ class Programs:
         return (jax.ShapeDtypeStruct((shards, shards + 1, 2), jnp.uint32, sharding=sharding),) if self.blueprint.peer_memory else ()
 
     def _logits(self, num_rows: int) -> jax.ShapeDtypeStruct:
-        return self._array((num_rows, self.blueprint.model.vocab_size), jnp.float32)
+        shards = self.blueprint.tensor_size
+        shape = num_rows, shards * shard_width(self.blueprint.model.vocab_size, shards)
+        return self._array(shape, jnp.float32, VOCABULARY_SPEC)
 
     def _ints(self, *shape: int) -> jax.ShapeDtypeStruct:
         return self._array(shape, jnp.int32)
 
-    def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, _EVERYWHERE))
+    def _array(self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec = _EVERYWHERE) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
 
 
 def num_scored_a_call(platform: str) -> int:

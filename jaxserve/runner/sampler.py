@@ -10,6 +10,8 @@ the predicate of a conditional to the host. Elsewhere XLA does all, each costly 
 greedy batch pays for an argmax.
 
 Ties: the lowest token id wins an argmax; a truncation keeps or drops equal logits together.
+
+All of it is of whole rows; sharded_sampler.py is the same where a vocabulary is cut over the shards of a mesh.
 """
 
 from dataclasses import replace
@@ -42,7 +44,7 @@ def apply_masks(logits: jax.Array, masks: jax.Array) -> jax.Array:
 
 
 def sample(logits: jax.Array, state: SamplingState, columns: jax.Array) -> tuple[jax.Array, SamplingState]:
-    """Choose a token for each row. Called inside a jit, also within shard_map where every shard does the same.
+    """Choose a token for each row. Called inside a jit.
 
     Args:
         logits: float32 [R, V] or wider: columns from the state's V on are padding and never chosen.
@@ -55,8 +57,8 @@ def sample(logits: jax.Array, state: SamplingState, columns: jax.Array) -> tuple
     """
     rows = unpack_rows(columns)
     raw = logits[:, : state.token_counts.shape[1]]
-    previous = _previous(state, rows)
-    choose = _choose if local_gpu() is None else _choose_by_kernel
+    previous = previous_tokens(state, rows)
+    choose = choose_by_xla if local_gpu() is None else _choose_by_kernel
     token_ids, distribution, new_state = choose(raw, state, columns)
     return pack_columns(rows.samples, token_ids, previous, *jax.tree.leaves(distribution)), new_state
 
@@ -83,7 +85,7 @@ def find_logprobs(raw: jax.Array, logits: jax.Array, state: SamplingState, colum
     log_sum = log_sum_exp(raw)[:, None]
     top_logits, top_ids = top_tokens(raw, MAX_TOP_LOGPROBS)
     ids = jnp.concatenate([token_ids[:, None], top_ids], axis=1)
-    processed = distribution.logprobs(_adjust_at(ids, logits, state, rows, previous, token_ids))
+    processed = distribution.logprobs(adjust_at(ids, ids, logits, state, rows, previous, token_ids))
     chosen = jnp.take_along_axis(raw, token_ids[:, None], axis=1)
     return pack_columns(sampled[:, 0], token_ids, chosen - log_sum, processed[:, :1], top_ids, top_logits - log_sum, processed[:, 1:])
 
@@ -99,13 +101,14 @@ def _choose_by_kernel(raw: jax.Array, state: SamplingState, columns: jax.Array) 
     return choice.token_ids, distribution, replace(state, token_counts=choice.token_counts, last_tokens=choice.last_tokens)
 
 
-def _choose(raw: jax.Array, state: SamplingState, columns: jax.Array) -> tuple[jax.Array, Distribution, SamplingState]:
+def choose_by_xla(raw: jax.Array, state: SamplingState, columns: jax.Array) -> tuple[jax.Array, Distribution, SamplingState]:
+    """What `sample` packs: int32 [R] token ids, what was sampled, as far as any row needs to know, and the state."""
     rows = unpack_rows(columns)
-    adjusted = _adjust(raw, state, rows)
-    draws = jnp.any(rows.temperature > jnp.float32(0))
+    adjusted = adjust(raw, jnp.arange(raw.shape[1], dtype=jnp.int32), state, rows)
+    draws = jnp.any(rows.draws)
     distribution = _distribution(adjusted, rows, draws, jnp.any(rows.wants_logprobs))
     token_ids = jax.lax.cond(draws, lambda: _draw(adjusted, distribution, rows), lambda: first_argmax(adjusted))
-    return token_ids, distribution, _remember(state, rows, token_ids)
+    return token_ids, distribution, remember(state, rows, token_ids, token_ids)
 
 
 def unpack_masks(masks: jax.Array, vocab_size: int) -> jax.Array:
@@ -134,25 +137,37 @@ def _blocks(values: jax.Array) -> jax.Array:
     return jnp.concatenate([values, padding], axis=1).reshape(rows, -1, _BLOCK)
 
 
-def _adjust(raw: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.Array:
-    """Bias, watermark, bans and penalties of each row's slot: float32 [R, V]."""
+def adjust(raw: jax.Array, token_ids: jax.Array, state: SamplingState, rows: SamplingRows) -> jax.Array:
+    """Bias, watermark, bans and penalties of each row's slot: float32 [R, N] of the state's N tokens, whose ids are int32 [N]."""
 
-    def adjust() -> jax.Array:
-        green = is_green(_previous(state, rows), jnp.arange(raw.shape[1], dtype=jnp.int32), rows.green_share)
+    def adjusted() -> jax.Array:
+        green = is_green(previous_tokens(state, rows), token_ids, rows.green_share)
         return _adjusted(raw, state.bias[rows.slots], state.token_counts[rows.slots], green, rows)
 
-    return jax.lax.cond(jnp.any(rows.has_bias | rows.bans | rows.has_penalties | rows.has_watermark), adjust, lambda: raw)
+    return jax.lax.cond(jnp.any(rows.has_bias | rows.bans | rows.has_penalties | rows.has_watermark), adjusted, lambda: raw)
 
 
-def _adjust_at(
-    ids: jax.Array, logits: jax.Array, state: SamplingState, rows: SamplingRows, previous: jax.Array, token_ids: jax.Array
+def adjust_at(
+    places: jax.Array,
+    ids: jax.Array,
+    logits: jax.Array,
+    state: SamplingState,
+    rows: SamplingRows,
+    previous: jax.Array,
+    token_ids: jax.Array,
 ) -> jax.Array:
-    """The same of the tokens `ids` [R, N] alone, in a state that has the tokens just chosen already."""
+    """The same of the tokens at `places` [R, N] alone, in a state that has the tokens just chosen already.
+
+    Args:
+        places: int32, of logits and state.
+        ids: int32 [R, N], of these tokens.
+        previous, token_ids: int32 [R], the tokens before, and those chosen.
+    """
     slots = rows.slots[:, None]
-    counts = state.token_counts[slots, ids]
+    counts = state.token_counts[slots, places]
     counts -= ((ids == token_ids[:, None]) & (rows.samples & rows.has_penalties)[:, None]).astype(jnp.int32)
     green = is_green(previous, ids, rows.green_share)
-    return _adjusted(jnp.take_along_axis(logits, ids, axis=1), state.bias[slots, ids], counts, green, rows)
+    return _adjusted(jnp.take_along_axis(logits, places, axis=1), state.bias[slots, places], counts, green, rows)
 
 
 def _adjusted(raw: jax.Array, bias: jax.Array, counts: jax.Array, green: jax.Array, rows: SamplingRows) -> jax.Array:
@@ -164,7 +179,7 @@ def _adjusted(raw: jax.Array, bias: jax.Array, counts: jax.Array, green: jax.Arr
     return adjust_logits(raw, bias, counts, *map(wide, options))
 
 
-def _previous(state: SamplingState, rows: SamplingRows) -> jax.Array:
+def previous_tokens(state: SamplingState, rows: SamplingRows) -> jax.Array:
     """int32 [R], the token before the one that is to be chosen."""
     return jnp.where(rows.previous < 0, state.last_tokens[rows.slots, 0], rows.previous)
 
@@ -190,11 +205,14 @@ def _distribution(adjusted: jax.Array, rows: SamplingRows, draws: jax.Array, wan
 def _draw(adjusted: jax.Array, distribution: Distribution, rows: SamplingRows) -> jax.Array:
     """Gumbel-max in its exponential form: the token with the largest probability / noise; greedy rows take the nearest."""
     distances = distribution.distances(adjusted)
-    keys = noise_keys(rows.seed_low, rows.seed_high, rows.positions)
-    noise = exponential_noise(keys, jnp.arange(adjusted.shape[1], dtype=jnp.int32))
-    race = jnp.where(distribution.keeps(distances), jnp.exp(-distances) / noise, jnp.float32(-1))
-    greedy = (rows.temperature == jnp.float32(0))[:, None]
-    return first_argmax(jnp.where(greedy, -distances, race))
+    scores = race_scores(distances, distribution.keeps(distances), jnp.arange(adjusted.shape[1], dtype=jnp.int32), rows)
+    return first_argmax(jnp.where(rows.draws[:, None], scores, -distances))
+
+
+def race_scores(distances: jax.Array, kept: jax.Array, token_ids: jax.Array, rows: SamplingRows) -> jax.Array:
+    """Probability / noise, float32 [R, N] as `distances`, -1 where not `kept`, of tokens whose ids are int32 [N]."""
+    noise = exponential_noise(noise_keys(rows.seed_low, rows.seed_high, rows.positions), token_ids)
+    return jnp.where(kept, jnp.exp(-distances) / noise, jnp.float32(-1))
 
 
 def top_tokens(logits: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
@@ -220,14 +238,14 @@ def top_tokens(logits: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
     return values, jnp.take_along_axis(best_blocks, block, axis=1) * jnp.int32(_BLOCK) + offset
 
 
-def _remember(state: SamplingState, rows: SamplingRows, token_ids: jax.Array) -> SamplingState:
-    """Count and keep the tokens of the rows that sample."""
+def remember(state: SamplingState, rows: SamplingRows, token_ids: jax.Array, places: jax.Array) -> SamplingState:
+    """Count and keep the tokens of the rows that sample, int32 [R]; `places` are theirs in the counts, beyond which none is counted."""
     nowhere = jnp.int32(state.last_tokens.shape[0])
     slots = jnp.where(rows.samples, rows.slots, nowhere)
     counted = jnp.where(rows.has_penalties, slots, nowhere)
     return replace(
         state,
-        token_counts=state.token_counts.at[counted, token_ids].add(jnp.int32(1), mode="drop"),
+        token_counts=state.token_counts.at[counted, places].add(jnp.int32(1), mode="drop"),
         last_tokens=state.last_tokens.at[slots].set(token_ids[:, None], mode="drop"),
     )
 

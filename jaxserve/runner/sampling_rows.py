@@ -58,6 +58,19 @@ class SamplingRows:
     green_share: jax.Array
     green_bias: jax.Array
 
+    @property
+    def draws(self) -> jax.Array:
+        """bool [R], neither greedy nor idle."""
+        return self.temperature > jnp.float32(0)
+
+    @property
+    def needs_whole(self) -> jax.Array:
+        """bool [R], one shard of the vocabulary must see all of the row: log probabilities are wanted, or it is truncated by more than
+        min_p, whose bound follows from the largest logit alone.
+        """
+        truncates = (self.top_k > jnp.int32(0)) | (self.top_p < jnp.float32(1)) | (self.typical_p < jnp.float32(1))
+        return self.wants_logprobs | (self.draws & truncates)
+
 
 def neutral_columns() -> np.ndarray:
     """int32 [NUM_SAMPLING_COLUMNS], of a row that asks for nothing."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxserve.pallas_kernels.token_options import BAN_FLAG, PROMPT_FLAG
 from jaxserve.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, SamplingParams
+from jaxserve.runner.vocabulary import VocabularyShards
 
 MAX_BANS = MAX_STOP_TOKEN_IDS + 32
 LOAD_CHUNK = 2048
@@ -42,7 +43,7 @@ def make_sampling_state(num_slots: int, vocab_size: int, num_speculative: int = 
 
     Args:
         num_slots: S.
-        vocab_size: V, without padding.
+        vocab_size: V, without padding, but that of a vocabulary that is cut over shards.
         num_speculative: K.
     """
     return SamplingState(
@@ -102,30 +103,35 @@ def slot_loads(
         yield load
 
 
-def load_slot(state: SamplingState, load: jax.Array) -> SamplingState:
+def load_slot(state: SamplingState, load: jax.Array, vocabulary: VocabularyShards | None = None) -> SamplingState:
     """Write one upload of `slot_loads` into its slot (jitted by the runner, state donated).
 
     Args:
         state: the state.
         load: int32 [SLOT_LOAD_SIZE].
+        vocabulary: of which the state has this shard's range; None: it has all.
     """
     slot, nowhere = load[_SLOT], jnp.int32(state.token_counts.shape[1])
+
+    def places_of(token_ids: jax.Array) -> jax.Array:
+        return token_ids if vocabulary is None else vocabulary.places(token_ids)
+
     anew = load[_RESET] != jnp.int32(0)
 
     def row_of(table: jax.Array) -> jax.Array:
         return jnp.where(anew, jnp.zeros((), table.dtype), jax.lax.dynamic_index_in_dim(table, slot, keepdims=False))
 
-    tokens = load[_TOKENS:_BIAS_IDS]
+    tokens = places_of(load[_TOKENS:_BIAS_IDS])
     places = jnp.arange(LOAD_CHUNK, dtype=jnp.int32)
     prompt = jnp.where(places < load[_NUM_PROMPT], tokens, nowhere)
     output = jnp.where((places >= load[_NUM_PROMPT]) & (places < load[_NUM_TOKENS]), tokens, nowhere)
     counts = row_of(state.token_counts)
     counts = counts.at[prompt].set(counts.at[prompt].get(mode="clip") | jnp.int32(PROMPT_FLAG), mode="drop")
     counts = counts.at[output].add(jnp.int32(1), mode="drop")
-    bans = load[_BAN_IDS:]
+    bans = places_of(load[_BAN_IDS:])
     counts = counts.at[bans].set(counts.at[bans].get(mode="clip") | jnp.int32(BAN_FLAG), mode="drop")
     values = jax.lax.bitcast_convert_type(load[_BIAS_VALUES:_BAN_IDS], jnp.float32)
-    bias = row_of(state.bias).at[load[_BIAS_IDS:_BIAS_VALUES]].set(values, mode="drop")
+    bias = row_of(state.bias).at[places_of(load[_BIAS_IDS:_BIAS_VALUES])].set(values, mode="drop")
     return replace(
         state,
         token_counts=jax.lax.dynamic_update_index_in_dim(state.token_counts, counts, slot, 0),

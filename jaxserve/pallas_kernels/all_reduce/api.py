@@ -79,17 +79,39 @@ def all_reduce(parts: jax.Array, dtype: Any, shards: Shards) -> jax.Array:
 
 
 def all_gather(part: jax.Array, shards: Shards) -> jax.Array:
-    """What all shards have, side by side: [T, shards * N] of their [T, N], float32, the same on every shard.
+    """What each shard has, [shards, ...] of their [...] of a 32-bit dtype, the same on every shard; meant for little.
 
-    The kernel's where it sends no more than a sum of the most bytes: XLA's own would split the step's CUDA graph.
+    A word of ones alone, such as the integer -1, may arrive as 0x7FFFFFFF.
     """
-    if shards.count == 1:
-        return part
-    if shards.peers is not None and shards.route(part.nbytes * (shards.count - 1)) != "xla":
-        from jaxserve.pallas_kernels.all_reduce.triton import all_gather_triton
+    if shards.peers is None:
+        return jax.lax.all_gather(part, shards.axis)
+    from jaxserve.pallas_kernels.all_reduce.triton import all_gather_triton
 
-        return all_gather_triton(part[None], shards.peers)[0]
-    return jax.lax.all_gather(part, shards.axis, axis=1, tiled=True)
+    words = jax.lax.bitcast_convert_type(part, jnp.float32).reshape(1, 1, -1)
+    return jax.lax.bitcast_convert_type(all_gather_triton(words, shards.peers), part.dtype).reshape(shards.count, *part.shape)
+
+
+def all_to_all(part: jax.Array, shards: Shards, wanted: jax.Array | None = None, after: jax.Array | None = None) -> jax.Array:
+    """Deal out rows that are cut over the shards: row r goes to shard r % shards, whole.
+
+    Over peer memory by a kernel, whatever their size: XLA's own would split the step's CUDA graph.
+
+    Args:
+        part: float32 [R, N], this shard's part of every row; R is a multiple of the shards.
+        wanted: bool [R], the same on every shard; others need not be dealt out, and are then anything. None: all.
+        after: what another sum or exchange of the program gave, where `part` does not follow from it: see exchange.py.
+
+    Returns:
+        [R / shards, shards * N], the parts side by side.
+    """
+    num_rows, size = part.shape
+    if shards.peers is None:
+        turns = part.reshape(-1, shards.count, size)
+        return jax.lax.all_to_all(turns, shards.axis, 1, 1, tiled=True).reshape(-1, shards.count * size)
+    from jaxserve.pallas_kernels.all_reduce.triton import all_to_all_triton
+
+    flags = jnp.ones((num_rows,), jnp.int32) if wanted is None else wanted.astype(jnp.int32)
+    return all_to_all_triton(part[None], flags, flags if after is None else after, shards.peers)[0]
 
 
 def all_reduce_add_rms_norm(

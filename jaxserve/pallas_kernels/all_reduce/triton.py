@@ -3,7 +3,7 @@
 To XLA it is a plain custom call, which stays inside the captured CUDA graph; XLA's own collectives split it. One-shot: each device sends
 its whole part to all others and adds up what all sent. Two-shot: each shard adds up one of as many pieces, and sends the sum to all. Either
 way the parts are added up in the order of the shards, in float32, so that all devices have the same bits. The residual addition and root
-mean square norm that follow can be in the same kernel, one-shot. What is only put together (logits) goes the same way.
+mean square norm that follow can be in the same kernel, one-shot. What is only put together or dealt out (logits) goes the same way.
 """
 
 import functools
@@ -96,6 +96,21 @@ def all_gather_triton(part: jax.Array, table: jax.Array, *, blocks: int = BLOCKS
     return _call_in_rounds(_all_gather_kernel, "all_gather", part, table, out, config, num_pieces, blocks)
 
 
+def all_to_all_triton(part: jax.Array, wanted: jax.Array, after: jax.Array, table: jax.Array, *, blocks: int = BLOCKS) -> jax.Array:
+    """Deal out rows: [S, R / shards, shards * N] of [S, R, N] of a 32-bit dtype; S and `table` as in `all_reduce_triton`.
+
+    Args:
+        part: row r goes to shard r % shards.
+        wanted: int32 [R]; `shards` rows one after the other travel together, where one of them is not 0.
+        after: is not read, but computed before.
+    """
+    config, num_shards = AllReduceConfig.two_shot(), table.shape[1] - 1
+    shards, num_rows, size = part.shape
+    num_pieces = num_rows // num_shards * pl.cdiv(size, config.elements(part.dtype))
+    out = jax.ShapeDtypeStruct((shards, num_rows // num_shards, num_shards * size), part.dtype)
+    return _call_in_rounds(_all_to_all_kernel, "all_to_all", part, table, out, config, num_pieces, blocks, wanted, after)
+
+
 def _call_in_rounds(
     kernel: Callable[..., None],
     name: str,
@@ -105,18 +120,19 @@ def _call_in_rounds(
     config: AllReduceConfig,
     num_pieces: int,
     blocks: int,
+    *others: jax.Array,
 ) -> jax.Array:
     """Have at most so many blocks a shard do a kernel's pieces, one a block in each round."""
     num_blocks = min(num_pieces, blocks)
     return pl.pallas_call(
         functools.partial(kernel, config=config, num_rounds=pl.cdiv(num_pieces, num_blocks), num_blocks=num_blocks),
         grid=(num_blocks, out.shape[0]),
-        in_specs=[pl.no_block_spec] * 2,
+        in_specs=[pl.no_block_spec] * (2 + len(others)),
         out_specs=pl.no_block_spec,
         out_shape=out,
         compiler_params=plt.CompilerParams(num_warps=config.threads // 32, num_stages=1),
         name=name,
-    )(parts, table)
+    )(parts, table, *others)
 
 
 def all_reduce_add_rms_norm_triton(
@@ -227,6 +243,34 @@ def _all_gather_kernel(part_ref, table_ref, gathered_ref, *, config: AllReduceCo
         mine = plt.load(part_ref.at[shard, row, column], mask=present, other=0.0)
         for i, theirs in enumerate(exchange([mine], block, numbers, layout, config.vectors, repeated=num_rounds > 1)):
             plt.store(gathered_ref.at[shard, row, jnp.int32(i * size) + column], theirs, mask=present)
+        return carry
+
+    _repeat(one_round, num_rounds)
+
+
+def _all_to_all_kernel(part_ref, table_ref, wanted_ref, after_ref, dealt_ref, *, config: AllReduceConfig, num_rounds: int, num_blocks: int):
+    del after_ref
+    dtype, (_, num_rows, size) = part_ref.dtype, part_ref.shape
+    block, shard = pl.program_id(0), pl.program_id(1)
+    layout, numbers = _read_table(table_ref, shard)
+    elements, num_turns = config.elements(dtype), num_rows // layout.shards
+    pieces = pl.cdiv(size, elements)  # of a row
+
+    def one_round(index: Any, carry: Any) -> Any:
+        piece = block + jnp.int32(index) * jnp.int32(num_blocks)
+        turn = jnp.minimum(lax.div(piece, jnp.int32(pieces)), jnp.int32(num_turns))
+        column = (piece - turn * jnp.int32(pieces)) * jnp.int32(elements) + jnp.arange(elements, dtype=jnp.int32)
+        rows = [jnp.minimum(turn * jnp.int32(layout.shards) + jnp.int32(i), jnp.int32(num_rows - 1)) for i in range(layout.shards)]
+        wanted = functools.reduce(jnp.bitwise_or, [plt.load(wanted_ref.at[row]) for row in rows])
+
+        # All shards know alike what is wanted, so they skip the same rounds.
+        @pl.when((turn < num_turns) & (wanted != 0))
+        def _():
+            present = column < size
+            mine = [plt.load(part_ref.at[shard, row, column], mask=present, other=0.0) for row in rows]
+            for i, theirs in enumerate(exchange(mine, block, numbers, layout, config.vectors, repeated=num_rounds > 1)):
+                plt.store(dealt_ref.at[shard, turn, jnp.int32(i * size) + column], theirs, mask=present)
+
         return carry
 
     _repeat(one_round, num_rounds)

@@ -17,12 +17,19 @@ NUM_WARPS = 32
 _BLOCK = 4096  # tokens read at once: four a thread
 
 
-def choose(*refs, vocab_size: int):
-    """The kernel. Rows of truncation.py's are left alone, but for their tokens, which it writes again."""
+def choose(*refs, vocab_size: int, only_truncated: bool = False):
+    """The kernel. Rows of truncation.py's are left alone, but for their tokens, which it writes again.
+
+    Args:
+        vocab_size: V.
+        only_truncated: rows that truncate by no more than min_p are left alone, too.
+    """
     *shared, counts_ref, last_ref, counts_out_ref, last_out_ref, tokens_ref = refs
     row = Row(shared, counts_ref, last_ref, vocab_size, _BLOCK)
 
-    @pl.when(~row.needs_truncation)
+    mine = ~row.needs_truncation
+
+    @pl.when(mine & row.needs_whole if only_truncated else mine)
     def _():
         best, token, _ = row.largest()
         row.keep(lax.cond(row.draws, lambda: _draw(row, best, token), lambda: token), tokens_ref, counts_out_ref, last_out_ref)
@@ -30,8 +37,7 @@ def choose(*refs, vocab_size: int):
 
 def _draw(row: Row, best, most_likely):
     """The token with the largest probability / noise among those kept; the most likely one if none is (broken logits)."""
-    nothing = best * 0
-    widest = jnp.where(row.min_p > 0, -jnp.log(jnp.where(row.min_p > 0, row.min_p, 1.0)), jnp.inf)
+    nothing, widest = best * 0, row.widest
 
     def fold(function, start):
         return row.fold_distances(best, function, start)
@@ -46,7 +52,7 @@ def _draw(row: Row, best, most_likely):
 
     def round(carry):
         limit, whole, _, _ = carry
-        winner, distance, mass = row.race(fold, lambda others: others <= limit)
+        _, winner, distance, mass = row.race(fold, lambda others: others <= limit)
         whole = jnp.where(whole < 0, mass, whole)  # the first round's
         unchecked = (row.top_p >= 1) | (winner < 0) | (distance <= 0)
         above = lax.cond(unchecked, lambda: jnp.minimum(distance, 0.0) - 1, lambda: likelier(distance))  # no literal leaves a branch

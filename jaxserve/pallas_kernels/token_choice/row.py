@@ -17,13 +17,14 @@ class Row:
     Args:
         shared_refs: the operands that `choose_tokens` gives both kernels.
         counts_ref, last_ref: the state by slot.
-        vocab_size: V.
+        vocab_size: V; of a shard, those that it has, which may only be known on the device.
         block: tokens read at once.
+        first: of a shard, the token id with which its logits and counts begin; token ids in here begin with 0.
     """
 
-    def __init__(self, shared_refs, counts_ref, last_ref, vocab_size: int, block: int):
+    def __init__(self, shared_refs, counts_ref, last_ref, vocab_size, block: int, first=None):
         self._logits_ref, ints_ref, floats_ref, keys_ref, self._bias_ref = shared_refs
-        self._counts_ref = counts_ref
+        self._counts_ref, self._first = counts_ref, first
         self.vocab_size, self.block, self.num_blocks = vocab_size, block, pl.cdiv(vocab_size, block)
         self.number = row = pl.program_id(0)
         self.slot, self.flags, self.top_k = (ints_ref[row, column] for column in (Column.SLOT, Column.FLAGS, Column.TOP_K))
@@ -42,6 +43,16 @@ class Row:
         # Which kernel's row it is.
         self.needs_truncation = self.wants_logprobs | (self.draws & ((self.top_k > 0) | (self.typical_p < 1)))
 
+    @property
+    def needs_whole(self):
+        """Whether one shard of the vocabulary must see all of it, as runner.sampling_rows has it."""
+        return self.needs_truncation | (self.draws & (self.top_p < 1))
+
+    @property
+    def widest(self):
+        """The distance beyond which min_p drops tokens."""
+        return jnp.where(self.min_p > 0, -jnp.log(jnp.where(self.min_p > 0, self.min_p, 1.0)), jnp.inf)
+
     def fold(self, function, start):
         """function(carry, token ids [block], adjusted logits [block]) over all blocks; behind the vocabulary logits are -inf.
 
@@ -57,6 +68,15 @@ class Row:
             return following, function(carry, self._tokens(i), self._adjusted(i, value))
 
         return lax.fori_loop(0, self.num_blocks, run, (load(0), start))[1]
+
+    def write(self, adjusted_ref):
+        """Write the adjusted logits down."""
+
+        def store(carry, token, value):
+            plt.store(adjusted_ref.at[self.number, token], value, mask=token < self.vocab_size)
+            return carry
+
+        self.fold(store, self.top_k * 0)
 
     def fold_distances(self, best, function, start):
         """function(carry, token ids [block], distances [block]) over all blocks: from the best logit, over the temperature.
@@ -75,6 +95,10 @@ class Row:
     def _tokens(self, i):
         return i * self.block + jnp.arange(self.block, dtype=jnp.int32)
 
+    def _of_all(self, token):
+        """The ids that tokens have in the whole vocabulary."""
+        return token if self._first is None else token + self._first
+
     def _adjusted(self, i, value):
         token, place = self._tokens(i), self._place(i)
         inside = token < self.vocab_size
@@ -83,7 +107,7 @@ class Row:
             has_bias, bans, penalized = (self.flags & flag != 0 for flag in (Flag.BIAS, Flag.BANS, Flag.PENALTIES))
             bias = plt.load(self._bias_ref.at[self.slot, place], mask=inside & has_bias, other=0.0)
             counts = plt.load(self._counts_ref.at[self.slot, place], mask=inside, other=0)
-            green = is_green(self._previous[None], token, self._green_share[None]).reshape(self.block)
+            green = is_green(self._previous[None], self._of_all(token), self._green_share[None]).reshape(self.block)
             bias += jnp.where(green & (self.flags & Flag.WATERMARK != 0), self._green_bias, 0.0)
             return adjust_logits(value, bias, counts, bans, penalized, self._repetition, self._presence, self._frequency)
 
@@ -97,13 +121,14 @@ class Row:
             keeps: a function of distances [block]: which tokens take part.
 
         Returns:
-            The token, the lowest of equals, -1 if none takes part; its distance; the sum of exp(-distance) over those that take part.
+            The largest probability / noise; its token, the lowest of equals, -1 if none takes part; its distance; the sum of
+            exp(-distance) over those that take part.
         """
 
         def run(carry, token, distance):
             highest, winner, reached, mass = carry
             weight = jnp.where(keeps(distance) & (distance < jnp.inf), jnp.exp(-distance), -1.0)
-            uniform = uniform_noise((self._key[0][None], self._key[1][None]), token).reshape(self.block)
+            uniform = uniform_noise((self._key[0][None], self._key[1][None]), self._of_all(token)).reshape(self.block)
 
             def improve():
                 score = jnp.where(weight >= 0, weight / exponential(uniform), -1.0)
@@ -120,8 +145,8 @@ class Row:
 
         nothing = self.temperature * 0
         start = nothing - 1, self.top_k * 0 - 1, nothing, jnp.zeros((self.block,), jnp.float32)
-        _, winner, reached, mass = fold(run, start)
-        return winner, reached, jnp.sum(mass)
+        highest, winner, reached, mass = fold(run, start)
+        return highest, winner, reached, jnp.sum(mass)
 
     def largest(self):
         """The largest logit, its lowest token id, and the largest logit of each lane [block]."""

@@ -44,7 +44,7 @@ def choose(*refs, vocab_size: int, threaded: bool):
         stats = best, row.inverse_temperature, truncation.bound, truncation.mean, truncation.typical_bound, jnp.log(truncation.mass)
         for place, value in enumerate(stats):
             stats_ref[row.number, place] = value
-        winner = lax.cond(row.draws, lambda: row.race(kept.fold, truncation.keeps)[0], lambda: token)
+        winner = lax.cond(row.draws, lambda: row.race(kept.fold, truncation.keeps)[1], lambda: token)
         row.keep(jnp.where(winner < 0, token, winner), tokens_ref, counts_out_ref, last_out_ref)  # none is kept of broken logits
 
 
