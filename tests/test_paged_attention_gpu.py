@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
+from projections import make_qkv
 
 from jaxserve.pallas_kernels import AttentionMetadata
 from jaxserve.pallas_kernels.gpu import Gpu
@@ -20,6 +22,8 @@ from jaxserve.pallas_kernels.paged_attention.mosaic_prefill import MosaicPrefill
 from jaxserve.pallas_kernels.paged_attention.reference import paged_attention_reference
 from jaxserve.pallas_kernels.paged_attention.triton_decode import TritonDecodeConfig, decode_attention_triton
 from jaxserve.pallas_kernels.paged_attention.triton_prefill import TritonPrefillConfig, prefill_attention_triton
+from jaxserve.pallas_kernels.projected import Projected
+from jaxserve.pallas_kernels.rotate_and_write_kv.reference import rotate_and_write_kv_reference
 
 UNOPTIMISED = {"xla_backend_optimization_level": 0}  # compiling an interpreted kernel takes longer than running it
 PLAIN = dict(window=None, soft_cap=None)
@@ -74,6 +78,7 @@ def test_decode_is_the_reference(attention, config, kv_lens, num_heads, num_kv_h
     q, kv, metadata = make_step(rows, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, page_size=page_size, dtype=dtype)
     call = functools.partial(attention, scale=head_dim**-0.5, config=config, out_dtype=BF16, interpret=True, **options)
     out = jax.jit(call, compiler_options=UNOPTIMISED)(q, kv, metadata.page_table, metadata.kv_lens)
+    out = out[0] if attention is decode_attention_triton else out
     assert out.dtype == BF16
     used = np.flatnonzero(kv_lens)
     out = np.where((np.asarray(kv_lens) > 0)[:, None, None], out, out * 0)  # what is meaningless must still be finite
@@ -84,6 +89,46 @@ def test_decode_is_the_reference(attention, config, kv_lens, num_heads, num_kv_h
     assert error < 4e-3
 
 
+PROJECTED_CASES = [
+    (32, dict(qk_norms=True, bias=True), TritonDecodeConfig(16, 2, 1, 9), PLAIN),
+    (96, dict(qk_norms=True), TritonDecodeConfig(32, 2, 1, 20), dict(window=20, soft_cap=None)),
+    (64, dict(kv_dtype=FLOAT8, scaled=True), TritonDecodeConfig(32, 2, 1, 4), PLAIN),
+]
+
+
+@pytest.mark.parametrize("head_dim, traits, config, attention", PROJECTED_CASES, ids=["norms-bias", "odd-size-window", "float8-scaled"])
+def test_decode_of_a_projection_rotates_writes_and_attends(head_dim, traits, config, attention):
+    """As `rotate_and_write_kv`, then attention: cut pairs, a padding row, a first token, parts."""
+    kv_lens, page_size = jnp.asarray([70, 0, 1, 33], jnp.int32), 16
+    (qkv, rotation, kv, _), traits = make_qkv(4, 6, 2, head_dim, **({"kv_dtype": F16} | traits))
+    options: dict[str, Any] = traits | dict(eps=1e-6, dtype=F16)
+    pages = len(kv_lens) * 5
+    kv = tuple(jnp.tile(x, (pages // len(x) + 1, 1, 1, 1))[:pages] for x in kv)
+    table = jnp.asarray(np.random.default_rng(1).permutation(pages).reshape(4, 5), jnp.int32)
+    last = jnp.maximum(kv_lens - 1, 0)
+    page = jnp.where(kv_lens > 0, table[jnp.arange(4), last // page_size], pages)
+    unused = jnp.arange(5, dtype=jnp.int32)
+    metadata = AttentionMetadata(table, kv_lens, unused, page, last % page_size, decode_only=True)
+    parts = jnp.stack([qkv, qkv / 3])
+    q, written = jax.jit(functools.partial(rotate_and_write_kv_reference, **options))(parts, rotation, kv, metadata)
+    scale = dict(scale=head_dim**-0.5)
+    with_queries = functools.partial(decode_attention_triton, config=config, interpret=True, **scale, **attention)
+    expected = jax.jit(with_queries, compiler_options=UNOPTIMISED)(q, written, table, kv_lens)[0]
+
+    def attend(parts, kv):
+        projected = Projected.of(parts, rotation, kv, metadata, **options)
+        return decode_attention_triton(projected, kv, table, kv_lens, config=config, interpret=True, **scale, **attention)
+
+    out, got = jax.jit(attend, compiler_options=UNOPTIMISED)(parts, kv)
+    assert (np.asarray(written[0], np.float32) != np.asarray(kv[0], np.float32)).any()
+    for x, y in zip(got, written, strict=True):
+        unit = float(jnp.finfo(x.dtype).eps)
+        np.testing.assert_allclose(x.astype(jnp.float32), y.astype(jnp.float32), rtol=2 * unit, atol=unit)
+    used = np.flatnonzero(kv_lens)
+    apart = np.asarray(out, np.float32)[used] - np.asarray(expected, np.float32)[used]
+    assert np.linalg.norm(apart) < (2e-2 if options.get("scales") else 2e-3) * np.linalg.norm(expected[used])
+
+
 def test_layers_share_the_counters_of_those_who_are_done():
     rows = [(1, 200), (1, 40), (1, 97)]
     q, kv, metadata = make_step(rows, num_heads=4, num_kv_heads=2, head_dim=64, page_size=16)
@@ -91,7 +136,7 @@ def test_layers_share_the_counters_of_those_who_are_done():
 
     def layers(q):
         arrivals = make_arrivals(3, 2)
-        outs = [jax.jit(attend)(q, kv, metadata.page_table, metadata.kv_lens, arrivals=arrivals) for _ in range(2)]
+        outs = [jax.jit(attend)(q, kv, metadata.page_table, metadata.kv_lens, arrivals=arrivals)[0] for _ in range(2)]
         return outs, arrivals[...]
 
     outs, counts = jax.jit(layers, compiler_options=UNOPTIMISED)(q)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jaxserve.pallas_kernels import (
     attention_dtype,
     paged_attention,
     plan_attention,
+    rotary_attention,
     rotate_and_write_kv,
 )
 
@@ -80,21 +81,15 @@ class Attention(nnx.Module):
         norms = None if self.norms is None else tuple(weight[...] for weight in self.norms)
         scales = None if self.kv_scales is None else (self.kv_scales[0][...], self.kv_scales[1][...])
         qkv = self.qkv.matrix.matmul_parts(x, fixed_order=metadata.deterministic)
-        of_heads = attention_dtype(dtype)
-        q, kv = rotate_and_write_kv(qkv, rotation, kv, metadata, bias=bias, norms=norms, eps=self.norm_eps, dtype=of_heads, scales=scales)
-        if sampled is not None:
-            q, metadata = sampled.take(q), sampled.metadata
-        out = paged_attention(
-            q,
-            kv,
-            metadata,
-            scale=self.head_dim**-0.5,
-            window=self.window,
-            soft_cap=None,
-            implementation=self.implementation,
-            value_scales=None if scales is None else scales[1],
-            out_dtype=dtype,
-        )
+        projection: dict[str, Any] = dict(bias=bias, norms=norms, eps=self.norm_eps, dtype=attention_dtype(dtype), scales=scales)
+        options: dict[str, Any] = dict(scale=self.head_dim**-0.5, window=self.window, soft_cap=None, out_dtype=dtype)
+        options["implementation"] = self.implementation
+        if sampled is None:
+            out, kv = rotary_attention(qkv, rotation, kv, metadata, **projection, **options)
+        else:
+            q, kv = rotate_and_write_kv(qkv, rotation, kv, metadata, **projection)
+            value_scales = None if scales is None else scales[1]
+            out = paged_attention(sampled.take(q), kv, sampled.metadata, value_scales=value_scales, **options)
         return out.reshape(out.shape[0], -1), kv
 
 

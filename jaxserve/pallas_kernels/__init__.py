@@ -41,5 +41,6 @@ from jaxserve.pallas_kernels.quantized_matmul import quantized_gated_matmul as q
 from jaxserve.pallas_kernels.quantized_matmul import quantized_matmul as quantized_matmul
 from jaxserve.pallas_kernels.quantized_matmul import quantized_matmul_parts as quantized_matmul_parts
 from jaxserve.pallas_kernels.quantized_matmul import weight_of as weight_of
+from jaxserve.pallas_kernels.rotary_attention import rotary_attention as rotary_attention
 from jaxserve.pallas_kernels.rotate_and_write_kv import rotate_and_write_kv as rotate_and_write_kv
 from jaxserve.pallas_kernels.write_kv import write_kv as write_kv

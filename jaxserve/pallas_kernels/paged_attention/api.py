@@ -144,7 +144,12 @@ def paged_attention(
         if not isinstance(plan, XlaPlan):
             plan = plan_xla(metadata, page_size=kv[0].shape[2], window=window)
         out = paged_attention_xla(q, kv, plan, scale=scale, window=window, soft_cap=soft_cap, out_dtype=out_dtype)
-    if value_scales is None:
+    return scaled_values(out, value_scales)
+
+
+def scaled_values(out: jax.Array, scales: jax.Array | None) -> jax.Array:
+    """What attention gives [T, H, D] over values that were divided by scales, float32 [KH], before they were stored; None: by nothing."""
+    if scales is None:
         return out
-    factors = jnp.repeat(value_scales, num_heads // num_kv_heads)[None, :, None]
+    factors = jnp.repeat(scales, out.shape[1] // scales.size)[None, :, None]
     return (out.astype(jnp.float32) * factors).astype(out.dtype)

@@ -18,6 +18,7 @@ from jaxserve.pallas_kernels.paged_attention.split_plan import SplitPlan
 from jaxserve.pallas_kernels.paged_attention.triton_decode import TritonDecodeConfig, decode_attention_triton
 from jaxserve.pallas_kernels.paged_attention.triton_deterministic import DeterministicConfig, deterministic_attention_triton
 from jaxserve.pallas_kernels.paged_attention.triton_prefill import TritonPrefillConfig, prefill_attention_triton
+from jaxserve.pallas_kernels.projected import Projected
 
 
 @jax.tree_util.register_dataclass
@@ -64,14 +65,34 @@ def paged_attention_gpu(
         config = DeterministicConfig.suited(q, kv, gpu.num_multiprocessors)
         return deterministic_attention_triton(q, kv, metadata, plan=plan, config=config, **options)
     if metadata.decode_only:
-        return _decode(q, kv, metadata, plan, gpu, options)
-    decoded = _decode(q[plan.row_tokens], kv, metadata, plan, gpu, options)
+        return _decode(q, kv, metadata, plan, gpu, options)[0]
+    decoded, _ = _decode(q[plan.row_tokens], kv, metadata, plan, gpu, options)
     config = _prefill_config(q, kv, gpu)
     if isinstance(config, MosaicPrefillConfig):
         prefilled = prefill_attention_mosaic(q, kv, metadata, plan=plan.prefill, config=config, **options)
     else:
         prefilled = prefill_attention_triton(q, kv, metadata, plan=plan.prefill, config=config, **options)
     return prefilled.at[plan.decoded_tokens].set(decoded, mode="drop")
+
+
+def rotates(plan: Any) -> bool:
+    """Whether `decode_projected` takes a step of this plan."""
+    return isinstance(plan, GpuPlan) and plan.prefill is None and plan.arrivals is not None
+
+
+def decode_projected(
+    projected: Projected,
+    kv: LayerKV,
+    metadata: AttentionMetadata,
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    gpu: Gpu,
+    out_dtype: jnp.dtype | None = None,
+) -> tuple[jax.Array, LayerKV]:
+    """Attention of a step of decodes [R, H, D], and the pages with its keys and values; its plan is one that `rotates`."""
+    return _decode(projected, kv, metadata, metadata.plan, gpu, dict(scale=scale, window=window, soft_cap=soft_cap, out_dtype=out_dtype))
 
 
 def plan_attention_gpu(metadata: AttentionMetadata, q: Queries, kv: LayerKV, *, window: int | None, gpu: Gpu) -> GpuPlan | SplitPlan:
@@ -101,11 +122,14 @@ def plan_attention_gpu(metadata: AttentionMetadata, q: Queries, kv: LayerKV, *, 
     return GpuPlan(lens, config.plan(lens, num_kv_heads, window), arrivals, prefill, row_tokens, decoded_tokens)
 
 
-def _decode(q: jax.Array, kv: LayerKV, metadata: AttentionMetadata, plan: GpuPlan, gpu: Gpu, options: dict) -> jax.Array:
-    config, step = _decode_config(q, kv, gpu), (metadata.page_table, plan.decoded_lens)
+def _decode(
+    q: jax.Array | Projected, kv: LayerKV, metadata: AttentionMetadata, plan: GpuPlan, gpu: Gpu, options: dict
+) -> tuple[jax.Array, LayerKV]:
+    config = _decode_config(q.queries(kv) if isinstance(q, Projected) else q, kv, gpu)
+    step = metadata.page_table, plan.decoded_lens
     if isinstance(config, MosaicDecodeConfig):
-        assert isinstance(plan.decode, DecodePlan)
-        return decode_attention_mosaic(q, kv, *step, plan=plan.decode, config=config, **options)
+        assert isinstance(plan.decode, DecodePlan) and not isinstance(q, Projected)
+        return decode_attention_mosaic(q, kv, *step, plan=plan.decode, config=config, **options), kv
     assert isinstance(plan.decode, jax.Array)
     return decode_attention_triton(q, kv, *step, items=plan.decode, arrivals=plan.arrivals, config=config, **options)
 

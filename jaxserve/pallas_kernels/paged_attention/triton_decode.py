@@ -4,6 +4,9 @@ One program an item of the plan (see decode_items.py): an online softmax over it
 https://pytorch.org/blog/flash-decoding/, with float32 partial results). Of a pair that was cut, the program that comes last adds up
 the partial results of all, in their order, so that the result is the same in every run. Who comes last is told by a counter a pair, which
 that program sets back to zero; the counters go from layer to layer in one array.
+
+Where nothing else reads them, queries come as the projection gives them. Each program rotates its own, and that of a pair's last item
+writes the row's new key and value before it reads them back: a kernel less a layer.
 """
 
 import functools
@@ -16,10 +19,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from jaxserve.pallas_kernels.float16 import narrowed
 from jaxserve.pallas_kernels.layer_kv import FLOAT8, LayerKV
 from jaxserve.pallas_kernels.metadata import Queries
 from jaxserve.pallas_kernels.paged_attention.combine import MASKED
 from jaxserve.pallas_kernels.paged_attention.decode_items import NUM_FIELDS, DecodeItem, plan_items
+from jaxserve.pallas_kernels.paged_attention.triton_heads import head_lanes, read_heads, rotated_heads
+from jaxserve.pallas_kernels.projected import Projected
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ def soft_capped(scores: jax.Array, soft_cap: float | None, unit: float) -> jax.A
 
 @functools.partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "config", "out_dtype", "interpret"))
 def decode_attention_triton(
-    q: jax.Array,
+    q: jax.Array | Projected,
     kv: LayerKV,
     page_table: jax.Array,
     kv_lens: jax.Array,
@@ -78,17 +84,22 @@ def decode_attention_triton(
     config: TritonDecodeConfig,
     out_dtype: jnp.dtype | None = None,
     interpret: bool = False,
-) -> jax.Array:
+) -> tuple[jax.Array, LayerKV]:
     """Attention of one token a row: q [R, H, D], page_table int32 [R, P], kv_lens int32 [R] -> [R, H, D]; zeros for a padding row.
 
     A float8 cache is read as float16, which holds every float8 value (Triton converts one to the other in half an instruction).
 
     Args:
+        q: queries, or the projection that they are still to be made of, one token a row, with the keys and values to be stored.
         items: from `plan_items` with the config's numbers; None: made for this call.
         arrivals: from `make_arrivals`; None: made for this call.
         out_dtype: of the result; None: q's.
+
+    Returns:
+        The result, and the pages: with what was projected in them.
     """
-    num_rows, num_heads, head_dim = q.shape
+    is_projected = isinstance(q, Projected)
+    num_rows, num_heads, head_dim = (q.queries(kv) if is_projected else q).shape
     num_kv_heads = kv[0].shape[1]
     group = num_heads // num_kv_heads
     if items is None:
@@ -96,26 +107,30 @@ def decode_attention_triton(
     kernel = functools.partial(_decode_kernel, scale=scale, window=window, soft_cap=soft_cap, config=config, interpret=interpret)
     partials = items.shape[0], group
     counts = jnp.zeros((num_rows * num_kv_heads,), jnp.int32) if arrivals is None else arrivals[...]
-    out, _, _, _, counts = pl.pallas_call(
+    operands = q if is_projected else q.reshape(num_rows, num_kv_heads, group, head_dim), *kv, page_table, items, counts
+    pages = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in kv) if is_projected else ()
+    before = len(jax.tree.leaves(operands)) - 5  # of the pages, the table, the items and the counts
+    out, _, _, _, counts, *written = pl.pallas_call(
         kernel,
         grid=(items.shape[0],),
-        in_specs=[pl.no_block_spec] * 6,
-        out_specs=(pl.no_block_spec,) * 5,
+        in_specs=jax.tree.map(lambda _: pl.no_block_spec, operands),
+        out_specs=(pl.no_block_spec,) * (5 + len(pages)),
         out_shape=(
             jax.ShapeDtypeStruct((num_rows, num_kv_heads, group, head_dim), out_dtype or q.dtype),
             jax.ShapeDtypeStruct((*partials, head_dim), jnp.float32),
             jax.ShapeDtypeStruct(partials, jnp.float32),
             jax.ShapeDtypeStruct(partials, jnp.float32),
             jax.ShapeDtypeStruct(counts.shape, counts.dtype),
+            *pages,
         ),
-        input_output_aliases={5: 4},
+        input_output_aliases={before + 4: 4} | ({before: 5, before + 1: 6} if is_projected else {}),
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
         name="paged_decode",
-    )(q.reshape(num_rows, num_kv_heads, group, head_dim), *kv, page_table, items, counts)
+    )(*operands)
     if arrivals is not None:
         arrivals[...] = counts
-    return out.reshape(q.shape)
+    return out.reshape(num_rows, num_heads, head_dim), tuple(written) if is_projected else kv
 
 
 def padded_lanes(size: int):
@@ -134,11 +149,13 @@ def padded_lanes(size: int):
 
 
 def _decode_kernel(
-    q_ref, keys_ref, values_ref, table_ref, items_ref, zeros_ref, out_ref, sums_ref, maxima_ref, weights_ref, arrivals_ref,
-    *, scale: float, window: int | None, soft_cap: float | None, config: TritonDecodeConfig, interpret: bool,
+    q_ref, keys_ref, values_ref, table_ref, items_ref, zeros_ref, out_ref, sums_ref, maxima_ref, weights_ref, arrivals_ref, *written_refs,
+    scale: float, window: int | None, soft_cap: float | None, config: TritonDecodeConfig, interpret: bool,
 ):  # fmt: skip
     del zeros_ref  # the same memory as arrivals_ref
-    _, num_kv_heads, group, head_dim = q_ref.shape
+    if written_refs:
+        keys_ref, values_ref = written_refs  # the same memory
+    _, num_kv_heads, group, head_dim = out_ref.shape
     page_size, block_kv = keys_ref.shape[2], config.block_kv
     group_lanes = jnp.minimum(jnp.arange(max(16, pl.next_power_of_2(group)), dtype=jnp.int32), group - 1)
     padded_dim = pl.next_power_of_2(head_dim)
@@ -155,10 +172,37 @@ def _decode_kernel(
             present = jnp.arange(group_lanes.size, dtype=jnp.int32) < group
             plt.store(ref.at[index], value, mask=present if value.ndim == 1 else jnp.broadcast_to(present[:, None], value.shape))
 
+    def queries():
+        if not isinstance(q_ref, Projected):
+            return q_ref[item.row, item.head, column(group_lanes), dim]
+        norm = None if q_ref.norms is None else q_ref.norms[0]
+        q = rotated_heads(q_ref, item.row, (item.head * group + group_lanes)[:, None], head_dim, norm)
+        if q_ref.scales is not None:
+            q = q * q_ref.scales[0][item.head]
+        return narrowed(q, q_ref.dtype)
+
+    def write_token(projected: Projected):
+        """Store the key and the value of the pair's token."""
+        page, offset = projected.write_pages[item.row], projected.write_offsets[item.row]
+        one, num_heads = jnp.zeros((1, 1), jnp.int32), num_kv_heads * group
+        lane = head_lanes(head_dim)
+        norm = None if projected.norms is None else projected.norms[1]
+        key = narrowed(rotated_heads(projected, item.row, one + (num_heads + item.head), head_dim, norm), projected.dtype)
+        value = read_heads(projected, item.row, one + (num_heads + num_kv_heads + item.head), lane, head_dim)
+        for ref, x, at in (keys_ref, key, 0), (values_ref, value, 1):
+            if projected.scales is not None:
+                x = x.astype(jnp.float32) / projected.scales[at][item.head]
+
+            @pl.when(page < ref.shape[0])
+            def _(ref=ref, x=x):
+                ref[page, item.head, offset, lane] = x.astype(ref.dtype)
+
+        if not interpret:
+            plt.debug_barrier()  # before any warp reads them
+
     def attend():
         """Online softmax over the item's blocks: weighted values, maxima and weights of its query heads."""
-        q = q_ref[item.row, item.head, column(group_lanes), dim]
-        unit = scale
+        q, unit = queries(), scale
         if padded_dim != head_dim:
             q = jnp.where(jnp.arange(padded_dim, dtype=jnp.int32)[None, :] < head_dim, q, jnp.zeros_like(q))
         if keys_ref.dtype in FLOAT8:
@@ -220,6 +264,8 @@ def _decode_kernel(
 
     @pl.when(item.num_splits > 0)
     def _():
+        if isinstance(q_ref, Projected):
+            pl.when(item.split == item.num_splits - 1)(lambda: write_token(q_ref))
         total, maximum, weight = attend()
 
         @pl.when(item.num_splits == 1)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxserve.pallas_kernels.gpu import local_gpu
 from jaxserve.pallas_kernels.layer_kv import KVScales, LayerKV
 from jaxserve.pallas_kernels.metadata import AttentionMetadata
+from jaxserve.pallas_kernels.projected import Projected
 from jaxserve.pallas_kernels.rotate_and_write_kv.reference import rotate_and_write_kv_reference
 
 
@@ -46,14 +47,8 @@ def rotate_and_write_kv(
     Raises:
         ValueError: shapes that do not fit together.
     """
-    _, num_kv_heads, _, head_dim = kv[0].shape
-    num_tokens, size = qkv.shape[-2:]
-    dtype = dtype or qkv.dtype
-    if size % head_dim or size <= 2 * num_kv_heads * head_dim or rotation[0].shape != (num_tokens, 1, head_dim // 2):
-        raise ValueError(f"qkv {qkv.shape} and cosines {rotation[0].shape} do not go with {num_kv_heads} KV heads of {head_dim}")
-    if scales is not None and any(scale.shape != (num_kv_heads,) for scale in scales):
-        raise ValueError(f"scales {[scale.shape for scale in scales]} do not go with {num_kv_heads} KV heads")
-    options: dict[str, Any] = dict(bias=bias, norms=norms, eps=eps, dtype=dtype, scales=scales)
+    options: dict[str, Any] = dict(bias=bias, norms=norms, eps=eps, dtype=jnp.dtype(dtype or qkv.dtype), scales=scales)
+    Projected.of(qkv, rotation, kv, metadata, **options)
     if local_gpu() is None:
         return rotate_and_write_kv_reference(qkv, rotation, kv, metadata, **options)
     # Pallas takes over a second to import: not where there is no GPU.
