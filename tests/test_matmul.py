@@ -65,7 +65,7 @@ WIDE_CASES = [
 ]
 
 ADDED_CASES = [
-    (512, 128, 128, WideMatmulConfig(2, 64, 64, 1, 2, 2, token_cluster=2, panel=1, out_slots=2)),  # one cluster walks all tiles
+    (512, 256, 128, WideMatmulConfig(2, 64, 128, 1, 2, 2, token_cluster=2, panel=1, out_slots=2, held=64)),  # one cluster walks all tiles
     (256, 96, 64, WideMatmulConfig(2, 128, 96, 1, 2, 4, out_slots=3)),
 ]
 

@@ -37,6 +37,7 @@ BLOCK_K = BLOCK_BYTES // 2  # so many columns of 16 bits
 _TOKENS = range(225, 257)
 _FEWEST_PROMPT_TOKENS = 1024  # of a gated product
 _FEWEST_ADDED_TOKENS = 2048
+_ADDED_PIECE = 32  # columns of float32 sums that are stored at once: the 128 bytes that TMA swizzles
 _FEWEST_BYTES = 32 * 2**20
 _LEAST_DEPTH = 3072  # of a share of the columns: below it partial sums weigh too much
 
@@ -57,6 +58,7 @@ class WideMatmulConfig:
         panel: groups of tokens (a cluster's) that are walked together, rows by rows, so that what they fetch stays in L2.
         in_planes: partial sums leave as mosaic.py's do, two numbers of 16 bits each, so that they have its bits.
         out_slots: pieces of a warpgroup's tile that may be on their way out at once; divides their number.
+        held: the last so many rows have their sums stay in registers, and leave while the next tile is multiplied; where they are added.
     """
 
     warpgroups: int
@@ -70,6 +72,7 @@ class WideMatmulConfig:
     panel: int = 1 << 30
     in_planes: bool = False
     out_slots: int = 1
+    held: int = 0
 
     @classmethod
     def suited(cls, x: jax.Array, weight: jax.Array, num_multiprocessors: int, gated: bool = False) -> "WideMatmulConfig | None":
@@ -114,7 +117,7 @@ class WideMatmulConfig:
         tiles = num_tokens // 128 * (size // 256)
         if tiles < 0.9 * pl.cdiv(tiles, num_multiprocessors) * num_multiprocessors:
             return None
-        return cls(2, 64, 256, 1, 4, num_multiprocessors, token_cluster=2, panel=8, out_slots=2)
+        return cls(2, 64, 256, 1, 4, num_multiprocessors, token_cluster=2, panel=8, out_slots=2, held=128)
 
     @property
     def token_tile(self) -> int:
@@ -161,7 +164,10 @@ def add_matmul_wide(
     Raises:
         ValueError: a config that does not divide the shapes.
     """
-    if config.splits > 1 or x.shape[0] % (config.token_tile * config.token_cluster):
+    kept = [columns // _ADDED_PIECE * (config.tokens // HEIGHT) for columns in (config.rows - config.held, config.held)]
+    is_even = config.rows % _ADDED_PIECE == config.held % _ADDED_PIECE == 0 and not any(pieces % config.out_slots for pieces in kept)
+    is_whole = config.splits == 1 and x.shape[0] % (config.token_tile * config.token_cluster) == 0
+    if not (is_even and is_whole and kept[1] <= x.shape[1] // BLOCK_K):
         raise ValueError(f"x {x.shape} cannot be cut by {config} to be added")
     return _multiply(x, weight, None, residual[None], config, False, jnp.dtype(jnp.float32), interpret)[0]
 
@@ -201,7 +207,7 @@ def _multiply(
     adds = residual is not None
     is_staged = adds or (not of_parts and out_dtype != jnp.float32)
     rows_out = padded if is_staged or of_parts or num_tokens % config.tokens else num_tokens  # the last copied out of no larger array
-    pieces = (32,) if adds else (64, 32)  # no more than 128 bytes, which TMA swizzles
+    pieces = (_ADDED_PIECE,) if adds else (64, 32)
     piece = next((columns for columns in pieces if width % columns == 0), width)  # of a tile that is stored at once
     # Rows of other widths lie in SMEM as they are: 112 bytes, say, are free of bank conflicts.
     transforms = swizzled(piece, out_dtype) if piece in pieces else ()
@@ -295,8 +301,26 @@ def _wide_kernel(
     @pl.when(warpgroup < warpgroups)
     def _compute():
         plgpu.set_max_registers(COMPUTE_REGISTERS[warpgroups], action="increase")
+        piece = 0 if out_smem is None else out_smem.shape[-1]
+        held_corners = list(itertools.product(range(0, tokens, HEIGHT), range(0, config.held, piece or 1)))
 
-        def compute_chunk(i, count):
+        def store_piece(part, corner, out_slot, number, token, unit):
+            assert out_smem is not None
+            top, left = corner
+            plgpu.wait_smem_to_gmem(config.out_slots - 1, wait_read_only=True)
+            slot = out_smem.at[warpgroup, out_slot]
+            slot[...] = part[top : top + HEIGHT, left : left + piece]
+            plgpu.commit_smem()
+            where = number, pl.ds(token + top, HEIGHT), pl.ds(unit + left, piece)
+            plgpu.copy_smem_to_gmem(slot, out_ref.at[where], reduction_op="add" if adds else None)
+
+        def store_held(held, i, n):
+            token, unit, _ = place(i)
+            store_piece(held, held_corners[n], n % config.out_slots, 0, token + warpgroup * tokens, unit + width - config.held)
+
+        def compute_chunk(i, carry):
+            count, *held = carry
+
             def accumulate(total):
                 def step(k, count):
                     slot = filled_slot(filled, count)
@@ -309,7 +333,11 @@ def _wide_kernel(
 
                     return count + 1
 
-                count_after = lax.fori_loop(0, steps, step, count)
+                count_after = count
+                for n in range(len(held_corners)):
+                    count_after = step(n, count_after)
+                    pl.when(i > 0)(functools.partial(store_held, held[0], i - 1, n))
+                count_after = lax.fori_loop(len(held_corners), steps, step, count_after)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(emptied.at[lax.rem(count_after - 1, jnp.int32(stages))])
                 return count_after, total[...]
@@ -333,24 +361,22 @@ def _wide_kernel(
                     out_ref.at[share, pl.ds(token, tokens), pl.ds(unit, width)][...] = total
 
                 store() if out_ref.shape[1] == padded else pl.when(token < out_ref.shape[1])(store)
-                return count
-            piece, planes = out_smem.shape[-1], 2 if config.in_planes else 1
+                return (count,)
+            planes = 2 if config.in_planes else 1
             for plane in range(planes):
                 part = total if adds else narrowed(total, out_ref.dtype)
-                corners = itertools.product(range(0, tokens, HEIGHT), range(0, width, piece))
-                for out_slot, (top, left) in zip(itertools.cycle(range(config.out_slots)), corners, strict=False):
-                    plgpu.wait_smem_to_gmem(config.out_slots - 1, wait_read_only=True)
-                    slot = out_smem.at[warpgroup, out_slot]
-                    slot[...] = part[top : top + HEIGHT, left : left + piece]
-                    plgpu.commit_smem()
-                    number = 0 if config.splits == 1 else share * planes + plane
-                    where = number, pl.ds(token + top, HEIGHT), pl.ds(unit + left, piece)
-                    plgpu.copy_smem_to_gmem(slot, out_ref.at[where], reduction_op="add" if adds else None)
+                number = 0 if config.splits == 1 else share * planes + plane
+                corners = itertools.product(range(0, tokens, HEIGHT), range(0, width - config.held, piece))
+                for out_slot, corner in zip(itertools.cycle(range(config.out_slots)), corners, strict=False):
+                    store_piece(part, corner, out_slot, number, token, unit)
                 if plane + 1 < planes:
                     total = total - part.astype(jnp.float32)
-            return count
+            return (count, total[:, width - config.held :]) if config.held else (count,)
 
-        lax.fori_loop(0, num_chunks, compute_chunk, jnp.int32(0))
+        held = [plgpu.layout_cast(jnp.zeros((tokens, config.held), jnp.float32), plgpu.Layout.WGMMA)] if config.held else []
+        _, *held = lax.fori_loop(0, num_chunks, compute_chunk, (jnp.int32(0), *held))
+        for n in range(len(held_corners)):
+            store_held(held[0], num_chunks - 1, n)
         if out_smem is not None:
             plgpu.wait_smem_to_gmem(0)
 
