@@ -14,10 +14,17 @@ from jaxserve.pallas_kernels.gpu import Gpu
 from jaxserve.pallas_kernels.matmul import multiply_gated
 from jaxserve.pallas_kernels.quantized_matmul import TABLES, EightBitWeight, FourBitWeight, api, pack_four_bit
 from jaxserve.pallas_kernels.quantized_matmul.activations import round_activations, round_rows
-from jaxserve.pallas_kernels.quantized_matmul.dispatch import eight_bit_config, mosaic_config, triton_config, wide_four_bit_config
+from jaxserve.pallas_kernels.quantized_matmul.dispatch import (
+    eight_bit_config,
+    four_bit_config,
+    mosaic_config,
+    triton_config,
+    wide_four_bit_config,
+)
 from jaxserve.pallas_kernels.quantized_matmul.many_tokens import dequantize_triton, eight_bit_matmul, widened_matmul
 from jaxserve.pallas_kernels.quantized_matmul.mosaic import MosaicQuantizedConfig, quantized_matmul_mosaic, token_tiles
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_eight_bit import MosaicEightBitConfig, eight_bit_matmul_mosaic
+from jaxserve.pallas_kernels.quantized_matmul.mosaic_four_bit import MosaicFourBitConfig, four_bit_matmul_mosaic
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import WideQuantizedConfig, quantized_matmul_wide, wide_token_tiles
 from jaxserve.pallas_kernels.quantized_matmul.reference import quantized_matmul_reference
 from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfig, quantized_matmul_triton
@@ -112,6 +119,23 @@ def test_the_mosaic_kernel_multiplies(weight, num_tokens, config, gated):
     out, expected = parts.astype(F32).sum(axis=0), quantized_matmul_reference(x, weight, F32)
     expected = multiply_gated(expected) if gated else expected
     assert float(jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected)) < (2 if gated else 1) * HALF_OF_THE_LAST_BIT[BF16]
+
+
+FOUR_BIT_CUTS = [
+    (four_bit(128, 256, 32, zeros=True), 3, BF16, MosaicFourBitConfig(2, 1, 1, 2, 1, 2, 2), False),
+    (four_bit(256, 256, 64), 12, F16, MosaicFourBitConfig(1, 2, 2, 1, 1, 2, 1), False),  # a block of threads walks two tiles
+    (four_bit(128, 512, 128, values=tuple(range(16))), 9, BF16, MosaicFourBitConfig(1, 2, 2, 1, 2, 2, 1), True),
+]
+
+
+@pytest.mark.parametrize(("weight", "num_tokens", "dtype", "config", "gated"), FOUR_BIT_CUTS, ids=["parts", "shares", "gated"])
+def test_the_kernel_for_few_tokens_and_four_bits_multiplies(weight, num_tokens, dtype, config, gated):
+    x = activations(num_tokens, weight.shape[1], dtype)
+    parts = four_bit_matmul_mosaic(x, weight, config=config, gated=gated, interpret=True)
+    assert parts.shape == (1 if config.splits == 1 else 4, num_tokens, weight.shape[0] // (2 if gated else 1)) and parts.dtype == dtype
+    out, expected = parts.astype(F32).sum(axis=0), quantized_matmul_reference(x, weight, F32)
+    expected = multiply_gated(expected) if gated else expected
+    assert float(jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected)) < HALF_OF_THE_LAST_BIT[dtype]
 
 
 EIGHT_BIT_CUTS = [
@@ -275,6 +299,13 @@ def test_the_cut_fits(size, depth):
                     in_flight = cut.columns * (64 * heights + 2 * lanes) * cut.num_stages
                     assert in_flight + cut.warpgroups * min(2, cut.splits) * lanes * 128 < 227 * 1024 and cut.num_stages > 2
                     assert size % (64 * heights) == 0 and depth % (cut.splits * cut.columns) == 0
+                few = four_bit_config(x, weight, BF16, HOPPER, gated)  # pyright: ignore[reportArgumentType]
+                assert (few is not None) == (isinstance(weight, FourBitWeight) and num_tokens <= 16 and size >= 28672)
+                if few is not None:
+                    lanes, rows = -(-num_tokens // 8) * 8, 64 * few.teams * few.heights
+                    in_flight = few.num_stages * few.width * (rows * 66 + lanes * 260)
+                    assert in_flight + rows * lanes * (2 + 4 * (few.shares - 1)) < 227 * 1024 and few.num_stages >= 2 * few.shares
+                    assert size % rows == 0 and depth % (128 * few.width * few.shares) == 0 and few.num_stages % few.shares == 0
         many = jax.ShapeDtypeStruct((257, depth), BF16)
         for num_tokens, gated in ((129, False), (160, True), (256, False), (512, False), (2048, True)):
             x = jax.ShapeDtypeStruct((num_tokens, depth), BF16)

@@ -271,7 +271,7 @@ def _numbers(codes: jax.Array, piece: int) -> jax.Array:
     return numbers(codes)  # pyright: ignore[reportCallIssue]
 
 
-_TO_HALF = (  # two bfloat16, $1, divided by 16
+TO_HALF = (  # two bfloat16, $1, divided by 16
     "{ .reg .f32 a, b; .reg .b32 t; shl.b32 t, $1, 16; mov.b32 a, t; and.b32 t, $1, 0xffff0000; mov.b32 b, t;"
     " mul.f32 a, a, 0f3D800000; mul.f32 b, b, 0f3D800000; cvt.rn.satfinite.f16x2.f32 $0, b, a; }"
 )
@@ -304,7 +304,7 @@ def _convert_tokens(ref, dtype) -> None:
             given = [llvm.load(words, place, alignment=16) for place in places]
             given = [llvm.extractelement(x, constant(i)) for x in given for i in range(4)]
             if dtype == jnp.bfloat16:
-                given = [llvm.inline_asm(word, [x], _TO_HALF, "=r,r") for x in given]
+                given = [llvm.inline_asm(word, [x], TO_HALF, "=r,r") for x in given]
             for half, to in enumerate(places):
                 vector = llvm.mlir_undef(words)
                 for i in range(4):
