@@ -151,9 +151,9 @@ def four_bit_config(
         return None
     teams, heights = next((t, h) for t, h in ((2, 2), (1, 2), (1, 1)) if size % (t * h * HEIGHT) == 0)
     lanes, groups = pl.cdiv(num_tokens, 8) * 8, max(1, BLOCK // weight.group)
-    # With more tokens the sums of two blocks would spill.
+    # With more tokens the sums of two blocks would spill, and of several groups in the registers that two shares leave.
     width = 2 if lanes == 8 and depth % (4 * BLOCK) == 0 else 1
-    shares = 2 if depth % (2 * width * BLOCK) == 0 else 1
+    shares = 2 if depth % (2 * width * BLOCK) == 0 and (lanes == 8 or groups == 1) else 1
     of_rows = BLOCK // 2 + groups * (weight.scales.dtype.itemsize + (weight.zeros is not None))
     stage = width * (teams * heights * HEIGHT * of_rows + lanes * (2 * BLOCK + 4 * groups))
     out = teams * heights * HEIGHT * lanes * (2 + 4 * (shares - 1))

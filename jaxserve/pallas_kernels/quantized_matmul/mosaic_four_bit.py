@@ -433,6 +433,7 @@ def _token_operands(x_ref):
 
 
 _SUM_OF_HALVES = "{ .reg .b16 a, b; .reg .f32 c, d; mov.b32 {a, b}, $1; cvt.f32.f16 c, a; cvt.f32.f16 d, b; add.f32 $0, c, d; }"
+_STORE_OF_FIRST = "{ .reg .pred p; setp.eq.u32 p, $2, 0; @p st.shared.f32 [$0], $1; }"  # a branch would hold up what comes after
 
 
 def _convert_tokens(x_ref, sums_ref, unit: float, parts: int, dtype) -> None:
@@ -460,25 +461,27 @@ def _convert_tokens(x_ref, sums_ref, unit: float, parts: int, dtype) -> None:
         own = arith.addi(own, arith.muli(arith.shrui(run, constant(2)), constant(_TILE_BYTES)))
         runs = 16 // parts  # of a group
         of_sums = arith.addi(arith.shli(token, constant(2)), arith.muli(arith.divui(run, constant(runs)), constant(lanes * 4)))
-        first_run = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(run, constant(runs - 1)), constant(0))
-        for n in range(lanes // _LANES):
-            for block in range(columns // BLOCK):
-                at = pointer(x_ref, (n * columns // _PIECE + block * BLOCK // _PIECE) * _TILE_BYTES, own)
-                vector = llvm.load(words, at, alignment=16)
-                numbers = [llvm.extractelement(vector, constant(i)) for i in range(4)]
-                if dtype == jnp.bfloat16:
-                    numbers = [llvm.inline_asm(word, [x], TO_HALF, "=r,r") for x in numbers]
-                    for i, number in enumerate(numbers):
-                        vector = llvm.insertelement(vector, number, constant(i))
-                    llvm.store(vector, at, alignment=16)
-                one, two, three, four = (llvm.inline_asm(single, [x], _SUM_OF_HALVES, "=f,r") for x in numbers)
-                total = arith.addf(arith.addf(one, two), arith.addf(three, four))
-                distance = 1
-                while distance < runs:
-                    total = arith.addf(total, mgpu_utils.shfl_bfly(total, distance))
-                    distance *= 2
-                with mgpu_utils.when(first_run):
-                    of_block = pointer(sums_ref, (block * parts * lanes + n * _LANES) * 4, of_sums)
-                    llvm.store(arith.mulf(total, mgpu_utils.c(unit, single)), of_block, alignment=4)
+        within = arith.andi(run, constant(runs - 1))
+        places = [(n, block) for n in range(lanes // _LANES) for block in range(columns // BLOCK)]
+        runs_at = [pointer(x_ref, (n * columns // _PIECE + block * BLOCK // _PIECE) * _TILE_BYTES, own) for n, block in places]
+        vectors = [llvm.load(words, at, alignment=16) for at in runs_at]
+        for (n, block), at, vector in zip(places, runs_at, vectors, strict=True):
+            numbers = [llvm.extractelement(vector, constant(i)) for i in range(4)]
+            if dtype == jnp.bfloat16:
+                numbers = [llvm.inline_asm(word, [x], TO_HALF, "=r,r") for x in numbers]
+                halves = llvm.mlir_undef(words)
+                for i, number in enumerate(numbers):
+                    halves = llvm.insertelement(halves, number, constant(i))
+                llvm.store(halves, at, alignment=16)
+            one, two, three, four = (llvm.inline_asm(single, [x], _SUM_OF_HALVES, "=f,r") for x in numbers)
+            total = arith.addf(arith.addf(one, two), arith.addf(three, four))
+            distance = 1
+            while distance < runs:
+                total = arith.addf(total, mgpu_utils.shfl_bfly(total, distance))
+                distance *= 2
+            of_block = pointer(sums_ref, (block * parts * lanes + n * _LANES) * 4, of_sums)
+            total = arith.mulf(total, mgpu_utils.c(unit, single))
+            operands = [llvm.ptrtoint(word, of_block), total, within]
+            llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, _STORE_OF_FIRST, "r,f,r,~{memory}", has_side_effects=True)
 
     convert(x_ref, sums_ref)  # pyright: ignore[reportCallIssue]
