@@ -150,6 +150,8 @@ def four_bit_config(
     if not takes or not _is_large(weight, gpu) or (gated and size % (2 * HEIGHT)):
         return None
     teams, heights = next((t, h) for t, h in ((2, 2), (1, 2), (1, 1)) if size % (t * h * HEIGHT) == 0)
+    if not _copies_zeros(weight, teams * heights):
+        return None
     lanes, groups = pl.cdiv(num_tokens, 8) * 8, max(1, BLOCK // weight.group)
     # With more tokens the sums of two blocks would spill, and of several groups in the registers that two shares leave.
     width = 2 if lanes == 8 and depth % (4 * BLOCK) == 0 else 1
