@@ -227,9 +227,9 @@ def test_products_of_many_tokens_add_themselves(monkeypatch, num_tokens, size, d
     residual = jax.ShapeDtypeStruct((num_tokens, size), jnp.float32)
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-        text = jax.jit(add_matmul, donate_argnums=0).trace(residual, x, weight).lower(lowering_platforms=("cuda",)).as_text()
+        text = jax.jit(add_matmul, donate_argnums=2).trace(x, weight, residual).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu_v2") == 1 and "output_operand_alias" in text
-    assert jax.eval_shape(functools.partial(add_matmul, fixed_order=True), residual, x, weight) is None
+    assert jax.eval_shape(functools.partial(add_matmul, fixed_order=True), x, weight, residual) is None
 
 
 def test_where_adding_does_not_pay_the_reader_adds():

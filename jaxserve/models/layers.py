@@ -111,7 +111,7 @@ class Linear(nnx.Module):
         if self.bias is not None:
             return Branch(self(x, shards)), residual
         shared = self.reduce and shards.count > 1
-        added = None if shared else self.matrix.added(residual, x, shards.deterministic)
+        added = None if shared else self.matrix.added(x, residual, shards.deterministic)
         if added is not None:
             return Branch(None), added
         return Branch(self.matrix.matmul_parts(x, residual.dtype, shards.deterministic), shared), residual

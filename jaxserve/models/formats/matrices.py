@@ -37,7 +37,7 @@ class Format(Protocol):
         """The same, or parts of it [P, T, N] that are still to be added up (`add_parts`); in x's dtype, or float32 if `dtype` says so."""
         ...
 
-    def added(self, residual: jax.Array, x: jax.Array, fixed_order: bool = False) -> jax.Array | None:
+    def added(self, x: jax.Array, residual: jax.Array, fixed_order: bool = False) -> jax.Array | None:
         """The residual stream [T, N] with the product in it; None where who reads the stream is to add what `matmul_parts` gives."""
         ...
 
@@ -84,9 +84,9 @@ class DenseFormat(nnx.Module):
         """As in `Format`."""
         return matmul_parts(x, self.weight[...], dtype, fixed_order)
 
-    def added(self, residual: jax.Array, x: jax.Array, fixed_order: bool = False) -> jax.Array | None:
+    def added(self, x: jax.Array, residual: jax.Array, fixed_order: bool = False) -> jax.Array | None:
         """As in `Format`."""
-        return add_matmul(residual, x, self.weight[...], fixed_order)
+        return add_matmul(x, self.weight[...], residual, fixed_order)
 
     def gated(self, x: jax.Array, dtype: jnp.dtype, fixed_order: bool = False) -> jax.Array:
         """As in `Format`."""
@@ -123,9 +123,9 @@ class QuantizedFormat(nnx.Module):
         x, arrays = self._operands(x)
         return quantized_matmul_parts(x, weight_of(arrays, self.layout, x.shape[1]))
 
-    def added(self, residual: jax.Array, x: jax.Array, fixed_order: bool = False) -> jax.Array | None:
+    def added(self, x: jax.Array, residual: jax.Array, fixed_order: bool = False) -> jax.Array | None:
         """No kernel adds to the stream."""
-        del residual, x, fixed_order
+        del x, residual, fixed_order
 
     def _operands(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """x as the arrays take its columns, and those of the weight."""
@@ -169,9 +169,9 @@ class StackedFormat(nnx.Module):
         """As in `Format`."""
         return self.matmul(x, dtype, fixed_order)
 
-    def added(self, residual: jax.Array, x: jax.Array, fixed_order: bool = False) -> jax.Array | None:
+    def added(self, x: jax.Array, residual: jax.Array, fixed_order: bool = False) -> jax.Array | None:
         """Each matrix has some columns of the stream."""
-        del residual, x, fixed_order
+        del x, residual, fixed_order
 
     def gated(self, x: jax.Array, dtype: jnp.dtype, fixed_order: bool = False) -> jax.Array:
         """As in `Format`."""

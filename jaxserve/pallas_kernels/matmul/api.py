@@ -45,7 +45,7 @@ def matmul_parts(x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None = None
     return parts[0] if parts.shape[0] == 1 else parts
 
 
-def add_matmul(residual: jax.Array, x: jax.Array, weight: jax.Array, fixed_order: bool = False) -> jax.Array | None:
+def add_matmul(x: jax.Array, weight: jax.Array, residual: jax.Array, fixed_order: bool = False) -> jax.Array | None:
     """The residual stream [T, N] plus x [T, K] times the transposed weight [N, K], in place where nobody needs it as it was.
 
     None where whoever normalises the sum is to add what `matmul_parts` gives: there is no kernel for it, or `fixed_order` is asked for.
