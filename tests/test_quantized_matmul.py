@@ -279,6 +279,28 @@ def test_zeros_and_small_groups_lower_for_a_hopper_gpu(monkeypatch, group, zeros
         assert text.count("custom_call @mosaic_gpu_v2") == 1 and TRITON not in text
         text = lowered(monkeypatch, HOPPER, num_tokens, odd, product=quantized_matmul_parts)
         assert text.count("custom_call @mosaic_gpu_v2") == (group < 128) and (TRITON in text) == (group == 128)
+    few = lowered(monkeypatch, HOPPER, 16, abstract(weight, 28672, 4096), product=quantized_gated_matmul)
+    assert few.count("custom_call @mosaic_gpu_v2") == 1 and TRITON not in few
+
+
+@pytest.mark.parametrize(("group", "zeros"), [(128, False), (64, True), (32, True)])
+@pytest.mark.parametrize(("size", "depth"), [(28672, 4096), (128256, 4096), (28672, 640), (151936, 768), (6144, 4096)])
+def test_the_cut_of_few_tokens_and_four_bits_fits(size, depth, group, zeros):
+    weight = abstract(four_bit(64, 256, group, zeros=zeros), size, depth)
+    groups, bytes_of_group = 128 // group, weight.scales.dtype.itemsize + zeros  # pyright: ignore[reportAttributeAccessIssue]
+    for num_tokens in (1, 8, 9, 16, 17):
+        x = jax.ShapeDtypeStruct((num_tokens, depth), BF16)
+        for gated in (False, True):
+            cut = four_bit_config(x, weight, BF16, HOPPER, gated)  # pyright: ignore[reportArgumentType]
+            assert (cut is not None) == (num_tokens <= 16 and size >= 28672)
+            if cut is None:
+                continue
+            if (size, depth) == (28672, 4096):  # as measured
+                assert (cut.shares, cut.width, cut.num_stages) == (2 if num_tokens <= 8 else 1, 2, 4)
+            lanes, rows = -(-num_tokens // 8) * 8, 64 * cut.teams * cut.heights
+            in_flight = cut.num_stages * cut.width * (rows * (64 + groups * bytes_of_group) + lanes * (256 + 4 * groups))
+            assert in_flight + rows * lanes * (2 + 4 * (cut.shares - 1)) < 227 * 1024 and cut.num_stages >= 2 * cut.shares
+            assert size % rows == 0 and depth % (128 * cut.width * cut.shares) == 0 and cut.num_stages % cut.shares == 0
 
 
 @pytest.mark.parametrize(("size", "depth"), [(28672, 4096), (4096, 14336), (6144, 4096), (128256, 4096), (1000, 512), (24, 128)])
@@ -299,13 +321,6 @@ def test_the_cut_fits(size, depth):
                     in_flight = cut.columns * (64 * heights + 2 * lanes) * cut.num_stages
                     assert in_flight + cut.warpgroups * min(2, cut.splits) * lanes * 128 < 227 * 1024 and cut.num_stages > 2
                     assert size % (64 * heights) == 0 and depth % (cut.splits * cut.columns) == 0
-                few = four_bit_config(x, weight, BF16, HOPPER, gated)  # pyright: ignore[reportArgumentType]
-                assert (few is not None) == (isinstance(weight, FourBitWeight) and num_tokens <= 16 and size >= 28672)
-                if few is not None:
-                    lanes, rows = -(-num_tokens // 8) * 8, 64 * few.teams * few.heights
-                    in_flight = few.num_stages * few.width * (rows * 66 + lanes * 260)
-                    assert in_flight + rows * lanes * (2 + 4 * (few.shares - 1)) < 227 * 1024 and few.num_stages >= 2 * few.shares
-                    assert size % rows == 0 and depth % (128 * few.width * few.shares) == 0 and few.num_stages % few.shares == 0
         many = jax.ShapeDtypeStruct((257, depth), BF16)
         for num_tokens, gated in ((129, False), (160, True), (256, False), (512, False), (2048, True)):
             x = jax.ShapeDtypeStruct((num_tokens, depth), BF16)

@@ -153,13 +153,13 @@ def four_bit_config(
     if not _copies_zeros(weight, teams * heights):
         return None
     lanes, groups = pl.cdiv(num_tokens, 8) * 8, max(1, BLOCK // weight.group)
-    # With more tokens the sums of two blocks would spill, and of several groups in the registers that two shares leave.
-    width = 2 if lanes == 8 and depth % (4 * BLOCK) == 0 else 1
-    shares = 2 if depth % (2 * width * BLOCK) == 0 and (lanes == 8 or groups == 1) else 1
+    # With more than 8 tokens the sums would spill in the registers that two shares leave, and one is faster.
+    shares = 2 if lanes == 8 and depth % (2 * BLOCK) == 0 else 1
+    width = 2 if depth % (2 * shares * BLOCK) == 0 else 1
     of_rows = BLOCK // 2 + groups * (weight.scales.dtype.itemsize + (weight.zeros is not None))
     stage = width * (teams * heights * HEIGHT * of_rows + lanes * (2 * BLOCK + 4 * groups))
     out = teams * heights * HEIGHT * lanes * (2 + 4 * (shares - 1))
-    stages = min(8, (_SMEM_BYTES - out) // stage) // shares * shares
+    stages = min(8 // width, (_SMEM_BYTES - out) // stage) // shares * shares
     return MosaicFourBitConfig(teams, shares, heights, 1, width, stages, gpu.num_multiprocessors)
 
 

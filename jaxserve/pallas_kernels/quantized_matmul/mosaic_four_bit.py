@@ -32,8 +32,8 @@ from jaxserve.pallas_kernels.mosaic import (
     see_out,
     swizzled,
 )
+from jaxserve.pallas_kernels.quantized_matmul.half_tokens import HALF_FACTOR, TILE_BYTES, halves_and_sums
 from jaxserve.pallas_kernels.quantized_matmul.mosaic import pad_tokens
-from jaxserve.pallas_kernels.quantized_matmul.mosaic_eight_bit import HALF_FACTOR, TO_HALF
 from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, FourBitWeight
 
 MOST_LANES = 16
@@ -41,7 +41,6 @@ _PIECE = 32  # columns of a plane: a word has one code of each of four
 _LANES = 8  # tokens of an mma
 _CODE_UNIT = 2.0**-24  # what float16's lowest bit counts
 _FETCH_REGISTERS, _CONVERT_REGISTERS = 32, 32
-_TILE_BYTES = _LANES * _PIECE * 2  # of 8 tokens, swizzled among themselves
 _BY_LANE = plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -194,7 +193,7 @@ def _four_bit_kernel(
         def step(count, carry):
             slot = filled_slot(filled, count)
             if not interpret:
-                _convert_tokens(x_smem.at[slot], x_sums_smem.at[slot], unit, parts, dtype)
+                halves_and_sums(x_smem.at[slot], x_sums_smem.at[slot], unit, parts, dtype)
                 plgpu.commit_smem()
             plgpu.barrier_arrive(converted.at[slot])
             return carry
@@ -424,64 +423,9 @@ def _token_operands(x_ref):
     base = llvm.getelementptr(shared, mgpu_utils.memref_ptr(x_ref), [own], [-(2**31)], byte, None)
 
     def read(tile: int) -> list:
-        at = llvm.getelementptr(shared, base, [], [tile * _TILE_BYTES], byte, None)
+        at = llvm.getelementptr(shared, base, [], [tile * TILE_BYTES], byte, None)
         shape = ir.Attribute.parse("#nvvm.ld_st_matrix_shape<m=8, n=8>")
         words = nvvm.ldmatrix(at, layout=nvvm.MMALayout.row, num=4, shape=shape, elt_type=nvvm.LdStMatrixEltType.B16)
         return [llvm.extractvalue(word, words, [i]) for i in range(4)]
 
     return read
-
-
-_SUM_OF_HALVES = "{ .reg .b16 a, b; .reg .f32 c, d; mov.b32 {a, b}, $1; cvt.f32.f16 c, a; cvt.f32.f16 d, b; add.f32 $0, c, d; }"
-_STORE_OF_FIRST = "{ .reg .pred p; setp.eq.u32 p, $2, 0; @p st.shared.f32 [$0], $1; }"  # a branch would hold up what comes after
-
-
-def _convert_tokens(x_ref, sums_ref, unit: float, parts: int, dtype) -> None:
-    """Tokens [T, C] of a dtype to float16, in place, and the sums of their groups' columns, times unit, float32 [C / group, T].
-
-    A warp takes a block of 128 columns of two tokens at once, a thread 16 bytes: of the 64 bytes among which the swizzle moves them.
-    """
-    lanes, columns = x_ref.shape
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(swizzled(_PIECE, jnp.float16)), plgpu.RefType()))
-    def convert(ctx, x_ref, sums_ref):
-        del ctx
-        word, byte, single = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8), ir.F32Type.get()
-        words = ir.VectorType.get((4,), word)
-        constant = functools.partial(mgpu_utils.c, ty=word)
-        shared = llvm.PointerType.get(3)
-
-        def pointer(ref, offset, dynamic):
-            base = llvm.getelementptr(shared, mgpu_utils.memref_ptr(ref), [dynamic], [-(2**31)], byte, None)
-            return llvm.getelementptr(shared, base, [], [offset], byte, None)
-
-        thread = arith.andi(mgpu_utils.thread_idx(), constant(127))
-        token, run = arith.shrui(thread, constant(4)), arith.andi(thread, constant(15))
-        own = arith.addi(arith.shli(token, constant(6)), arith.shli(arith.andi(run, constant(3)), constant(4)))
-        own = arith.addi(own, arith.muli(arith.shrui(run, constant(2)), constant(_TILE_BYTES)))
-        runs = 16 // parts  # of a group
-        of_sums = arith.addi(arith.shli(token, constant(2)), arith.muli(arith.divui(run, constant(runs)), constant(lanes * 4)))
-        within = arith.andi(run, constant(runs - 1))
-        places = [(n, block) for n in range(lanes // _LANES) for block in range(columns // BLOCK)]
-        runs_at = [pointer(x_ref, (n * columns // _PIECE + block * BLOCK // _PIECE) * _TILE_BYTES, own) for n, block in places]
-        vectors = [llvm.load(words, at, alignment=16) for at in runs_at]
-        for (n, block), at, vector in zip(places, runs_at, vectors, strict=True):
-            numbers = [llvm.extractelement(vector, constant(i)) for i in range(4)]
-            if dtype == jnp.bfloat16:
-                numbers = [llvm.inline_asm(word, [x], TO_HALF, "=r,r") for x in numbers]
-                halves = llvm.mlir_undef(words)
-                for i, number in enumerate(numbers):
-                    halves = llvm.insertelement(halves, number, constant(i))
-                llvm.store(halves, at, alignment=16)
-            one, two, three, four = (llvm.inline_asm(single, [x], _SUM_OF_HALVES, "=f,r") for x in numbers)
-            total = arith.addf(arith.addf(one, two), arith.addf(three, four))
-            distance = 1
-            while distance < runs:
-                total = arith.addf(total, mgpu_utils.shfl_bfly(total, distance))
-                distance *= 2
-            of_block = pointer(sums_ref, (block * parts * lanes + n * _LANES) * 4, of_sums)
-            total = arith.mulf(total, mgpu_utils.c(unit, single))
-            operands = [llvm.ptrtoint(word, of_block), total, within]
-            llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, _STORE_OF_FIRST, "r,f,r,~{memory}", has_side_effects=True)
-
-    convert(x_ref, sums_ref)  # pyright: ignore[reportCallIssue]
