@@ -96,6 +96,14 @@ def test_add_rms_norm_of_a_float32_residual_stream(add):
     np.testing.assert_allclose(normed.astype(F32), exact, rtol=2**-10, atol=1e-6)
 
 
+@IMPLEMENTATIONS
+def test_a_whole_branch_of_16_bits_does_not_round_a_float32_residual_stream(add):
+    random = np.random.default_rng(1)
+    x, residual, weight = normal(random, (5, 96)), normal(random, (5, 96), F32), normal(random, (96,))
+    _, total = jax.jit(functools.partial(add, eps=1e-5, dtype=F16))(x, residual, weight)
+    np.testing.assert_array_equal(total, np.asarray(x, np.float32) + np.asarray(residual))
+
+
 @pytest.mark.parametrize(("num_tokens", "kernels"), [(64, 1), (65, 0)])
 def test_xla_norms_the_many_rows_of_a_gpu(num_tokens, kernels, monkeypatch):
     monkeypatch.setattr(sys.modules["jaxserve.pallas_kernels.add_rms_norm.api"], "local_gpu", lambda: Gpu(132, is_hopper=True))

@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from jaxserve.pallas_kernels import add_parts, gated_matmul, matmul, matmul_parts, multiply_gated
+from jaxserve.pallas_kernels import add_matmul, add_parts, gated_matmul, matmul, matmul_parts, multiply_gated
 from jaxserve.pallas_kernels.gpu import Gpu
 from jaxserve.pallas_kernels.matmul import api
 from jaxserve.pallas_kernels.matmul.fixed_order import column_splits, fixed_order_kernel
 from jaxserve.pallas_kernels.matmul.mosaic import MosaicMatmulConfig, matmul_mosaic
-from jaxserve.pallas_kernels.matmul.mosaic_wide import WideMatmulConfig, matmul_wide
+from jaxserve.pallas_kernels.matmul.mosaic_wide import WideMatmulConfig, add_matmul_wide, matmul_wide
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 UNOPTIMISED = {"xla_backend_optimization_level": 0}
@@ -63,6 +64,11 @@ WIDE_CASES = [
     (192, 64, 128, WideMatmulConfig(3, 64, 32, 1, 2, 4, 2), False),
 ]
 
+ADDED_CASES = [
+    (512, 256, 128, WideMatmulConfig(2, 64, 128, 1, 2, 2, token_cluster=2, panel=1, out_slots=2, held=64)),  # one cluster walks all tiles
+    (256, 96, 64, WideMatmulConfig(2, 128, 96, 1, 2, 4, out_slots=3)),
+]
+
 
 @pytest.mark.parametrize("num_tokens, size, depth, config, gated", WIDE_CASES)
 def test_the_kernel_for_many_tokens_multiplies(num_tokens, size, depth, config, gated):
@@ -73,6 +79,24 @@ def test_the_kernel_for_many_tokens_multiplies(num_tokens, size, depth, config, 
     out = out.astype(jnp.float32).reshape(-1, *out.shape[-2:]).sum(axis=0)
     assert out.shape == (num_tokens, size // 2 if gated else size)
     assert relative_error(out, np.asarray(x), np.asarray(weight)) < 2.5e-3
+
+
+@pytest.mark.parametrize("num_tokens, size, depth, config", ADDED_CASES)
+def test_a_product_adds_itself_to_the_stream(monkeypatch, num_tokens, size, depth, config):
+    """Each sum once. The interpreter knows no reducing stores: here one reads, adds and writes at once."""
+
+    def add(source, target, reduction_op=None):
+        assert reduction_op == "add"
+        target[...] += source[...]
+
+    monkeypatch.setattr(plgpu, "copy_smem_to_gmem", add)
+    x, weight = (jnp.asarray(a, BF16) for a in normal(num_tokens, size, depth))
+    residual = np.random.default_rng(1).standard_normal((num_tokens, size), np.float32)
+    call = functools.partial(add_matmul_wide, config=config, interpret=True)
+    out = jax.jit(call, compiler_options=UNOPTIMISED)(x, weight, jnp.asarray(residual))
+    assert (out.dtype, out.shape) == (jnp.float32, residual.shape)
+    product = np.asarray(x, np.float32) @ np.asarray(weight, np.float32).T
+    np.testing.assert_allclose(out, residual + product, atol=1e-4 * depth**0.5)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -194,6 +218,30 @@ def test_a_hopper_gpu_takes_the_kernels_for_batches(monkeypatch):
         assert "mosaic_gpu_v2" not in lowered(*case)
     monkeypatch.setattr(api, "local_gpu", lambda: Gpu(108, False))
     assert "mosaic_gpu_v2" not in lowered(64, *down)
+
+
+@pytest.mark.parametrize("num_tokens, size, depth", [(2048, *LLAMA_8B[1]), (3072, *LLAMA_8B[3]), (8192, *LLAMA_8B[3])])
+def test_products_of_many_tokens_add_themselves(monkeypatch, num_tokens, size, depth):
+    monkeypatch.setattr(api, "local_gpu", lambda: Gpu(132, True))
+    x, weight = abstract(num_tokens, size, depth)
+    residual = jax.ShapeDtypeStruct((num_tokens, size), jnp.float32)
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        text = jax.jit(add_matmul, donate_argnums=2).trace(x, weight, residual).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu_v2") == 1 and "output_operand_alias" in text
+    assert jax.eval_shape(functools.partial(add_matmul, fixed_order=True), x, weight, residual) is None
+
+
+def test_where_adding_does_not_pay_the_reader_adds():
+    for num_tokens, size, depth, dtype, stream in (
+        (1024, *LLAMA_8B[3], BF16, jnp.float32),
+        (2304, *LLAMA_8B[1], BF16, jnp.float32),  # a third round of tiles for a fifth of the multiprocessors
+        (4096, *LLAMA_8B[3], BF16, BF16),
+        (4096, *LLAMA_8B[3], F16, jnp.float32),
+        (4096, 2048, 2048, BF16, jnp.float32),
+    ):
+        residual: Any = jax.ShapeDtypeStruct((num_tokens, size), stream)
+        assert WideMatmulConfig.suited_to_add(*abstract(num_tokens, size, depth, dtype), residual, 132) is None
 
 
 def test_gated_products_of_a_fixed_order_lower(monkeypatch):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxserve.models.formats import DenseFormat
-from jaxserve.models.layers import Branch, RMSNorm
+from jaxserve.models.formats import DenseFormat, Quantization, matrices
+from jaxserve.models.layers import Branch, Linear, Place, RMSNorm
 from jaxserve.models.parameters import Axis, Source
 from jaxserve.pallas_kernels import Shards
 
@@ -45,3 +45,20 @@ def test_norm_is_computed_in_float32() -> None:
     out, total = norm(Branch(jnp.asarray(x, jnp.bfloat16)), jnp.zeros((1, 512), jnp.bfloat16), Shards())
     assert out.dtype == total.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(np.float32), 2 * x / np.sqrt(np.square(x).mean() + 1e-5), rtol=0.01)
+
+
+def test_nothing_is_added_where_the_product_has_added_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same stream and the same norm, whoever adds."""
+    random = np.random.default_rng(0)
+    x, weight, residual = (random.standard_normal(shape).astype(np.float32) for shape in ((3, 24), (40, 24), (3, 40)))
+    linear = Linear(("down",), (Axis("hidden", 40),), Axis("inputs", 24), False, Place(Quantization(), ""))
+    nnx.update(linear, {"matrix": {"weight": jnp.asarray(weight)}})
+    norm = RMSNorm("norm", 40, 1e-5)
+    nnx.update(norm, {"weight": jnp.ones(40, jnp.float32)})
+    left = norm(*linear.branch(jnp.asarray(x), jnp.asarray(residual), Shards()), Shards())
+    monkeypatch.setattr(matrices, "add_matmul", lambda x, weight, residual, fixed_order: residual + x @ weight.T)
+    branch, stream = linear.branch(jnp.asarray(x), jnp.asarray(residual), Shards())
+    assert branch.parts is None
+    np.testing.assert_allclose(branch.added_to(stream, Shards()), residual + x @ weight.T, atol=1e-5)
+    for found, expected in zip(norm(branch, stream, Shards()), left, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -14,10 +14,17 @@ from jaxserve.pallas_kernels.gpu import Gpu
 from jaxserve.pallas_kernels.matmul import multiply_gated
 from jaxserve.pallas_kernels.quantized_matmul import TABLES, EightBitWeight, FourBitWeight, api, pack_four_bit
 from jaxserve.pallas_kernels.quantized_matmul.activations import round_activations, round_rows
-from jaxserve.pallas_kernels.quantized_matmul.dispatch import eight_bit_config, mosaic_config, triton_config, wide_four_bit_config
+from jaxserve.pallas_kernels.quantized_matmul.dispatch import (
+    eight_bit_config,
+    four_bit_config,
+    mosaic_config,
+    triton_config,
+    wide_four_bit_config,
+)
 from jaxserve.pallas_kernels.quantized_matmul.many_tokens import dequantize_triton, eight_bit_matmul, widened_matmul
 from jaxserve.pallas_kernels.quantized_matmul.mosaic import MosaicQuantizedConfig, quantized_matmul_mosaic, token_tiles
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_eight_bit import MosaicEightBitConfig, eight_bit_matmul_mosaic
+from jaxserve.pallas_kernels.quantized_matmul.mosaic_four_bit import MosaicFourBitConfig, four_bit_matmul_mosaic
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import WideQuantizedConfig, quantized_matmul_wide, wide_token_tiles
 from jaxserve.pallas_kernels.quantized_matmul.reference import quantized_matmul_reference
 from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfig, quantized_matmul_triton
@@ -112,6 +119,23 @@ def test_the_mosaic_kernel_multiplies(weight, num_tokens, config, gated):
     out, expected = parts.astype(F32).sum(axis=0), quantized_matmul_reference(x, weight, F32)
     expected = multiply_gated(expected) if gated else expected
     assert float(jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected)) < (2 if gated else 1) * HALF_OF_THE_LAST_BIT[BF16]
+
+
+FOUR_BIT_CUTS = [
+    (four_bit(128, 256, 32, zeros=True), 3, BF16, MosaicFourBitConfig(2, 1, 1, 2, 1, 2, 2), False),
+    (four_bit(256, 256, 64), 12, F16, MosaicFourBitConfig(1, 2, 2, 1, 1, 2, 1), False),  # a block of threads walks two tiles
+    (four_bit(128, 512, 128, values=tuple(range(16))), 9, BF16, MosaicFourBitConfig(1, 2, 2, 1, 2, 2, 1), True),
+]
+
+
+@pytest.mark.parametrize(("weight", "num_tokens", "dtype", "config", "gated"), FOUR_BIT_CUTS, ids=["parts", "shares", "gated"])
+def test_the_kernel_for_few_tokens_and_four_bits_multiplies(weight, num_tokens, dtype, config, gated):
+    x = activations(num_tokens, weight.shape[1], dtype)
+    parts = four_bit_matmul_mosaic(x, weight, config=config, gated=gated, interpret=True)
+    assert parts.shape == (1 if config.splits == 1 else 4, num_tokens, weight.shape[0] // (2 if gated else 1)) and parts.dtype == dtype
+    out, expected = parts.astype(F32).sum(axis=0), quantized_matmul_reference(x, weight, F32)
+    expected = multiply_gated(expected) if gated else expected
+    assert float(jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected)) < HALF_OF_THE_LAST_BIT[dtype]
 
 
 EIGHT_BIT_CUTS = [
@@ -255,6 +279,28 @@ def test_zeros_and_small_groups_lower_for_a_hopper_gpu(monkeypatch, group, zeros
         assert text.count("custom_call @mosaic_gpu_v2") == 1 and TRITON not in text
         text = lowered(monkeypatch, HOPPER, num_tokens, odd, product=quantized_matmul_parts)
         assert text.count("custom_call @mosaic_gpu_v2") == (group < 128) and (TRITON in text) == (group == 128)
+    few = lowered(monkeypatch, HOPPER, 16, abstract(weight, 28672, 4096), product=quantized_gated_matmul)
+    assert few.count("custom_call @mosaic_gpu_v2") == 1 and TRITON not in few
+
+
+@pytest.mark.parametrize(("group", "zeros"), [(128, False), (64, True), (32, True)])
+@pytest.mark.parametrize(("size", "depth"), [(28672, 4096), (128256, 4096), (28672, 640), (151936, 768), (6144, 4096)])
+def test_the_cut_of_few_tokens_and_four_bits_fits(size, depth, group, zeros):
+    weight = abstract(four_bit(64, 256, group, zeros=zeros), size, depth)
+    groups, bytes_of_group = 128 // group, weight.scales.dtype.itemsize + zeros  # pyright: ignore[reportAttributeAccessIssue]
+    for num_tokens in (1, 8, 9, 16, 17):
+        x = jax.ShapeDtypeStruct((num_tokens, depth), BF16)
+        for gated in (False, True):
+            cut = four_bit_config(x, weight, BF16, HOPPER, gated)  # pyright: ignore[reportArgumentType]
+            assert (cut is not None) == (num_tokens <= 16 and size >= 28672)
+            if cut is None:
+                continue
+            if (size, depth) == (28672, 4096):  # as measured
+                assert (cut.shares, cut.width, cut.num_stages) == (2 if num_tokens <= 8 else 1, 2, 4)
+            lanes, rows = -(-num_tokens // 8) * 8, 64 * cut.teams * cut.heights
+            in_flight = cut.num_stages * cut.width * (rows * (64 + groups * bytes_of_group) + lanes * (256 + 4 * groups))
+            assert in_flight + rows * lanes * (2 + 4 * (cut.shares - 1)) < 227 * 1024 and cut.num_stages >= 2 * cut.shares
+            assert size % rows == 0 and depth % (128 * cut.width * cut.shares) == 0 and cut.num_stages % cut.shares == 0
 
 
 @pytest.mark.parametrize(("size", "depth"), [(28672, 4096), (4096, 14336), (6144, 4096), (128256, 4096), (1000, 512), (24, 128)])

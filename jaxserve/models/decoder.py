@@ -54,18 +54,18 @@ class Attention(nnx.Module):
         metadata: AttentionMetadata,
         shards: Shards,
         dtype: jnp.dtype,
-        residual_dtype: jnp.dtype,
+        residual: jax.Array,
         sampled: "SampledRows | None" = None,
-    ) -> tuple[Branch, LayerKV]:
-        """x [T, hidden] -> what is to be added to the residual stream, and the layer's cache with this step's keys and values in it.
+    ) -> tuple[Branch, jax.Array, LayerKV]:
+        """x [T, hidden] -> what is to be added to the residual stream; the stream; the cache with this step's keys and values in it.
 
         Args:
             dtype: of activations. x is of the dtype that the projection's matrix takes.
-            residual_dtype: of the residual stream.
-            sampled: the tokens that queries are computed of; None: all.
+            residual: the residual stream, [T, hidden].
+            sampled: the tokens that queries are computed of, and that the stream is returned of; None: all.
         """
         mixed, kv = self.mix(x, rotation, kv, metadata, dtype, sampled)
-        return self.output.branch(mixed, shards, residual_dtype), kv
+        return *self.output.branch(mixed, residual if sampled is None else sampled.take(residual), shards), kv
 
     def mix(
         self,
@@ -134,9 +134,9 @@ class GatedMLP(nnx.Module):
         self.gate_up = Linear(("mlp.gate_proj", "mlp.up_proj"), (inner, inner), hidden, config.traits.mlp_bias, place, after_norm=True)
         self.down = Linear(("mlp.down_proj",), (hidden,), inner, config.traits.mlp_bias, place)
 
-    def __call__(self, x: jax.Array, shards: Shards, dtype: jnp.dtype, residual_dtype: jnp.dtype) -> Branch:
-        """x [T, hidden] -> what is to be added to the residual stream, of `residual_dtype`; `dtype` as in `Attention`."""
-        return self.down.branch(self.gate_up.gated(x, shards, dtype), shards, residual_dtype)
+    def __call__(self, x: jax.Array, shards: Shards, dtype: jnp.dtype, residual: jax.Array) -> tuple[Branch, jax.Array]:
+        """x [T, hidden] -> what is to be added to the residual stream, and the stream; `dtype` and `residual` as in `Attention`."""
+        return self.down.branch(self.gate_up.gated(x, shards, dtype), residual, shards)
 
 
 class DecoderLayer(nnx.Module):
@@ -158,7 +158,7 @@ class DecoderLayer(nnx.Module):
         shards: Shards,
         sampled: SampledRows | None = None,
     ) -> tuple[Branch, jax.Array, LayerKV]:
-        """Each norm first adds what the branch before it computed, x, to the residual stream.
+        """Each norm first adds what the branch before it computed, x, to the residual stream; of many tokens the product may have done it.
 
         Returns:
             x of the feed-forward network, still to be added; the residual stream; the cache with this step's keys and values in it. The
@@ -167,11 +167,10 @@ class DecoderLayer(nnx.Module):
         with jax.named_scope("attention"):
             dtype = self.attention_norm.weight[...].dtype
             normed, residual = self.attention_norm(x, residual, shards, self.attention.qkv.matrix.input_dtype(dtype))
-            x, kv = self.attention(normed, rotation, kv, metadata, shards, dtype, residual.dtype, sampled)
-            residual = residual if sampled is None else sampled.take(residual)
+            x, residual, kv = self.attention(normed, rotation, kv, metadata, shards, dtype, residual, sampled)
         with jax.named_scope("mlp"):
             normed, residual = self.mlp_norm(x, residual, shards, self.mlp.gate_up.matrix.input_dtype(dtype))
-            return self.mlp(normed, shards, dtype, residual.dtype), residual, kv
+            return *self.mlp(normed, shards, dtype, residual), kv
 
 
 @partial(jax.jit, static_argnums=0)
@@ -238,7 +237,7 @@ class Decoder(nnx.Module):
         """
         dtype = self.norm.weight[...].dtype
         x = self.embedding(token_ids, self.residual_dtype(dtype, shards))
-        residual = jnp.zeros_like(x.parts)
+        residual = jnp.zeros((token_ids.shape[0], self.config.hidden_size), self.residual_dtype(dtype, shards))
         rotation = self.config.rope(positions)
         heads = self.config.num_heads // shards.count, self.config.head_dim
         q = jax.ShapeDtypeStruct((token_ids.shape[0], *heads), attention_dtype(dtype))

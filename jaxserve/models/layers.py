@@ -41,19 +41,22 @@ class Branch:
     """What is still to be added to the residual stream [T, N].
 
     Attributes:
-        parts: [T, N], or parts of it [P, T, N].
+        parts: [T, N], or parts of it [P, T, N]; None: nothing, the product before has added itself.
         shared: static; each shard has a part of it.
     """
 
-    parts: jax.Array
+    parts: jax.Array | None
     shared: bool = field(default=False, metadata={"static": True})
 
     def whole(self, dtype: jnp.dtype, shards: Shards) -> jax.Array:
         """All of it, [T, N] in a dtype."""
+        assert self.parts is not None
         return all_reduce(self.parts, dtype, shards) if self.shared else add_parts(self.parts, dtype)
 
     def added_to(self, residual: jax.Array, shards: Shards) -> jax.Array:
         """The residual stream [T, N] with it; what several shards have is rounded first, as it is sent so."""
+        if self.parts is None:
+            return residual
         return add_branch(all_reduce(self.parts, residual.dtype, shards) if self.shared else self.parts, residual)
 
 
@@ -71,7 +74,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Branch, residual: jax.Array, shards: Shards, dtype: jnp.dtype | None = None) -> tuple[jax.Array, jax.Array]:
         """The sum of x and residual [T, size], normalised in a dtype (the residual's), and as it is."""
-        if x.shared:
+        if x.shared and x.parts is not None:
             return all_reduce_add_rms_norm(x.parts, residual, self.weight[...], self.eps, shards, dtype)
         return add_rms_norm(x.parts, residual, self.weight[...], self.eps, dtype, shards.deterministic)
 
@@ -102,11 +105,15 @@ class Linear(nnx.Module):
             y = all_reduce(y, x.dtype, shards)
         return y if self.bias is None else y + self.bias[...][None, :]
 
-    def branch(self, x: jax.Array, shards: Shards, dtype: jnp.dtype | None = None) -> Branch:
-        """The same, still to be added up where nothing follows but the residual stream, which is of `dtype` (None: x's)."""
+    def branch(self, x: jax.Array, residual: jax.Array, shards: Shards) -> tuple[Branch, jax.Array]:
+        """The same where nothing follows but the residual stream [T, N]: what is still to be added to it, and the stream."""
         if self.bias is not None:
-            return Branch(self(x, shards))
-        return Branch(self.matrix.matmul_parts(x, dtype, shards.deterministic), self.reduce and shards.count > 1)
+            return Branch(self(x, shards)), residual
+        shared = self.reduce and shards.count > 1
+        added = None if shared else self.matrix.added(x, residual, shards.deterministic)
+        if added is not None:
+            return Branch(None), added
+        return Branch(self.matrix.matmul_parts(x, residual.dtype, shards.deterministic), shared), residual
 
     def gated(self, x: jax.Array, shards: Shards, dtype: jnp.dtype) -> jax.Array:
         """silu(gate) * up, [T, N / 2] in a dtype, where the first half of the outputs is a gate's and nothing is cut by columns."""

@@ -23,6 +23,7 @@ from jaxserve.pallas_kernels.layer_kv import layer_kv_shape as layer_kv_shape
 from jaxserve.pallas_kernels.layer_kv import make_layer_kv as make_layer_kv
 from jaxserve.pallas_kernels.layer_kv import page_dtype as page_dtype
 from jaxserve.pallas_kernels.log_sum_exp import log_sum_exp as log_sum_exp
+from jaxserve.pallas_kernels.matmul import add_matmul as add_matmul
 from jaxserve.pallas_kernels.matmul import add_parts as add_parts
 from jaxserve.pallas_kernels.matmul import gated_matmul as gated_matmul
 from jaxserve.pallas_kernels.matmul import matmul as matmul

@@ -102,11 +102,11 @@ def _compute(key: tuple[Any, ...], mesh: Mesh, config: ModelConfig) -> Callable[
         dtype = layer.attention.qkv.matrix.input_dtype(hidden.dtype)
         outer, residual = layer.attention_norm(Branch(hidden), jnp.zeros_like(hidden), shards, dtype)
         mixed, _ = layer.attention.mix(outer, config.rope(places), (of_heads, of_heads), metadata, hidden.dtype)
-        inner, residual = layer.mlp_norm(
-            layer.attention.output.branch(mixed, shards), residual, shards, gate_up.matrix.input_dtype(hidden.dtype)
-        )
+        branch, residual = layer.attention.output.branch(mixed, residual, shards)
+        inner, residual = layer.mlp_norm(branch, residual, shards, gate_up.matrix.input_dtype(hidden.dtype))
         gated = gate_up.gated(inner, shards, hidden.dtype)
-        hidden = layer.mlp.down.branch(gated, shards).added_to(residual, shards)
+        branch, residual = layer.mlp.down.branch(gated, residual, shards)
+        hidden = branch.added_to(residual, shards)
         return hidden, tuple((x.astype(jnp.float32) ** 2).mean(axis=0) for x in (outer, mixed, inner, gated))
 
     columns = P(), P("tensor"), P(), P("tensor")

@@ -10,6 +10,7 @@ from jaxserve.models.formats.quantization import Quantization
 from jaxserve.models.formats.quantized_matrix import QuantizedMatrix
 from jaxserve.models.parameters import Parameter, Source
 from jaxserve.pallas_kernels import (
+    add_matmul,
     gated_matmul,
     matmul,
     matmul_parts,
@@ -34,6 +35,10 @@ class Format(Protocol):
 
     def matmul_parts(self, x: jax.Array, dtype: jnp.dtype | None = None, fixed_order: bool = False) -> jax.Array:
         """The same, or parts of it [P, T, N] that are still to be added up (`add_parts`); in x's dtype, or float32 if `dtype` says so."""
+        ...
+
+    def added(self, x: jax.Array, residual: jax.Array, fixed_order: bool = False) -> jax.Array | None:
+        """The residual stream [T, N] with the product in it; None where who reads the stream is to add what `matmul_parts` gives."""
         ...
 
     def gated(self, x: jax.Array, dtype: jnp.dtype, fixed_order: bool = False) -> jax.Array:
@@ -79,6 +84,10 @@ class DenseFormat(nnx.Module):
         """As in `Format`."""
         return matmul_parts(x, self.weight[...], dtype, fixed_order)
 
+    def added(self, x: jax.Array, residual: jax.Array, fixed_order: bool = False) -> jax.Array | None:
+        """As in `Format`."""
+        return add_matmul(x, self.weight[...], residual, fixed_order)
+
     def gated(self, x: jax.Array, dtype: jnp.dtype, fixed_order: bool = False) -> jax.Array:
         """As in `Format`."""
         return gated_matmul(x, self.weight[...], dtype, fixed_order)
@@ -113,6 +122,10 @@ class QuantizedFormat(nnx.Module):
         del dtype, fixed_order
         x, arrays = self._operands(x)
         return quantized_matmul_parts(x, weight_of(arrays, self.layout, x.shape[1]))
+
+    def added(self, x: jax.Array, residual: jax.Array, fixed_order: bool = False) -> jax.Array | None:
+        """No kernel adds to the stream."""
+        del x, residual, fixed_order
 
     def _operands(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """x as the arrays take its columns, and those of the weight."""
@@ -155,6 +168,10 @@ class StackedFormat(nnx.Module):
     def matmul_parts(self, x: jax.Array, dtype: jnp.dtype | None = None, fixed_order: bool = False) -> jax.Array:
         """As in `Format`."""
         return self.matmul(x, dtype, fixed_order)
+
+    def added(self, x: jax.Array, residual: jax.Array, fixed_order: bool = False) -> jax.Array | None:
+        """Each matrix has some columns of the stream."""
+        del x, residual, fixed_order
 
     def gated(self, x: jax.Array, dtype: jnp.dtype, fixed_order: bool = False) -> jax.Array:
         """As in `Format`."""

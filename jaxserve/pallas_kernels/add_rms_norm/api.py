@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxserve.pallas_kernels.add_rms_norm.reference import add_rms_norm_reference
+from jaxserve.pallas_kernels.add_rms_norm.reference import add_rms_norm_reference, rms_norm
 from jaxserve.pallas_kernels.gpu import local_gpu
 
 # Beyond it XLA adds in the matrix product before and normalises in one kernel, which moves fewer bytes (docs/performance_gpu.md).
@@ -11,14 +11,15 @@ MOST_KERNEL_NORM_TOKENS = 64
 
 
 def add_rms_norm(
-    x: jax.Array, residual: jax.Array, weight: jax.Array, eps: float, dtype: jnp.dtype | None = None, fixed_order: bool = False
+    x: jax.Array | None, residual: jax.Array, weight: jax.Array, eps: float, dtype: jnp.dtype | None = None, fixed_order: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """Add a branch's output to the residual stream and normalise the sum for the next branch.
 
     Root mean square norm (Zhang and Sennrich 2019, arXiv 1910.07467), computed in float32 from the sum as it is stored.
 
     Args:
-        x: [T, K], or parts of it [P, T, K] as `matmul_parts` gives them, in the residual's dtype or float32.
+        x: [T, K], or parts of it [P, T, K] as `matmul_parts` gives them, in the residual's dtype or float32;
+            None: the product before has added it (`add_matmul`), which is of many tokens.
         residual: [T, K].
         weight: [K] of that dtype.
         eps: added to the mean square.
@@ -32,6 +33,8 @@ def add_rms_norm(
     Raises:
         ValueError: shapes that do not fit together.
     """
+    if x is None:
+        return rms_norm(residual, weight, eps, dtype), residual
     if x.shape[-2:] != residual.shape or weight.shape != residual.shape[1:]:
         raise ValueError(f"x {x.shape}, residual {residual.shape} and weight {weight.shape} do not go together")
     if local_gpu() is None or (x.ndim == 2 and x.shape[0] > MOST_KERNEL_NORM_TOKENS and not fixed_order):

@@ -26,9 +26,10 @@ def add_branch(x: jax.Array, residual: jax.Array) -> jax.Array:
 
 
 def added(branch: jax.Array, residual: jax.Array) -> jax.Array:
-    """Their sum in the residual's dtype, of a branch in it or in float32; inside kernels too."""
+    """Their sum in the residual's dtype, added in float32 where theirs differ; inside kernels too."""
     # Of equal dtypes nothing is widened: XLA sees what cuBLAS can add in the product before, which does not round that either.
-    return branch + residual if branch.dtype == residual.dtype else (branch + residual.astype(branch.dtype)).astype(residual.dtype)
+    wide = residual.dtype if branch.dtype == residual.dtype else jnp.float32
+    return (branch.astype(wide) + residual.astype(wide)).astype(residual.dtype)
 
 
 def add_rms_norm_reference(

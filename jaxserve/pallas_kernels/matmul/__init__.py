@@ -1,5 +1,6 @@
 """Products of a step's activations with weights that are kept as [N, K]."""
 
+from jaxserve.pallas_kernels.matmul.api import add_matmul as add_matmul
 from jaxserve.pallas_kernels.matmul.api import add_parts as add_parts
 from jaxserve.pallas_kernels.matmul.api import gated_matmul as gated_matmul
 from jaxserve.pallas_kernels.matmul.api import matmul as matmul

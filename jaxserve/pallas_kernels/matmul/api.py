@@ -45,6 +45,21 @@ def matmul_parts(x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None = None
     return parts[0] if parts.shape[0] == 1 else parts
 
 
+def add_matmul(x: jax.Array, weight: jax.Array, residual: jax.Array, fixed_order: bool = False) -> jax.Array | None:
+    """The residual stream [T, N] plus x [T, K] times the transposed weight [N, K], in place where nobody needs it as it was.
+
+    None where whoever normalises the sum is to add what `matmul_parts` gives: there is no kernel for it, or `fixed_order` is asked for.
+    """
+    gpu = local_gpu()
+    if gpu is None or not gpu.is_hopper or fixed_order:
+        return None
+    # Pallas takes over a second to import: not where there is no GPU.
+    from jaxserve.pallas_kernels.matmul.mosaic_wide import WideMatmulConfig, add_matmul_wide
+
+    config = WideMatmulConfig.suited_to_add(x, weight, residual, gpu.num_multiprocessors)
+    return None if config is None else add_matmul_wide(x, weight, residual, config=config)
+
+
 def add_parts(parts: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """What `matmul_parts` gives, added up in float32 in the order of the parts: [T, N] in a dtype."""
     return sum_parts(parts).astype(dtype)

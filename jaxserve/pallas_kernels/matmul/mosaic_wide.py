@@ -8,6 +8,7 @@ takes gate and up rows of the same units in one tile, so that SwiGLU needs no pa
 """
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -35,6 +36,8 @@ BLOCK_BYTES = 128  # of columns fetched at once: the widest swizzle
 BLOCK_K = BLOCK_BYTES // 2  # so many columns of 16 bits
 _TOKENS = range(225, 257)
 _FEWEST_PROMPT_TOKENS = 1024  # of a gated product
+_FEWEST_ADDED_TOKENS = 2048
+_ADDED_PIECE = 32  # columns of float32 sums that are stored at once: the 128 bytes that TMA swizzles
 _FEWEST_BYTES = 32 * 2**20
 _LEAST_DEPTH = 3072  # of a share of the columns: below it partial sums weigh too much
 
@@ -54,6 +57,8 @@ class WideMatmulConfig:
         token_cluster: blocks with the same rows that fetch those together.
         panel: groups of tokens (a cluster's) that are walked together, rows by rows, so that what they fetch stays in L2.
         in_planes: partial sums leave as mosaic.py's do, two numbers of 16 bits each, so that they have its bits.
+        out_slots: pieces of a warpgroup's tile that may be on their way out at once; divides their number.
+        held: the last so many rows have their sums stay in registers, and leave while the next tile is multiplied; where they are added.
     """
 
     warpgroups: int
@@ -66,6 +71,8 @@ class WideMatmulConfig:
     token_cluster: int = 1
     panel: int = 1 << 30
     in_planes: bool = False
+    out_slots: int = 1
+    held: int = 0
 
     @classmethod
     def suited(cls, x: jax.Array, weight: jax.Array, num_multiprocessors: int, gated: bool = False) -> "WideMatmulConfig | None":
@@ -99,6 +106,19 @@ class WideMatmulConfig:
             return cls(2, 64, 2 * rows, splits, 4, num_multiprocessors, token_cluster=cluster)
         return cls(2, 128, rows, splits, 4, num_multiprocessors, cluster)
 
+    @classmethod
+    def suited_to_add(cls, x: jax.Array, weight: jax.Array, residual: jax.Array, num_multiprocessors: int) -> "WideMatmulConfig | None":
+        """The cut for a product that is added to a residual stream [T, N]; None where a library's is to be."""
+        (num_tokens, depth), size = x.shape, weight.shape[0]
+        if x.dtype != jnp.bfloat16 or weight.dtype != x.dtype or residual.dtype != jnp.float32 or 2 * size * depth < _FEWEST_BYTES:
+            return None
+        if num_tokens < _FEWEST_ADDED_TOKENS or num_tokens % 256 or size % 256 or depth % BLOCK_K:
+            return None
+        tiles = num_tokens // 128 * (size // 256)
+        if tiles < 0.9 * pl.cdiv(tiles, num_multiprocessors) * num_multiprocessors:
+            return None
+        return cls(2, 64, 256, 1, 4, num_multiprocessors, token_cluster=2, panel=8, out_slots=2, held=128)
+
     @property
     def token_tile(self) -> int:
         """Tokens of a block."""
@@ -129,6 +149,40 @@ def matmul_wide(
     Raises:
         ValueError: a config that does not divide the shapes, or scales where none belong.
     """
+    return _multiply(x, weight, scales, None, config, gated, out_dtype, interpret)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+def add_matmul_wide(
+    x: jax.Array, weight: jax.Array, residual: jax.Array, *, config: WideMatmulConfig, interpret: bool = False
+) -> jax.Array:
+    """The residual stream, float32 [T, N], plus x [T, K] times the transposed weight [N, K]; the same in every run.
+
+    Sums leave by TMA's reducing stores, which add in L2: no block reads the stream, and each number is added to once. In place
+    where the caller needs the residual no more.
+
+    Raises:
+        ValueError: a config that does not divide the shapes.
+    """
+    kept = [columns // _ADDED_PIECE * (config.tokens // HEIGHT) for columns in (config.rows - config.held, config.held)]
+    is_even = config.rows % _ADDED_PIECE == config.held % _ADDED_PIECE == 0 and not any(pieces % config.out_slots for pieces in kept)
+    is_whole = config.splits == 1 and x.shape[0] % (config.token_tile * config.token_cluster) == 0
+    if not (is_even and is_whole and kept[1] <= x.shape[1] // BLOCK_K):
+        raise ValueError(f"x {x.shape} cannot be cut by {config} to be added")
+    return _multiply(x, weight, None, residual[None], config, False, jnp.dtype(jnp.float32), interpret)[0]
+
+
+def _multiply(
+    x: jax.Array,
+    weight: jax.Array,
+    scales: tuple[jax.Array, jax.Array] | None,
+    residual: jax.Array | None,
+    config: WideMatmulConfig,
+    gated: bool,
+    out_dtype: jnp.dtype | None,
+    interpret: bool,
+) -> jax.Array:
+    """As `matmul_wide`, added to a residual stream where there is one, float32 [1, T, N]."""
     num_tokens, depth = x.shape
     units = weight.shape[0] // (2 if gated else 1)
     width = config.rows // (2 if gated else 1)
@@ -150,14 +204,19 @@ def matmul_wide(
         emptied = plgpu.ClusterBarrier(collective_axes=sharing, num_arrivals=warpgroups, num_barriers=stages)
     planes = 2 if config.in_planes else 1
     of_parts = config.splits > 1 and not config.in_planes
-    is_staged = not of_parts and out_dtype != jnp.float32  # SMEM's transforms are for 16 bits
+    adds = residual is not None
+    is_staged = adds or (not of_parts and out_dtype != jnp.float32)
     rows_out = padded if is_staged or of_parts or num_tokens % config.tokens else num_tokens  # the last copied out of no larger array
-    piece = next((columns for columns in (64, 32) if width % columns == 0), width)  # of a tile that is stored at once
+    pieces = (_ADDED_PIECE,) if adds else (64, 32)
+    piece = next((columns for columns in pieces if width % columns == 0), width)  # of a tile that is stored at once
     # Rows of other widths lie in SMEM as they are: 112 bytes, say, are free of bank conflicts.
-    staged = plgpu.SMEM((warpgroups, HEIGHT, piece), out_dtype, transforms=swizzled(piece, out_dtype) if piece in (64, 32) else ())
-    out = plgpu.kernel(
-        functools.partial(_wide_kernel, config=config, gated=gated, scaled=scales is not None, width=width, chunks=chunks, workers=workers),
-        out_type=jax.ShapeDtypeStruct((config.splits * planes, rows_out, units), jnp.float32 if of_parts else out_dtype),
+    transforms = swizzled(piece, out_dtype) if piece in pieces else ()
+    staged = plgpu.SMEM((warpgroups, config.out_slots, HEIGHT, piece), out_dtype, transforms=transforms)
+    out_type = jax.ShapeDtypeStruct((config.splits * planes, rows_out, units), jnp.float32 if of_parts else out_dtype)
+    options = dict(gated=gated, scaled=scales is not None, adds=adds, width=width, chunks=chunks, workers=workers)
+    kernel = plgpu.kernel(
+        functools.partial(_wide_kernel, config=config, **options),
+        out_type=() if adds else out_type,
         scratch_types=(
             plgpu.SMEM((stages, warpgroups, config.tokens, block), x.dtype, transforms=tiled),
             plgpu.SMEM((stages, config.rows, block), x.dtype, transforms=tiled),
@@ -173,16 +232,18 @@ def matmul_wide(
         thread_name="warpgroup",
         compiler_params=lane_semantics(approx_math=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(
-        jnp.pad(x, ((0, padded - num_tokens), (0, 0))),
-        weight,
-        *([] if scales is None else [jnp.pad(scales[0], (0, padded - num_tokens)), scales[1]]),
     )
-    return out[:, :num_tokens]
+    padding = 0, padded - num_tokens
+    x = jnp.pad(x, (padding, (0, 0)))
+    if residual is not None:
+        stream = jax.new_ref(residual)  # what a kernel writes to so, XLA updates in place
+        kernel(x, weight, stream)
+        return jax.freeze(stream)
+    return kernel(x, weight, *([] if scales is None else [jnp.pad(scales[0], padding), scales[1]]))[:, :num_tokens]
 
 
 def _wide_kernel(
-    x_ref, weight_ref, *refs, config: WideMatmulConfig, gated: bool, scaled: bool, width: int, chunks: int, workers: int
+    x_ref, weight_ref, *refs, config: WideMatmulConfig, gated: bool, scaled: bool, adds: bool, width: int, chunks: int, workers: int
 ):  # fmt: skip
     scale_refs, (out_ref, x_smem, weight_smem, filled, emptied, *staged) = refs[: 2 * scaled], refs[2 * scaled :]
     out_smem, block = staged[0] if staged else None, x_smem.shape[-1]
@@ -240,8 +301,26 @@ def _wide_kernel(
     @pl.when(warpgroup < warpgroups)
     def _compute():
         plgpu.set_max_registers(COMPUTE_REGISTERS[warpgroups], action="increase")
+        piece = 0 if out_smem is None else out_smem.shape[-1]
+        held_corners = list(itertools.product(range(0, tokens, HEIGHT), range(0, config.held, piece or 1)))
 
-        def compute_chunk(i, count):
+        def store_piece(part, corner, out_slot, number, token, unit):
+            assert out_smem is not None
+            top, left = corner
+            plgpu.wait_smem_to_gmem(config.out_slots - 1, wait_read_only=True)
+            slot = out_smem.at[warpgroup, out_slot]
+            slot[...] = part[top : top + HEIGHT, left : left + piece]
+            plgpu.commit_smem()
+            where = number, pl.ds(token + top, HEIGHT), pl.ds(unit + left, piece)
+            plgpu.copy_smem_to_gmem(slot, out_ref.at[where], reduction_op="add" if adds else None)
+
+        def store_held(held, i, n):
+            token, unit, _ = place(i)
+            store_piece(held, held_corners[n], n % config.out_slots, 0, token + warpgroup * tokens, unit + width - config.held)
+
+        def compute_chunk(i, carry):
+            count, *held = carry
+
             def accumulate(total):
                 def step(k, count):
                     slot = filled_slot(filled, count)
@@ -254,7 +333,11 @@ def _wide_kernel(
 
                     return count + 1
 
-                count_after = lax.fori_loop(0, steps, step, count)
+                count_after = count
+                for n in range(len(held_corners)):
+                    count_after = step(n, count_after)
+                    pl.when(i > 0)(functools.partial(store_held, held[0], i - 1, n))
+                count_after = lax.fori_loop(len(held_corners), steps, step, count_after)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(emptied.at[lax.rem(count_after - 1, jnp.int32(stages))])
                 return count_after, total[...]
@@ -278,23 +361,22 @@ def _wide_kernel(
                     out_ref.at[share, pl.ds(token, tokens), pl.ds(unit, width)][...] = total
 
                 store() if out_ref.shape[1] == padded else pl.when(token < out_ref.shape[1])(store)
-                return count
-            piece, planes = out_smem.shape[-1], 2 if config.in_planes else 1
+                return (count,)
+            planes = 2 if config.in_planes else 1
             for plane in range(planes):
-                part = narrowed(total, out_ref.dtype)
-                for top in range(0, tokens, HEIGHT):
-                    for left in range(0, width, piece):
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                        out_smem.at[warpgroup][...] = part[top : top + HEIGHT, left : left + piece]
-                        plgpu.commit_smem()
-                        number = 0 if config.splits == 1 else share * planes + plane
-                        where = number, pl.ds(token + top, HEIGHT), pl.ds(unit + left, piece)
-                        plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], out_ref.at[where])
+                part = total if adds else narrowed(total, out_ref.dtype)
+                number = 0 if config.splits == 1 else share * planes + plane
+                corners = itertools.product(range(0, tokens, HEIGHT), range(0, width - config.held, piece))
+                for out_slot, corner in zip(itertools.cycle(range(config.out_slots)), corners, strict=False):
+                    store_piece(part, corner, out_slot, number, token, unit)
                 if plane + 1 < planes:
                     total = total - part.astype(jnp.float32)
-            return count
+            return (count, total[:, width - config.held :]) if config.held else (count,)
 
-        lax.fori_loop(0, num_chunks, compute_chunk, jnp.int32(0))
+        held = [plgpu.layout_cast(jnp.zeros((tokens, config.held), jnp.float32), plgpu.Layout.WGMMA)] if config.held else []
+        _, *held = lax.fori_loop(0, num_chunks, compute_chunk, (jnp.int32(0), *held))
+        for n in range(len(held_corners)):
+            store_held(held[0], num_chunks - 1, n)
         if out_smem is not None:
             plgpu.wait_smem_to_gmem(0)
 

@@ -37,12 +37,14 @@ def _gated_kernel(x: jax.Array, weight: Weight, gpu: Gpu) -> jax.Array | None:
     from jaxserve.pallas_kernels.matmul.mosaic_wide import matmul_wide
     from jaxserve.pallas_kernels.quantized_matmul.dispatch import (
         eight_bit_config,
+        four_bit_config,
         mosaic_config,
         wide_eight_bit_config,
         wide_four_bit_config,
     )
     from jaxserve.pallas_kernels.quantized_matmul.mosaic import quantized_matmul_mosaic
     from jaxserve.pallas_kernels.quantized_matmul.mosaic_eight_bit import eight_bit_matmul_mosaic
+    from jaxserve.pallas_kernels.quantized_matmul.mosaic_four_bit import four_bit_matmul_mosaic
     from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import quantized_matmul_wide
 
     if isinstance(weight, EightBitWeight):
@@ -53,11 +55,14 @@ def _gated_kernel(x: jax.Array, weight: Weight, gpu: Gpu) -> jax.Array | None:
         if few is not None and weight.zeros is None:
             return eight_bit_matmul_mosaic(x, weight, config=few, gated=True)[0]
     elif isinstance(weight, FourBitWeight) and weight.minima is None:
-        config, few = wide_four_bit_config(x, weight, x.dtype, gpu, gated=True), mosaic_config(x, weight, x.dtype, gpu, gated=True)
+        config, few = wide_four_bit_config(x, weight, x.dtype, gpu, gated=True), four_bit_config(x, weight, x.dtype, gpu, gated=True)
+        some = mosaic_config(x, weight, x.dtype, gpu, gated=True)
         if config is not None:
             return quantized_matmul_wide(x, weight, config=config, gated=True)[0]
         if few is not None:
-            return quantized_matmul_mosaic(x, weight, config=few, gated=True)[0]
+            return four_bit_matmul_mosaic(x, weight, config=few, gated=True)[0]
+        if some is not None:
+            return quantized_matmul_mosaic(x, weight, config=some, gated=True)[0]
     return None
 
 
@@ -81,6 +86,7 @@ def _multiply_on_gpu(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_d
     # Pallas takes over a second to import: not where there is no GPU.
     from jaxserve.pallas_kernels.quantized_matmul.dispatch import (
         eight_bit_config,
+        four_bit_config,
         mosaic_config,
         takes_eight_bit_products,
         triton_config,
@@ -89,6 +95,7 @@ def _multiply_on_gpu(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_d
     from jaxserve.pallas_kernels.quantized_matmul.many_tokens import eight_bit_matmul, widened_matmul
     from jaxserve.pallas_kernels.quantized_matmul.mosaic import quantized_matmul_mosaic
     from jaxserve.pallas_kernels.quantized_matmul.mosaic_eight_bit import eight_bit_matmul_mosaic
+    from jaxserve.pallas_kernels.quantized_matmul.mosaic_four_bit import four_bit_matmul_mosaic
     from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import quantized_matmul_wide
     from jaxserve.pallas_kernels.quantized_matmul.triton import quantized_matmul_triton
 
@@ -97,12 +104,14 @@ def _multiply_on_gpu(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_d
     eight = eight_bit_config(x, weight, sums_dtype, gpu)
     if eight is None and isinstance(weight, EightBitWeight) and takes_eight_bit_products(x, weight, gpu):
         return eight_bit_matmul(*_round(x, weight, after_kernel), weight, out_dtype)
-    wide = wide_four_bit_config(x, weight, sums_dtype, gpu)
+    wide, four = wide_four_bit_config(x, weight, sums_dtype, gpu), four_bit_config(x, weight, sums_dtype, gpu)
     mosaic, triton = mosaic_config(x, weight, sums_dtype, gpu), triton_config(x, weight, gpu)
     if wide is not None:
         parts = quantized_matmul_wide(x, weight, config=wide)
     elif eight is not None:
         parts = eight_bit_matmul_mosaic(x, weight, config=eight)
+    elif four is not None and isinstance(weight, FourBitWeight):
+        parts = four_bit_matmul_mosaic(x, weight, config=four)
     elif mosaic is not None:
         parts = quantized_matmul_mosaic(x, weight, config=mosaic)
     elif triton is not None:

@@ -9,6 +9,7 @@ from jaxserve.pallas_kernels.matmul.mosaic_wide import WideMatmulConfig
 from jaxserve.pallas_kernels.mosaic import HEIGHT
 from jaxserve.pallas_kernels.quantized_matmul.mosaic import MosaicQuantizedConfig, token_tiles
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_eight_bit import MosaicEightBitConfig
+from jaxserve.pallas_kernels.quantized_matmul.mosaic_four_bit import MOST_LANES, MosaicFourBitConfig
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import WideQuantizedConfig, wide_token_tiles
 from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfig
 from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, EightBitWeight, FourBitWeight
@@ -17,7 +18,7 @@ from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, EightBitWeig
 _MOST_KERNEL_TOKENS = 256
 _MOST_MOSAIC_TOKENS = 256
 _LEAST_WIDE_TOKENS = 129
-_LEAST_MOSAIC_TOKENS = 17  # of a weight that Triton would split
+_LEAST_MOSAIC_TOKENS = 17
 _ENOUGH_BLOCKS = 0.8  # for each multiprocessor, of a gated product, whose columns are not split
 _BUSY_SHARE = 0.85  # of the multiprocessors draw all that the memory gives
 _LEAST_STAGES = 3
@@ -108,8 +109,7 @@ def mosaic_config(
 ) -> MosaicQuantizedConfig | None:
     """The cut of Hopper's kernel for x [T, K]; None where it is not the fastest or does not take the arrays."""
     (num_tokens, depth), size = x.shape, weight.shape[0]
-    within = num_tokens <= _MOST_MOSAIC_TOKENS and (num_tokens >= _LEAST_MOSAIC_TOKENS or _is_large(weight, gpu))
-    if not within or not _mosaic_takes(x, weight, out_dtype, gpu):
+    if not _LEAST_MOSAIC_TOKENS <= num_tokens <= _MOST_MOSAIC_TOKENS or not _mosaic_takes(x, weight, out_dtype, gpu):
         return None
     lanes, tiles = token_tiles(num_tokens)
     # With more tokens deep stages are worth more than shared tokens.
@@ -133,12 +133,34 @@ def mosaic_config(
     groups = max(1, BLOCK // weight.group)
     stage = teams * (code_bytes + groups * HEIGHT * (weight.scales.dtype.itemsize + 1)) + 2 * lanes * BLOCK
     out = teams * (1 if splits == 1 else 2) * lanes * HEIGHT * 2
-    # 256 columns at once: with 64 tokens 4 us less of 44, with 8 as long, with 16 4 us more of 26 (docs/performance_gpu.md). No group is
-    # cut; small ones and many tokens would spill.
+    # 256 columns at once: with 64 tokens 4 us less of 44, with fewer as long or longer (docs/performance_gpu.md). No group is cut; small
+    # ones and many tokens would spill.
     even = splits == 1 and depth % (2 * BLOCK) == 0 and max(weight.group, 2 * BLOCK) % (2 * BLOCK) == 0
-    faster = lanes <= 8 or (32 < lanes <= 64 and weight.group >= BLOCK)
+    faster = 32 < lanes <= 64 and weight.group >= BLOCK
     width = 2 if even and faster and (_SMEM_BYTES - out) // (2 * stage) >= _LEAST_STAGES else 1
     return MosaicQuantizedConfig(teams, splits, min(8, (_SMEM_BYTES - out) // (width * stage)), gpu.num_multiprocessors, width)
+
+
+def four_bit_config(
+    x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu, gated: bool = False
+) -> MosaicFourBitConfig | None:
+    """The cut of Hopper's kernel for few tokens, x [T, K], 4 bits; None where it is not the fastest or does not take the arrays."""
+    (num_tokens, depth), size = x.shape, weight.shape[0]
+    takes = isinstance(weight, FourBitWeight) and num_tokens <= MOST_LANES and _mosaic_takes(x, weight, out_dtype, gpu)
+    if not takes or not _is_large(weight, gpu) or (gated and size % (2 * HEIGHT)):
+        return None
+    teams, heights = next((t, h) for t, h in ((2, 2), (1, 2), (1, 1)) if size % (t * h * HEIGHT) == 0)
+    if not _copies_zeros(weight, teams * heights):
+        return None
+    lanes, groups = pl.cdiv(num_tokens, 8) * 8, max(1, BLOCK // weight.group)
+    # With more than 8 tokens the sums would spill in the registers that two shares leave, and one is faster.
+    shares = 2 if lanes == 8 and depth % (2 * BLOCK) == 0 else 1
+    width = 2 if depth % (2 * shares * BLOCK) == 0 else 1
+    of_rows = BLOCK // 2 + groups * (weight.scales.dtype.itemsize + (weight.zeros is not None))
+    stage = width * (teams * heights * HEIGHT * of_rows + lanes * (2 * BLOCK + 4 * groups))
+    out = teams * heights * HEIGHT * lanes * (2 + 4 * (shares - 1))
+    stages = min(8 // width, (_SMEM_BYTES - out) // stage) // shares * shares
+    return MosaicFourBitConfig(teams, shares, heights, 1, width, stages, gpu.num_multiprocessors)
 
 
 def wide_four_bit_config(

@@ -15,11 +15,10 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.mosaic.gpu.utils import bitcast
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import llvm
 
 from jaxserve.pallas_kernels.mosaic import (
     BY_ROW,
@@ -32,15 +31,14 @@ from jaxserve.pallas_kernels.mosaic import (
     see_out,
     swizzled,
 )
+from jaxserve.pallas_kernels.quantized_matmul.half_tokens import HALF_FACTOR, halves_in_pairs
 from jaxserve.pallas_kernels.quantized_matmul.mosaic import pad_tokens, token_tiles
 from jaxserve.pallas_kernels.quantized_matmul.upcast import eight_bit_half_asm
 from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, EightBitWeight
 
-HALF_FACTOR = 16.0  # bfloat16 tokens are divided by it: float16 then holds up to a million, and is 5e-7 from what is small
 _PIECE = 32  # columns that are widened and multiplied at once
 _FEW_LANES = 32
 _CONVERT_REGISTERS = 56
-_RUN = 32  # bytes of 16 columns, in which the order of columns changes
 
 
 @dataclass(frozen=True)
@@ -168,7 +166,7 @@ def _eight_bit_kernel(
         def step(count, carry):
             slot = filled_slot(filled, count)
             if not interpret:
-                _convert_tokens(x_smem.at[slot], dtype)
+                halves_in_pairs(x_smem.at[slot], dtype)
                 plgpu.commit_smem()
             plgpu.barrier_arrive(converted.at[slot])
             return carry
@@ -269,54 +267,3 @@ def _numbers(codes: jax.Array, piece: int) -> jax.Array:
 
     # The decorator takes the first argument, a context, away.
     return numbers(codes)  # pyright: ignore[reportCallIssue]
-
-
-_TO_HALF = (  # two bfloat16, $1, divided by 16
-    "{ .reg .f32 a, b; .reg .b32 t; shl.b32 t, $1, 16; mov.b32 a, t; and.b32 t, $1, 0xffff0000; mov.b32 b, t;"
-    " mul.f32 a, a, 0f3D800000; mul.f32 b, b, 0f3D800000; cvt.rn.satfinite.f16x2.f32 $0, b, a; }"
-)
-
-
-def _convert_tokens(ref, dtype) -> None:
-    """Tokens [T, C] of a dtype to float16, in place, and four columns that lie together to pairs 8 columns apart.
-
-    A run of 16 columns is two pieces of 16 bytes, which the swizzle leaves neighbours but swaps in every other 128 bytes.
-    """
-    runs = ref.shape[0] * ref.shape[1] * 2 // _RUN
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(swizzled(_PIECE, jnp.float16)),))
-    def convert(ctx, ref):
-        del ctx
-        word = ir.IntegerType.get_signless(32)
-        words = ir.VectorType.get((4,), word)
-        constant = functools.partial(mgpu_utils.c, ty=word)
-        thread = arith.andi(mgpu_utils.thread_idx(), constant(127))
-
-        def convert_run(run):
-            byte = arith.muli(run, constant(_RUN))
-            swapped = arith.andi(arith.shrui(byte, constant(3)), constant(16))  # bit 7 to bit 4
-            places = [
-                llvm.getelementptr(
-                    llvm.PointerType.get(3), mgpu_utils.memref_ptr(ref), [at], [-(2**31)], ir.IntegerType.get_signless(8), None
-                )
-                for at in (arith.addi(byte, swapped), arith.addi(byte, arith.xori(swapped, constant(16))))
-            ]
-            given = [llvm.load(words, place, alignment=16) for place in places]
-            given = [llvm.extractelement(x, constant(i)) for x in given for i in range(4)]
-            if dtype == jnp.bfloat16:
-                given = [llvm.inline_asm(word, [x], _TO_HALF, "=r,r") for x in given]
-            for half, to in enumerate(places):
-                vector = llvm.mlir_undef(words)
-                for i in range(4):
-                    vector = llvm.insertelement(vector, given[2 * i + half], constant(i))
-                llvm.store(vector, to, alignment=16)
-
-        for first in range(0, runs, 128):
-            run = arith.addi(thread, constant(first))
-            if runs - first >= 128:
-                convert_run(run)
-            else:
-                with mgpu_utils.when(arith.cmpi(arith.CmpIPredicate.ult, run, constant(runs))):
-                    convert_run(run)
-
-    convert(ref)  # pyright: ignore[reportCallIssue]
