@@ -36,7 +36,7 @@ BLOCK_BYTES = 128  # of columns fetched at once: the widest swizzle
 BLOCK_K = BLOCK_BYTES // 2  # so many columns of 16 bits
 _TOKENS = range(225, 257)
 _FEWEST_PROMPT_TOKENS = 1024  # of a gated product
-_FEWEST_ADDED_TOKENS = 2048
+_FEWEST_ADDED_TOKENS, _MOST_ADDED_DEPTH = 2048, 8192
 _ADDED_PIECE = 32  # columns of float32 sums that are stored at once: the 128 bytes that TMA swizzles
 _FEWEST_BYTES = 32 * 2**20
 _LEAST_DEPTH = 3072  # of a share of the columns: below it partial sums weigh too much
@@ -58,7 +58,6 @@ class WideMatmulConfig:
         panel: groups of tokens (a cluster's) that are walked together, rows by rows, so that what they fetch stays in L2.
         in_planes: partial sums leave as mosaic.py's do, two numbers of 16 bits each, so that they have its bits.
         out_slots: pieces of a warpgroup's tile that may be on their way out at once; divides their number.
-        held: the last so many rows have their sums stay in registers, and leave while the next tile is multiplied; where they are added.
     """
 
     warpgroups: int
@@ -72,7 +71,6 @@ class WideMatmulConfig:
     panel: int = 1 << 30
     in_planes: bool = False
     out_slots: int = 1
-    held: int = 0
 
     @classmethod
     def suited(cls, x: jax.Array, weight: jax.Array, num_multiprocessors: int, gated: bool = False) -> "WideMatmulConfig | None":
@@ -108,16 +106,19 @@ class WideMatmulConfig:
 
     @classmethod
     def suited_to_add(cls, x: jax.Array, weight: jax.Array, residual: jax.Array, num_multiprocessors: int) -> "WideMatmulConfig | None":
-        """The cut for a product that is added to a residual stream [T, N]; None where a library's is to be."""
+        """The cut for a product that is added to a residual stream [T, N]; None where a library's is to be.
+
+        By measurements on an H200 (docs/performance_gpu.md): of deep products the addition is too small a part to gain by.
+        """
         (num_tokens, depth), size = x.shape, weight.shape[0]
         if x.dtype != jnp.bfloat16 or weight.dtype != x.dtype or residual.dtype != jnp.float32 or 2 * size * depth < _FEWEST_BYTES:
             return None
-        if num_tokens < _FEWEST_ADDED_TOKENS or num_tokens % 256 or size % 256 or depth % BLOCK_K:
+        if num_tokens < _FEWEST_ADDED_TOKENS or depth > _MOST_ADDED_DEPTH or num_tokens % 256 or size % 256 or depth % BLOCK_K:
             return None
         tiles = num_tokens // 128 * (size // 256)
         if tiles < 0.9 * pl.cdiv(tiles, num_multiprocessors) * num_multiprocessors:
             return None
-        return cls(2, 64, 256, 1, 4, num_multiprocessors, token_cluster=2, panel=8, out_slots=2, held=128)
+        return cls(2, 64, 256, 1, 4, num_multiprocessors, token_cluster=2, panel=8, out_slots=2)
 
     @property
     def token_tile(self) -> int:
@@ -164,10 +165,9 @@ def add_matmul_wide(
     Raises:
         ValueError: a config that does not divide the shapes.
     """
-    kept = [columns // _ADDED_PIECE * (config.tokens // HEIGHT) for columns in (config.rows - config.held, config.held)]
-    is_even = config.rows % _ADDED_PIECE == config.held % _ADDED_PIECE == 0 and not any(pieces % config.out_slots for pieces in kept)
     is_whole = config.splits == 1 and x.shape[0] % (config.token_tile * config.token_cluster) == 0
-    if not (is_even and is_whole and kept[1] <= x.shape[1] // BLOCK_K):
+    pieces = config.rows // _ADDED_PIECE * (config.tokens // HEIGHT)
+    if not is_whole or config.rows % _ADDED_PIECE or pieces % config.out_slots:
         raise ValueError(f"x {x.shape} cannot be cut by {config} to be added")
     return _multiply(x, weight, None, residual[None], config, False, jnp.dtype(jnp.float32), interpret)[0]
 
@@ -301,26 +301,8 @@ def _wide_kernel(
     @pl.when(warpgroup < warpgroups)
     def _compute():
         plgpu.set_max_registers(COMPUTE_REGISTERS[warpgroups], action="increase")
-        piece = 0 if out_smem is None else out_smem.shape[-1]
-        held_corners = list(itertools.product(range(0, tokens, HEIGHT), range(0, config.held, piece or 1)))
 
-        def store_piece(part, corner, out_slot, number, token, unit):
-            assert out_smem is not None
-            top, left = corner
-            plgpu.wait_smem_to_gmem(config.out_slots - 1, wait_read_only=True)
-            slot = out_smem.at[warpgroup, out_slot]
-            slot[...] = part[top : top + HEIGHT, left : left + piece]
-            plgpu.commit_smem()
-            where = number, pl.ds(token + top, HEIGHT), pl.ds(unit + left, piece)
-            plgpu.copy_smem_to_gmem(slot, out_ref.at[where], reduction_op="add" if adds else None)
-
-        def store_held(held, i, n):
-            token, unit, _ = place(i)
-            store_piece(held, held_corners[n], n % config.out_slots, 0, token + warpgroup * tokens, unit + width - config.held)
-
-        def compute_chunk(i, carry):
-            count, *held = carry
-
+        def compute_chunk(i, count):
             def accumulate(total):
                 def step(k, count):
                     slot = filled_slot(filled, count)
@@ -333,11 +315,7 @@ def _wide_kernel(
 
                     return count + 1
 
-                count_after = count
-                for n in range(len(held_corners)):
-                    count_after = step(n, count_after)
-                    pl.when(i > 0)(functools.partial(store_held, held[0], i - 1, n))
-                count_after = lax.fori_loop(len(held_corners), steps, step, count_after)
+                count_after = lax.fori_loop(0, steps, step, count)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(emptied.at[lax.rem(count_after - 1, jnp.int32(stages))])
                 return count_after, total[...]
@@ -361,22 +339,24 @@ def _wide_kernel(
                     out_ref.at[share, pl.ds(token, tokens), pl.ds(unit, width)][...] = total
 
                 store() if out_ref.shape[1] == padded else pl.when(token < out_ref.shape[1])(store)
-                return (count,)
-            planes = 2 if config.in_planes else 1
+                return count
+            piece, planes = out_smem.shape[-1], 2 if config.in_planes else 1
             for plane in range(planes):
                 part = total if adds else narrowed(total, out_ref.dtype)
-                number = 0 if config.splits == 1 else share * planes + plane
-                corners = itertools.product(range(0, tokens, HEIGHT), range(0, width - config.held, piece))
-                for out_slot, corner in zip(itertools.cycle(range(config.out_slots)), corners, strict=False):
-                    store_piece(part, corner, out_slot, number, token, unit)
+                corners = itertools.product(range(0, tokens, HEIGHT), range(0, width, piece))
+                for out_slot, (top, left) in zip(itertools.cycle(range(config.out_slots)), corners, strict=False):
+                    plgpu.wait_smem_to_gmem(config.out_slots - 1, wait_read_only=True)
+                    slot = out_smem.at[warpgroup, out_slot]
+                    slot[...] = part[top : top + HEIGHT, left : left + piece]
+                    plgpu.commit_smem()
+                    number = 0 if config.splits == 1 else share * planes + plane
+                    where = number, pl.ds(token + top, HEIGHT), pl.ds(unit + left, piece)
+                    plgpu.copy_smem_to_gmem(slot, out_ref.at[where], reduction_op="add" if adds else None)
                 if plane + 1 < planes:
                     total = total - part.astype(jnp.float32)
-            return (count, total[:, width - config.held :]) if config.held else (count,)
+            return count
 
-        held = [plgpu.layout_cast(jnp.zeros((tokens, config.held), jnp.float32), plgpu.Layout.WGMMA)] if config.held else []
-        _, *held = lax.fori_loop(0, num_chunks, compute_chunk, (jnp.int32(0), *held))
-        for n in range(len(held_corners)):
-            store_held(held[0], num_chunks - 1, n)
+        lax.fori_loop(0, num_chunks, compute_chunk, jnp.int32(0))
         if out_smem is not None:
             plgpu.wait_smem_to_gmem(0)
 
