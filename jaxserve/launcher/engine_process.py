@@ -90,18 +90,17 @@ def _begin_with_lowering(engine: EngineOptions) -> LoweringProcesses | None:
 
 
 def _begin_with_devices(engine: EngineOptions) -> None:
-    """Have JAX find its devices, and take their memory, in a thread while all else is imported: of GPUs it takes seconds.
+    """Have JAX find its devices in a thread while all else is imported: of GPUs it takes up to seconds.
 
-    What goes wrong there goes wrong again where the devices are first needed, and is told then.
+    Their memory is not taken there: until it is, which also takes seconds, a GPU does not say how much it has, and without knowing that no
+    program can be prepared. What goes wrong there goes wrong again where the devices are first needed, and is told then.
     """
     limit_gpu_memory(engine)
     import jax  # whole before the thread begins: two threads that import a package at once may find half of it
-    import numpy as np
 
     def find() -> None:
         with contextlib.suppress(Exception):
-            for device in jax.local_devices()[: engine.tensor_size]:
-                jax.device_put(np.zeros(1, np.uint8), device)
+            jax.local_devices()
 
     threading.Thread(target=find, name="devices", daemon=True).start()
 

@@ -155,10 +155,11 @@ def unpack_batch(
         query_starts = jnp.arange(num_rows + 1, dtype=jnp.int32)
         row, last, real = token, token, fields.lengths > 0
     else:
-        query_starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(fields.lengths)])
-        # A search would be a loop, whose condition XLA brings to the host.
-        ends = jnp.zeros(num_tokens, jnp.int32).at[query_starts[1:]].add(1, mode="drop")
-        row = jnp.minimum(jnp.cumsum(ends), num_rows - 1)
+        # Of products of two axes each is one kernel; a cumulative sum is several, and a search a loop, whose condition XLA brings to the host.
+        before = jnp.arange(num_rows, dtype=jnp.int32)[None, :] < jnp.arange(num_rows + 1, dtype=jnp.int32)[:, None]
+        query_starts = jnp.sum(jnp.where(before, fields.lengths[None, :], 0), axis=1, dtype=jnp.int32)
+        row = jnp.sum(query_starts[None, 1:] <= token[:, None], axis=1, dtype=jnp.int32)
+        row = jnp.minimum(row, num_rows - 1)
         last, real = jnp.maximum(query_starts[1:] - 1, 0), token < query_starts[-1]
     positions = jnp.where(real, fields.starts[row] + token - query_starts[row], 0)
     slots = fields.sampling[:, Column.SLOT]
