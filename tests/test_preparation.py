@@ -25,7 +25,7 @@ from jaxserve.config import EXECUTABLES_FOLDER, LOWERED_FOLDER, ModelOptions
 from jaxserve.lowering_processes import LoweringFailed, LoweringProcesses
 from jaxserve.models import Architecture, Model, ModelConfig
 from jaxserve.models.kv_scaling import KVScaling
-from jaxserve.runner import ModelRunner, Preparation, RunnerConfig, make_mesh, preparation
+from jaxserve.runner import ModelRunner, Preparation, RunnerConfig, kernel_compilation, make_mesh, preparation
 from jaxserve.runner.batch import BatchLayout
 from jaxserve.runner.blueprint import KNOWN_GPUS, Blueprint, digest_sources, lowered_kind
 from jaxserve.runner.buckets import Bucket
@@ -237,6 +237,23 @@ def test_other_processes_lower(prepare, config: RunnerConfig, tmp_path: Path, ca
     prepared, lowered = prepare(replace(config, masked=True), num_processes=1, processes=processes)
     assert len(dict(prepared.programs())) == 9
     assert lowered and "lowered in this process: in another one: the process died" in caplog.text
+
+
+def test_no_program_is_compiled_before_all_kernels(prepare, config: RunnerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU."""
+    told: list[str] = []
+    compiled_once = preparation.compile_lowered
+
+    def compile_told(lowered: bytes, program: Program, mesh: Mesh) -> Compiled:
+        told.append("program")
+        return compiled_once(lowered, program, mesh)
+
+    monkeypatch.setattr(preparation, "may_have_kernels", lambda device: True)
+    monkeypatch.setattr(kernel_compilation, "mosaic_calls", lambda lowered: told.append("kernels") or [])
+    monkeypatch.setattr(preparation, "compile_lowered", compile_told)
+    prepared, _ = prepare(replace(config, compilation_cache_dir=str(tmp_path)))
+    count = len(dict(prepared.programs()))
+    assert told == ["kernels"] * count + ["program"] * count
 
 
 def test_lowering_processes_end_with_whom_they_lower_for():

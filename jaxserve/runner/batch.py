@@ -155,7 +155,7 @@ def unpack_batch(
         query_starts = jnp.arange(num_rows + 1, dtype=jnp.int32)
         row, last, real = token, token, fields.lengths > 0
     else:
-        # Of products of two axes each is one kernel; a cumulative sum is several, and a search a loop, whose condition XLA brings to the host.
+        # A sum over two axes is one kernel; a cumulative sum is several, and a search a loop, whose condition XLA brings to the host.
         before = jnp.arange(num_rows, dtype=jnp.int32)[None, :] < jnp.arange(num_rows + 1, dtype=jnp.int32)[:, None]
         query_starts = jnp.sum(jnp.where(before, fields.lengths[None, :], 0), axis=1, dtype=jnp.int32)
         row = jnp.sum(query_starts[None, 1:] <= token[:, None], axis=1, dtype=jnp.int32)

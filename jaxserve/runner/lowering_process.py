@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 import jax
+from jax.extend.mlir import ir
 
 from jaxserve.runner.blueprint import Blueprint
 from jaxserve.runner.lowering import lower
@@ -24,6 +25,7 @@ from jaxserve.runner.program_store import ProgramStore
 from jaxserve.runner.programs import Programs
 
 _NO_DIALECT = "jaxlib.mlir.dialects.tt"
+_NAME_OF_KERNEL = "mosaic_gpu.dump_basename"
 
 
 def serve(tasks: IO[str], answers: IO[str], started: float = 0.0) -> None:
@@ -73,10 +75,27 @@ def fork(sockets: Sequence[int]) -> None:
         os.waitpid(child, 0)
 
 
+def name_kernels_alike() -> None:
+    """Have Mosaic name all kernels alike, instead of numbering them as they are lowered, where nobody asked for its files: the number is in
+    a kernel's text, and by that XLA tells kernels apart. A decode step and a mixed one of as many tokens have most in common.
+    """
+    if any(name.startswith("MOSAIC_GPU_DUMP") for name in os.environ):
+        return
+    dialect = importlib.import_module("jax.experimental.mosaic.gpu").dialect
+    numbered = dialect.get_or_set_dump_options
+
+    def alike(module: ir.Module) -> object:
+        module.operation.attributes[_NAME_OF_KERNEL] = ir.StringAttr.get("kernel", module.context)
+        return numbered(module)
+
+    dialect.get_or_set_dump_options = alike
+
+
 if __name__ == "__main__":
     # While there is nothing to do yet: what kernels import when the first of them is lowered.
     importlib.import_module("jax.experimental.pallas.mosaic_gpu")
     importlib.import_module("jax.experimental.pallas.triton")
     # jaxlib has Triton's dialect elsewhere than where MLIR looks for it, 1400 times a program, with each operation anew: up to 0.5 s.
     sys.modules.setdefault(_NO_DIALECT, types.ModuleType(_NO_DIALECT))
+    name_kernels_alike()
     fork([int(number) for number in sys.argv[1:]])

@@ -27,6 +27,7 @@ from jaxserve.runner.config import RunnerConfig
 from jaxserve.runner.exchange import exchange_bytes
 from jaxserve.runner.executables import Executables, describe_compiler
 from jaxserve.runner.hosts import Hosts, smallest
+from jaxserve.runner.kernel_compilation import KernelCompilation, may_have_kernels
 from jaxserve.runner.kv_cache import KVCachePlan, plan_kv_cache
 from jaxserve.runner.lowering import compile_lowered, lower
 from jaxserve.runner.memory import expected_temporaries, kv_cache_bytes
@@ -103,6 +104,7 @@ class Preparation:
         self._num_processes = num_processes
         self._processes = processes
         self._lowering: ThreadPoolExecutor | None = None
+        self._kernels: KernelCompilation | None = None  # where there may be any
         self._compiling = ThreadPoolExecutor(_cores(), thread_name_prefix=_COMPILE_THREADS)
         self._futures: dict[ProgramKey, Future[Future[Compiled]]] = {}
         self._compile_seconds: dict[str, float] = {}
@@ -206,6 +208,8 @@ class Preparation:
             if threads is not None:
                 threads.shutdown(wait=False, cancel_futures=True)
         self._close_processes()
+        if self._kernels is not None:
+            self._kernels.close()
 
     def _close_processes(self) -> None:
         if self._processes is not None:
@@ -225,10 +229,15 @@ class Preparation:
         logger.info(told, len(compiled), len(lowered), missing)
         lowering = self._started_lowering(missing)
         self._programs = programs
+        if self._kernels is not None:
+            self._kernels.close()
+        device = self._mesh.local_devices[0]
+        compiles = may_have_kernels(device) and self._leads and len(compiled) < len(keys)
+        self._kernels = KernelCompilation(device, len(keys) - len(compiled)) if compiles else None
         self._futures = {
             key: _finished(self._compiling.submit(self._load, programs, key))
             if key in compiled
-            else lowering.submit(self._make_ready, programs, key)
+            else lowering.submit(self._make_ready, programs, key, self._kernels)
             for key in keys
         }
         return programs
@@ -242,16 +251,28 @@ class Preparation:
         self._compile_seconds[key.name] = time.monotonic() - begin
         return compiled
 
-    def _make_ready(self, programs: Programs, key: ProgramKey) -> Future[Compiled]:
-        return self._compiling.submit(self._compile_when_shared, self._lowered(programs, key), programs, key)
+    def _make_ready(self, programs: Programs, key: ProgramKey, kernels: KernelCompilation | None) -> Future[Compiled]:
+        try:
+            lowered = self._lowered(programs, key)
+        except Exception:
+            if kernels is not None:
+                kernels.begin(None)
+            raise
+        if kernels is not None:
+            kernels.begin(lowered)
+        return self._compiling.submit(self._compile_when_shared, lowered, programs, key, kernels)
 
     def _lowered(self, programs: Programs, key: ProgramKey) -> bytes:
         return self._store.read(programs.blueprint.digest(key.name)) or self._lower(programs, key)
 
-    def _compile_when_shared(self, lowered: bytes, programs: Programs, key: ProgramKey) -> Compiled:
-        """On the leader at once, on other hosts as soon as they have what the leader compiled."""
+    def _compile_when_shared(
+        self, lowered: bytes, programs: Programs, key: ProgramKey, kernels: KernelCompilation | None = None
+    ) -> Compiled:
+        """On the leader as soon as all programs' kernels are compiled, on other hosts as soon as they have what the leader compiled."""
         if self._sharing is not None and not self._leads:
             self._sharing.result()
+        if kernels is not None:
+            kernels.wait()
         if programs is not self._programs:
             raise CancelledError  # all has begun anew
         begin = time.monotonic()
