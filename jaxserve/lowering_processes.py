@@ -19,6 +19,11 @@ from typing import IO
 COMMAND = (sys.executable, "-m", "jaxserve.runner.lowering_process")
 
 
+def processes_for(num_cores: int) -> int:
+    """How many suit a machine: while they lower there is little else to do but compiling kernels, which comes in bursts."""
+    return max(1, 3 * num_cores // 4)
+
+
 class LoweringFailed(Exception):
     """A process could not lower a program; one line."""
 

@@ -22,7 +22,7 @@ from jaxserve.errors import GenerationFailed
 from jaxserve.launcher.child import Control, die_with_parent, run_child
 from jaxserve.launcher.devices import visible_gpus
 from jaxserve.launcher.run_folder import engine_socket, model_file
-from jaxserve.lowering_processes import LoweringProcesses
+from jaxserve.lowering_processes import LoweringProcesses, processes_for
 from jaxserve.rpc.handshake import StreamKey
 from jaxserve.rpc.server import EngineServer, ServedEngine
 
@@ -86,7 +86,7 @@ def _begin_with_lowering(engine: EngineOptions) -> LoweringProcesses | None:
     kept = engine.compilation_cache / EXECUTABLES_FOLDER
     if (kept.is_dir() and any(kept.iterdir())) or os.environ.get("JAX_PLATFORMS") == "cpu" or not visible_gpus(os.environ):
         return None
-    return LoweringProcesses(len(os.sched_getaffinity(0)) // 2)
+    return LoweringProcesses(processes_for(len(os.sched_getaffinity(0))))
 
 
 def _begin_with_devices(engine: EngineOptions) -> None:

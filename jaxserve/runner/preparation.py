@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from jaxserve.config import EXECUTABLES_FOLDER, LOWERED_FOLDER
-from jaxserve.lowering_processes import LoweringFailed, LoweringProcesses
+from jaxserve.lowering_processes import LoweringFailed, LoweringProcesses, processes_for
 from jaxserve.models import Architecture
 from jaxserve.pallas_kernels import attention_dtype, page_dtype
 from jaxserve.runner.blueprint import Blueprint
@@ -106,6 +106,9 @@ class Preparation:
         self._lowering: ThreadPoolExecutor | None = None
         self._kernels: KernelCompilation | None = None  # where there may be any
         self._compiling = ThreadPoolExecutor(_cores(), thread_name_prefix=_COMPILE_THREADS)
+        # One: serializing a program holds the GIL for 0.15 s, for which all that compile would otherwise wait before they go on.
+        self._keeping = ThreadPoolExecutor(1, thread_name_prefix="keep")
+        self._kept: list[Future[None]] = []
         self._futures: dict[ProgramKey, Future[Future[Compiled]]] = {}
         self._compile_seconds: dict[str, float] = {}
         self._lowering_seconds: list[float] = []  # of CPU time, in other processes
@@ -166,6 +169,8 @@ class Preparation:
                 self._sharing.result()
             for key, lowered in self._futures.items():
                 yield key, self._wait(self._wait(lowered))
+            for kept in self._kept:  # not later: whoever asks next would wait for the GIL
+                kept.result()
             if self._sharing is not None and not self._leads and (missed := self._misses.count):
                 logger.warning("%d programs had to be compiled here: XLA did not take host 0's", missed)
             slowest = sorted(self._compile_seconds.items(), key=lambda item: -item[1])[:_SLOWEST_TOLD]
@@ -204,7 +209,7 @@ class Preparation:
         """End its threads and processes, whatever they do."""
         self._misses.stop()
         self._hits.stop()
-        for threads in (self._lowering, self._compiling):
+        for threads in (self._lowering, self._compiling, self._keeping):
             if threads is not None:
                 threads.shutdown(wait=False, cancel_futures=True)
         self._close_processes()
@@ -284,7 +289,7 @@ class Preparation:
             with keep_out_of_cache():
                 compiled = self._compile(lowered, program._replace(options={**program.options, **OF_ITS_OWN}))
             if not self._hits.take():  # serialized a second time it would lack functions
-                self._executables.keep(programs.blueprint, key, program, compiled)
+                self._kept.append(self._keeping.submit(self._executables.keep, programs.blueprint, key, program, compiled))
         self._compile_seconds[key.name] = time.monotonic() - begin
         return compiled
 
@@ -345,7 +350,7 @@ class Preparation:
         count = self._num_processes
         if count is None:
             on_gpu = self._mesh.devices.flat[0].platform == "gpu"
-            count = min(_cores() // 2, num_programs // PROGRAMS_PER_PROCESS) if on_gpu else 0
+            count = min(processes_for(_cores()), num_programs // PROGRAMS_PER_PROCESS) if on_gpu else 0
         if not (count and num_programs and self._store.folder is not None):
             self._close_processes()
         elif self._processes is None:
