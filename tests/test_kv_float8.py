@@ -110,6 +110,8 @@ def test_logits_with_scales(tmp_path: Path):
         ([0.1, 0.2], SCHEME, 2, "k_scale has 2 numbers, not 1 or 4"),
         (0.0, None, 2, "k_scale has scales that are not numbers above zero"),
         (float("nan"), None, 2, "k_scale has scales that are not numbers above zero"),
+        (3e38, None, 2, r"k_scale has a scale outside 1e-16 to 1e\+06"),
+        (1e-40, None, 2, "k_scale has a scale outside"),
         (0.1, None, 1, "missing: model.layers.1.self_attn.k_scale"),
         (0.1, SCHEME, 0, "none of the scales"),
         (0.1, {**SCHEME, "type": "int"}, 2, "8 bits of type 'int' are not supported"),
