@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -204,6 +205,20 @@ def test_quantizing_on_load(name: str, tolerance: float) -> None:
     found = np.asarray(weight_of(arrays, layout, 256).dequantize(jnp.float32))
     assert 0.001 < np.linalg.norm(found - weight) / np.linalg.norm(weight) < tolerance
     assert (found[3] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["fp8", "eetq"])
+def test_quantizing_rows_of_tiny_numbers_on_load(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By numpy, which keeps numbers below 2^-126 as a GPU does; XLA's CPU code takes them for zero."""
+    numpy = SimpleNamespace(**vars(np) | {"float8_e4m3fn": ml_dtypes.float8_e4m3fn})
+    monkeypatch.setattr("jaxserve.models.formats.on_load.jnp", numpy)
+    largest = np.array([1e-45, 1e-42, 1e-40, 1e-38, 1e-37, 1e-36, 5e-36, 1e-35, 1e-30, 1], np.float32)
+    weight = largest[:, None] * np.array([1, -0.3, 0, 0.01], np.float32)
+    with np.errstate(all="ignore"):
+        found = quantize_on_load(weight, SCHEMES[name].layout, cut_columns=False)  # type: ignore[arg-type]
+    elements = found["codes"].astype(np.float32) * found["scales"]
+    error = np.abs(elements - weight).max(axis=1) / largest
+    assert np.isfinite(elements).all() and (error[-3:] < 0.04).all() and (error <= 1).all()
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
