@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxserve.errors import WeightsError
 from jaxserve.gguf_header import GGUFTensor
-from jaxserve.models.formats import BLOCK_TYPES, BLOCKS
+from jaxserve.models.formats import BLOCK_TYPES, BLOCKS, GGUFTypes
 from jaxserve.weights.gguf_config import config_of_gguf
 from jaxserve.weights.gguf_parts import read_gguf
 
@@ -65,7 +65,7 @@ class GGUFCheckpoint:
         self.config, self.generation_config = config_of_gguf(self.header, rope_divisors)
         kept = {name.removesuffix(".weight"): kind for name, kind in self._kinds() if kind in BLOCK_TYPES}
         if kept:
-            self.config["quantization_config"] = {"quant_method": "gguf", "types": kept}
+            self.config["quantization_config"] = GGUFTypes(kept)
         # llama.cpp's converter reorders these, because its graph of Llama turns neighbouring elements of a head.
         self._permuted = (".q_proj.", ".k_proj.") if self.header.metadata["general.architecture"] == "llama" else ()
 
