@@ -90,6 +90,22 @@ def test_same_arrays_and_shape_as_the_folder(
     assert file.config.eos_token_ids == (EOS, END_OF_TURN)
 
 
+def test_any_rows_of_any_tensor(tmp_path: Path, tensors: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama's queries and keys lie in another order within their heads of 8; whoever looks for a NaN reads as many rows as are handy."""
+    original = {name: tensor.copy() for name, tensor in tensors("llama-bias").items()}
+    original[(broken := "model.layers.0.self_attn.q_proj.weight")][9, 5] = np.nan
+    path = write_gguf(tmp_path / "model.gguf", "llama-bias", original)
+    checkpoint = GGUFCheckpoint(path)
+    for name in (broken, "model.layers.1.self_attn.k_proj.bias", "model.layers.0.mlp.up_proj.weight"):
+        whole = original[name]
+        for rows in (slice(0, 3), slice(5, 21), slice(8, 16), slice(30, len(whole))):
+            index = rows, *(slice(2, size) for size in whole.shape[1:])
+            np.testing.assert_array_equal(checkpoint.read(name, index), whole[index], err_msg=name)
+    monkeypatch.setattr("jaxserve.weights.magnitudes._PIECE_ELEMENTS", 3 * 64)
+    with pytest.raises(WeightsError, match=f"infinite or not numbers .NaN., in {broken}$"):
+        load(path)
+
+
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_quantized_weights(kind: str, tmp_path: Path, tensors: Tensors) -> None:
     """On 2 shards: rows of 96 are cut at 48, within a block of 32."""

@@ -39,7 +39,7 @@ def load(folder: Path, kv_dtype: str | None = E4M3, tensor: int = 1) -> Model:
 
 
 def with_scales(folder: Path, names: tuple[str, str], keys: Any, values: Any, scheme: Any = None, layers: int = 2) -> Path:
-    """A tiny checkpoint whose layers have scales; of config.json's quantization nothing but `kv_cache_scheme`, which no matrix has."""
+    """A tiny checkpoint whose layers have scales; of config.json's quantization nothing but `kv_cache_scheme`."""
     write_checkpoint(folder, "llama")
     tensors = load_file(folder / "model.safetensors")
     for layer in range(layers):
@@ -48,8 +48,7 @@ def with_scales(folder: Path, names: tuple[str, str], keys: Any, values: Any, sc
     save_file(tensors, folder / "model.safetensors")
     if scheme is not None:
         config = json.loads((folder / "config.json").read_text())
-        group = {"targets": ["nothing"], "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}}
-        declared = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"group_0": group}}
+        declared = {"quant_method": "compressed-tensors", "format": "naive-quantized", "config_groups": {}}
         (folder / "config.json").write_text(json.dumps({**config, "quantization_config": declared | {"kv_cache_scheme": scheme}}))
     return folder
 
@@ -110,6 +109,8 @@ def test_logits_with_scales(tmp_path: Path):
         ([0.1, 0.2], SCHEME, 2, "k_scale has 2 numbers, not 1 or 4"),
         (0.0, None, 2, "k_scale has scales that are not numbers above zero"),
         (float("nan"), None, 2, "k_scale has scales that are not numbers above zero"),
+        (3e38, None, 2, r"k_scale has a scale outside 1e-16 to 1e\+06"),
+        (1e-40, None, 2, "k_scale has a scale outside"),
         (0.1, None, 1, "missing: model.layers.1.self_attn.k_scale"),
         (0.1, SCHEME, 0, "none of the scales"),
         (0.1, {**SCHEME, "type": "int"}, 2, "8 bits of type 'int' are not supported"),

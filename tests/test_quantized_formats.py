@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Iterator
+from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -168,6 +170,30 @@ def test_strategies_of_compressed_tensors_by_their_definition(weights: dict[str,
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), expected)
 
 
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (16,), (16, 1)])
+def test_fp8_scales_are_one_or_one_a_row(shape: tuple[int, ...]) -> None:
+    """Method "fp8" does not say which; on 4 devices each has those of its rows."""
+    random = np.random.default_rng(0)
+    codes = random.integers(-100, 100, (16, 32)).astype(ml_dtypes.float8_e4m3fn)
+    checkpoint = Arrays(weight=codes, weight_scale=random.uniform(0.01, 0.1, shape).astype(np.float32))
+    scheme = read_quantization({"quantization_config": {"quant_method": "fp8"}}, None).scheme(MODULE)
+    assert scheme is not None
+    matrix = QuantizedMatrix((Source(f"{MODULE}.weight", (Axis("outputs", 16, 4), Axis("inputs", 32))),), scheme)
+    check_tensors([*matrix.parts().values()], checkpoint)
+    expected = codes.astype(np.float32) * checkpoint.arrays[f"{MODULE}.weight_scale"].reshape(-1, 1)
+    np.testing.assert_array_equal(np.concatenate([dequantized(matrix, checkpoint, shard, 4)[0] for shard in range(4)]), expected)
+
+
+def test_fp8_scales_of_another_number() -> None:
+    scheme = read_quantization({"quantization_config": {"quant_method": "fp8"}}, None).scheme(MODULE)
+    assert scheme is not None
+    matrix = QuantizedMatrix((Source(f"{MODULE}.weight", (Axis("outputs", 16), Axis("inputs", 32))),), scheme)
+    for shape in ((0,), (8, 1), (1, 16)):
+        checkpoint = Arrays(weight=np.ones((16, 32), ml_dtypes.float8_e4m3fn), weight_scale=np.ones(shape, np.float32))
+        with pytest.raises(WeightsError, match=r"weight_scale is \[.*\], neither a single number nor \[16, 1\]$"):
+            matrix.read(checkpoint, 0, 1)
+
+
 class Blocks:
     """A checkpoint of one GGUF matrix."""
 
@@ -206,6 +232,20 @@ def test_quantizing_on_load(name: str, tolerance: float) -> None:
     assert (found[3] == 0).all()
 
 
+@pytest.mark.parametrize("name", ["fp8", "eetq"])
+def test_quantizing_rows_of_tiny_numbers_on_load(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By numpy, which keeps numbers below 2^-126 as a GPU does; XLA's CPU code takes them for zero."""
+    numpy = SimpleNamespace(**vars(np) | {"float8_e4m3fn": ml_dtypes.float8_e4m3fn})
+    monkeypatch.setattr("jaxserve.models.formats.on_load.jnp", numpy)
+    largest = np.array([1e-45, 1e-42, 1e-40, 1e-38, 1e-37, 1e-36, 5e-36, 1e-35, 1e-30, 1], np.float32)
+    weight = largest[:, None] * np.array([1, -0.3, 0, 0.01], np.float32)
+    with np.errstate(all="ignore"):
+        found = quantize_on_load(weight, SCHEMES[name].layout, cut_columns=False)  # type: ignore[arg-type]
+    elements = found["codes"].astype(np.float32) * found["scales"]
+    error = np.abs(elements - weight).max(axis=1) / largest
+    assert np.isfinite(elements).all() and (error[-3:] < 0.04).all() and (error <= 1).all()
+
+
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_on_load_codes_are_those_of_bitsandbytes(kind: str) -> None:
     """What bitsandbytes dequantizes to, quantized again, is itself."""
@@ -216,6 +256,7 @@ def test_on_load_codes_are_those_of_bitsandbytes(kind: str) -> None:
     np.testing.assert_array_equal(weight_of(arrays, layout, 64).dequantize(jnp.float32), flat)
 
 
+PACKED = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"quant_method": "exl2"}, "quant_method 'exl2' is not supported"),
     ({"quant_method": ["gptq"]}, "is not supported"),
@@ -224,6 +265,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"quant_method": "gptq", "bits": 4, "group_size": 100}, "group_size 100"),
     ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
     ({"quant_method": "gptq", "bits": 4, "dynamic": {"-:.*": {}}}, "dynamic"),
+    ({"quant_method": "gptq", "bits": 4, "extra_config": {"lm_head": {"bits": 8}}}, "extra_config"),
+    ({"quant_method": "awq", "bits": 4, "extra_config": {"lm_head": {"bits": 8}}}, "extra_config"),
+    ({"quant_method": "awq", "bits": 4, "dynamic": {"-:.*": {}}}, "dynamic"),
+    ({"quant_method": "gguf"}, "quant_method 'gguf' goes with a .gguf file"),
+    ({"quant_method": "gguf", "types": {MODULE: "Q4_0"}}, "quant_method 'gguf' goes with a .gguf file"),
+    ({"load_in_4bit": False}, "quant_method None is not supported"),
     ({"quant_method": "gptq", "bits": 4, "modules_in_block_to_quantize": "all"}, "modules_in_block_to_quantize"),
     ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version gemv"),
     ({"quant_method": "awq", "bits": 4, "modules_to_not_convert": 3}, "modules_to_not_convert must be a list"),
@@ -239,6 +286,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
             ("int-quantized", {"num_bits": 4, "type": "int", "strategy": "group"}, "4 bits of type 'int' in format int-quantized"),
             ("mxfp8-quantized", {"num_bits": 8, "type": "float"}, "format mxfp8-quantized is not supported"),
             ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": False}, "zero points of floats"),
+            *(("pack-quantized", PACKED | {"group_size": odd}, f"group_size {odd} is not supported (even ones are") for odd in (1, 25)),
             ("marlin-24", {"num_bits": 4, "type": "int"}, "format marlin-24 is not supported"),
         )
     ),
@@ -293,6 +341,34 @@ def test_quantize_that_names_what_the_checkpoint_has(config: str, quantize: str)
     assert read_quantization(declared, quantize) == read_quantization(declared, None)
 
 
+def test_configurations_from_before_methods_had_names() -> None:
+    for config in ({"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}):
+        named = {"quantization_config": {"quant_method": "bitsandbytes", **config}}
+        assert read_quantization({"quantization_config": {"load_in_4bit": False, **config}}, None) == read_quantization(named, None)
+
+
+def test_a_kv_cache_alone_leaves_weights_plain() -> None:
+    config = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": {"num_bits": 8, "type": "float"}}
+    assert read_quantization({"quantization_config": config}, None) == Quantization()
+    assert read_quantization({"quantization_config": config}, "fp8") == read_quantization({}, "fp8")
+    with pytest.raises(StartupError, match="--quantize compressed-tensors: the checkpoint is not quantized"):
+        read_quantization({"quantization_config": config}, "compressed-tensors")
+    with pytest.raises(UnsupportedModel, match="config_groups must be"):
+        read_quantization({"quantization_config": config | {"kv_cache_scheme": None}}, None)
+
+
+def test_what_tells_of_fewer_modules_goes_first() -> None:
+    """A name, an expression, a class, in whichever order groups of compressed-tensors are; what is ignored before all."""
+    down, up = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"
+    targets = {"Linear": 32, "re:.*(down|up)_proj": 64, down: 128}
+    for order in permutations(targets):
+        groups = {name: {"targets": [name], "weights": PACKED | {"group_size": targets[name]}} for name in order}
+        config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups, "ignore": ["re:.*k_proj"]}
+        read = read_quantization({"quantization_config": config}, None)
+        found = [scheme and scheme.group for scheme in map(read.scheme, (down, up, "lm_head", "model.layers.0.self_attn.k_proj"))]
+        assert found == [128, 64, 32, None], order
+
+
 def schemes(quantization: Quantization, *modules: str) -> list[bool]:
     """Whether each module is quantized."""
     return [quantization.scheme(module) is not None for module in modules]
@@ -319,6 +395,8 @@ def test_lists_of_dense_modules() -> None:
         awq = {"quant_method": "awq", "bits": 4, "modules_to_not_convert": names}
         found = schemes(read_quantization({"quantization_config": awq}, None), q, "model.layers.11.mlp.up_proj")
         assert found == [False, True], names
+    part = read_quantization({"quantization_config": gptq | {"quant_method": "awq", "modules_to_not_convert": ["gate", "h_x"]}}, None)
+    assert schemes(part, "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj", q) == [False, True, True]
     for names in (["model.layers.1*"], ["*.q_proj", "lm_head"], ["model.layers.1"]):
         modelopt = {"quant_method": "modelopt", "quantization": {"quant_algo": "FP8", "exclude_modules": names}}
         found = schemes(read_quantization({"quantization_config": modelopt}, None), q, "model.layers.0.mlp.up_proj")

@@ -198,6 +198,29 @@ def test_damaged_checkpoints(change: str, message: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_biases_that_older_autogptq_gave_every_module(tmp_path: Path) -> None:
+    folder = write_quantized(tmp_path, CONFIGS["gptq"])
+    path, bias = folder / "model.safetensors", "model.layers.0.self_attn.o_proj.bias"
+    tensors = load_file(path)
+    save_file(tensors | {bias: np.zeros(64, np.float16), "lm_head.bias": np.zeros(320, np.float16)}, path)
+    load(folder)
+    for name in (bias, "model.layers.0.input_layernorm.bias"):
+        save_file(tensors | {name: np.array([0, 1e-7], np.float16 if name == bias else np.float32)}, path)
+        with pytest.raises(WeightsError, match=f"not part of the model: {name}$"):
+            load(folder)
+
+
+@pytest.mark.parametrize(("form", "told"), [("gptq", "qweight"), ("w4a16-w8a16", "weight_packed"), ("bnb-int8", "SCB")])
+def test_quantized_tensors_that_nothing_tells_of(form: str, told: str, tmp_path: Path) -> None:
+    folder = write_quantized(tmp_path, CONFIGS[form])
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=rf"{told} is of a quantized matrix, and nothing says how: config.json has no quant") as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_server_that_cannot_start_says_why_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_quantized(tmp_path, CONFIGS["awq"])
     assert main(["bench", "latency", "--model-id", str(folder), "--quantize", "fp8"]) == 1

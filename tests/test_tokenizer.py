@@ -168,15 +168,16 @@ def test_gguf_files_that_cannot_be_used_are_one_line(tmp_path: Path):
     for fields, message in (
         ({"pre": "martian"}, "martian"),
         ({"model": "bert"}, "'bert'"),
-        ({"merges": None}, "merges"),
-        ({"tokens": None}, "tokens"),
+        ({"model": None}, "no usable tokenizer: its metadata lacks tokenizer.ggml.model$"),
+        ({"merges": None}, "its metadata lacks tokenizer.ggml.merges$"),
+        ({"tokens": None}, "its metadata lacks tokenizer.ggml.tokens$"),
         ({"tokens": 5}, "no usable tokenizer"),
         ({"merges": ["abc"]}, "no usable tokenizer"),
         ({"merges": ["zz qq"]}, "out of vocabulary"),
         ({"token_type": [1, 1]}, "no usable tokenizer"),
         ({"bos_token_id": "one"}, "'one' is no token id"),
     ):
-        expected = UnsupportedModel if "pre" in fields or "model" in fields else StartupError
+        expected = UnsupportedModel if fields.get("pre") or fields.get("model") else StartupError
         bad = write_gguf(tmp_path / f"{message}.gguf", "gpt2", small_tokenizers.byte_level(), **fields)
         with pytest.raises(expected, match=message) as caught:
             load_tokenizer(bad)

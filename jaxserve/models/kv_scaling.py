@@ -29,6 +29,9 @@ _UNUSED = (
     "self_attn.q_proj.output_scale",
     "self_attn.prob_scale",
 )
+# AutoFP8 gives a layer whose values are all zero 1e-12 / 448. Numbers of 448 times the other bound are beyond float16 and any model;
+# from there on queries that a scale has multiplied overflow, and below the first nothing but e4m3's largest number would be stored.
+_LEAST, _MOST = 1e-16, 1e6
 _LAYER = r"model\.layers\.\d+\."
 _ANY = re.compile(_LAYER + f"({'|'.join(re.escape(name) for name in {*_UNUSED, *(name for pair in NAMES for name in pair)})})")
 
@@ -122,12 +125,14 @@ class KVScale(Parameter):
         """Those of a shard's heads.
 
         Raises:
-            WeightsError: they are of another number, or not numbers above zero.
+            WeightsError: they are of another number, not numbers above zero, or of a magnitude that makes no sense.
         """
         name, (axis,) = self.sources[0].name, self.sources[0].axes
-        stored = np.asarray(read(name, ())).astype(np.float32).reshape(-1)
+        stored = np.asarray(read(name, ())).astype(np.float64).reshape(-1)
         if stored.size not in (1, axis.size):
             raise WeightsError(f"{name} has {stored.size} numbers, not 1 or {axis.size} (KV heads)")
         if not (np.isfinite(stored).all() and (stored > 0).all()):
             raise WeightsError(f"{name} has scales that are not numbers above zero")
+        if stored.min() < _LEAST or stored.max() > _MOST:
+            raise WeightsError(f"{name} has a scale outside {_LEAST:g} to {_MOST:g}, which no keys or values have")
         return np.broadcast_to(stored, axis.size)[axis.bounds(shard, shards)].astype(dtype)

@@ -85,7 +85,10 @@ def _told(path: Path) -> Iterator[None]:
     except UnsupportedModel:
         raise
     except Exception as error:
-        raise StartupError(f"{path} has no usable tokenizer: {' '.join(str(error).split())[:200] or type(error).__name__}") from error
+        told = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, KeyError) and str(error.args[0]).startswith("tokenizer."):
+            told = f"its metadata lacks {error.args[0]}"
+        raise StartupError(f"{path} has no usable tokenizer: {told}") from error
 
 
 def _index(token_id: Any) -> int:

@@ -1,7 +1,7 @@
 """What a loader needs of a checkpoint, whatever its format, and the check that it holds what the model declares."""
 
 import math
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +13,8 @@ from jaxserve.models.parameters import Parameter
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _NAMES_SHOWN = 3
+# How names end of tensors that nothing but a quantized matrix has.
+_QUANTIZED = (".qweight", ".weight_packed", ".SCB", ".absmax")
 _ROWS_COMPARED = 4096
 
 
@@ -61,7 +63,8 @@ def check_tensors(parameters: Iterable[Parameter | QuantizedPart], checkpoint: C
     declared = {stored.name: stored for parameter in parameters for stored in parameter.tensors}
     shapes, dtypes = checkpoint.shapes, checkpoint.dtypes
     missing = [name for name, stored in declared.items() if name not in shapes and not stored.optional]
-    extra = [name for name in shapes if name not in declared and name not in ignored and not _is_derived(name)]
+    unknown = [name for name in shapes if name not in declared and name not in ignored and not _is_derived(name)]
+    extra = [name for name in unknown if not _is_empty_bias(name, declared, checkpoint)]
     misshapen = [
         f"{name} is {list(shapes[name])}, not {list(stored.shape or (1,))}"
         for name, stored in declared.items()
@@ -78,12 +81,23 @@ def check_tensors(parameters: Iterable[Parameter | QuantizedPart], checkpoint: C
         for kind, names in kinds
         if names
     ]
+    quantized = [name for name in extra if name.endswith(_QUANTIZED)]
+    if quantized and not any(name.endswith(_QUANTIZED) for name in declared):
+        problems.append(f"{quantized[0]} is of a quantized matrix, and nothing says how: config.json has no quantization_config for it")
     if problems:
         raise WeightsError(f"the checkpoint's tensors do not fit config.json: {'. '.join(problems)}")
 
 
 def _fits(shape: tuple[int, ...], declared: tuple[int, ...] | None) -> bool:
     return declared is None or shape == declared or (declared == () and math.prod(shape) == 1)
+
+
+def _is_empty_bias(name: str, declared: Collection[str], checkpoint: Checkpoint) -> bool:
+    """Whether a tensor is the bias of zeros that older AutoGPTQ gave every module it quantized."""
+    module, _, kind = name.rpartition(".")
+    if kind != "bias" or f"{module}.qweight" not in declared:
+        return False
+    return not checkpoint.read(name, tuple(slice(0, size) for size in checkpoint.shapes[name])).any()
 
 
 def _is_derived(name: str) -> bool:

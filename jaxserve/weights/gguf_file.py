@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxserve.errors import WeightsError
 from jaxserve.gguf_header import GGUFTensor
-from jaxserve.models.formats import BLOCK_TYPES, BLOCKS
+from jaxserve.models.formats import BLOCK_TYPES, BLOCKS, GGUFTypes
 from jaxserve.weights.gguf_config import config_of_gguf
 from jaxserve.weights.gguf_parts import read_gguf
 
@@ -65,7 +65,7 @@ class GGUFCheckpoint:
         self.config, self.generation_config = config_of_gguf(self.header, rope_divisors)
         kept = {name.removesuffix(".weight"): kind for name, kind in self._kinds() if kind in BLOCK_TYPES}
         if kept:
-            self.config["quantization_config"] = {"quant_method": "gguf", "types": kept}
+            self.config["quantization_config"] = GGUFTypes(kept)
         # llama.cpp's converter reorders these, because its graph of Llama turns neighbouring elements of a head.
         self._permuted = (".q_proj.", ".k_proj.") if self.header.metadata["general.architecture"] == "llama" else ()
 
@@ -81,18 +81,20 @@ class GGUFCheckpoint:
         return ((name, GGMLQuantizationType(tensor.type).name) for name, tensor in self._tensors.items() if len(tensor.shape) == 2)
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Part of a tensor in float32, or of its bytes (`formats.BLOCKS`); whole heads of queries and keys, where the file has
-        their rows in another order."""
+        """Part of a tensor in float32, or of its bytes (`formats.BLOCKS`)."""
         blocks = name.endswith(BLOCKS)
         name = name.removesuffix(BLOCKS)
-        tensor = self._tensors[name]
+        tensor, rows = self._tensors[name], index[0]
+        # Of some matrices whole heads: within one, rows lie in another order.
+        unit = self.config["head_dim"] if any(infix in name for infix in self._permuted) else 1
+        rows = slice(rows.start // unit * unit, -(-rows.stop // unit) * unit)
         if blocks:
-            part = self._bytes(tensor, index[0].start, index[0].stop)[:, index[1]]
+            part = self._bytes(tensor, rows.start, rows.stop)[:, index[1]]
         elif len(tensor.shape) == 1:
-            part = self._rows(tensor, 0, 1)[0, index[0]]
+            part = self._rows(tensor, 0, 1)[0, rows]
         else:
-            part = self._rows(tensor, index[0].start, index[0].stop)[:, index[1]]
-        return _unpermute(part, self.config["head_dim"]) if any(infix in name for infix in self._permuted) else part
+            part = self._rows(tensor, rows.start, rows.stop)[:, index[1]]
+        return part if unit == 1 else _unpermute(part, unit)[index[0].start - rows.start : index[0].stop - rows.start]
 
     def _rows(self, tensor: GGUFTensor, start: int, stop: int) -> np.ndarray:
         """Rows of a tensor as float32 [stop - start, K]; a vector is one row. In chunks on all cores, as numpy lets go of the GIL."""

@@ -5,6 +5,7 @@
 
 from jaxserve.models.formats.gguf import BLOCK_TYPES as BLOCK_TYPES
 from jaxserve.models.formats.gguf import BLOCKS as BLOCKS
+from jaxserve.models.formats.gguf import GGUFTypes as GGUFTypes
 from jaxserve.models.formats.matrices import DenseFormat as DenseFormat
 from jaxserve.models.formats.matrices import Format as Format
 from jaxserve.models.formats.matrices import make_format as make_format

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxserve.errors import UnsupportedModel
 from jaxserve.models.fields import Fields
-from jaxserve.models.formats.gptq import GROUPS, refuse
+from jaxserve.models.formats.gptq import GROUPS, OTHERS_FOR_SOME, refuse
 from jaxserve.models.formats.packed_integers import read_packed, signed
 from jaxserve.models.formats.scheme import WORDS, Scheme, Tensors, Unpacked, cut_groups, divided
 from jaxserve.models.parameters import Stored
@@ -33,7 +33,7 @@ def awq_scheme(fields: Fields) -> Scheme:
     if version != "gemm":
         raise UnsupportedModel(f"{fields.file}: version {version:.80} is not supported for AWQ (gemm is)")
     served = {"checkpoint_format": "gemm", "format": "gemm", "pack_dtype": "int32", "zero_point": True, "w_bit": 4, "q_group_size": group}
-    refuse(fields, served)
+    refuse(fields, served | OTHERS_FOR_SOME)
     if fields.values.get("backend") == "llm-awq":  # which packs in its own way
         raise UnsupportedModel(f"{fields.file}: backend 'llm-awq' is not supported")
     return Scheme("awq", Layout("int4", max(group, 0), "zero", scale_dtype="float16"), max(group, 0))

@@ -20,13 +20,14 @@ from jaxserve.models.parameters import Stored
 from jaxserve.pallas_kernels import Layout
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mxfp4-pack-quantized")
-
-
+_LINEAR, _EXPRESSION = "Linear", "re:"
 _MOST_REPEATED = 10_000
 
 
 def read_compressed_tensors(fields: Fields) -> Quantization:
-    """What a quantization_config of compressed-tensors says.
+    """What a quantization_config of compressed-tensors says; one of a KV cache alone nothing of weights.
+
+    Names go before expressions, and these before classes, whichever group they are in (compressed_tensors.utils.match.match_targets).
 
     Raises:
         UnsupportedModel: an option that no code here serves; one line that names it.
@@ -35,22 +36,31 @@ def read_compressed_tensors(fields: Fields) -> Quantization:
         if (value := fields.values.get(name)) and not (isinstance(value, Mapping) and value.get("format", "") == "dense"):
             raise UnsupportedModel(f"{fields.file}: {name} is not supported")
     groups = fields.values.get("config_groups")
+    if groups == {} and fields.values.get("kv_cache_scheme") is not None:
+        return Quantization()
     if not isinstance(groups, Mapping) or not groups or not all(isinstance(group, Mapping) for group in groups.values()):
         raise UnsupportedModel(f"{fields.file}: config_groups must be an object with groups in it")
     rules = [Rule(_pattern(name), -1) for name in names_of(fields, "ignore")]
+    targets: list[tuple[str, int]] = []
     schemes: list[Scheme] = []
     for name, group in groups.items():
         part = Fields(group, f"{fields.file}: {name:.80}")
-        rules += [Rule(_pattern(target), len(schemes)) for target in names_of(part, "targets")]
+        targets += [(target, len(schemes)) for target in names_of(part, "targets")]
         schemes.append(_scheme(part, str(group.get("format") or fields.values.get("format"))))
+    rules += [Rule(_pattern(target), scheme) for target, scheme in sorted(targets, key=lambda one: _generality(one[0]))]
     return Quantization("compressed-tensors", tuple(schemes), tuple(rules))
+
+
+def _generality(target: str) -> int:
+    """0: a name; 1: an expression; 2: a class."""
+    return 2 if target == _LINEAR else int(target.startswith(_EXPRESSION))
 
 
 def _pattern(target: str) -> str:
     """A regular expression for a target: a class of modules, a regular expression, a module's name or one that it is in."""
-    if target == "Linear":
+    if target == _LINEAR:
         return f"{LINEAR}|{HEAD}"
-    if not target.startswith("re:"):
+    if not target.startswith(_EXPRESSION):
         return rf"(.*\.)?{re.escape(target)}"
     pattern = f"(?:{target[3:]}).*"
     # `regex` writes out what is counted, {1000} of {1000} too.
@@ -98,6 +108,8 @@ def _scheme(group: Fields, form: str) -> Scheme:
         raise UnsupportedModel(f"{weights.file}: strategy block is not supported for integers")
     correction = "none" if weights.boolean("symmetric", True) else "zero"
     eight = bits == 8
+    if not eight and size % 2:
+        raise UnsupportedModel(f"{weights.file}: group_size {size} is not supported (even ones are: two codes of 4 bits make a byte)")
     layout = Layout("int8" if eight else "int4", size, correction, "float16", "int8" if rounded and eight else "", static and eight)
     ordered = order not in ("group", "dynamic", True) or not size
     stored = "packed" if form == "pack-quantized" else "int8"

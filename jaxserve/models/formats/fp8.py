@@ -3,9 +3,12 @@
 Of Hugging Face's fine-grained fp8 (`weight_scale_inv`), of vLLM's and llm-compressor's (`weight_scale`, `input_scale`), of FBGEMM's.
 """
 
+import math
+from dataclasses import replace
+
 import numpy as np
 
-from jaxserve.errors import UnsupportedModel
+from jaxserve.errors import UnsupportedModel, WeightsError
 from jaxserve.models.fields import Fields
 from jaxserve.models.formats.scheme import Scheme, Tensors, Unpacked
 from jaxserve.models.parameters import Stored
@@ -51,12 +54,26 @@ class FP8Storage:
     """See the module."""
 
     def tensors(self, scheme: Scheme, module: str, n: int, k: int) -> tuple[Stored, ...]:
-        """As in `Storage`."""
-        return (Stored(f"{module}.weight", (n, k), ("F8_E4M3",)), *scale_tensors(scheme, module, n, k))
+        """As in `Storage`. Where config.json tells of one scale a tensor, `check_scales` looks at their shape."""
+        scales, others = scale_tensors(scheme, module, n, k)
+        scales = scales if scheme.group_rows else replace(scales, shape=None)
+        return Stored(f"{module}.weight", (n, k), ("F8_E4M3",)), scales, others
 
     def read(self, scheme: Scheme, tensors: Tensors, module: str, rows: slice, columns: slice) -> Unpacked:
         """As in `Storage`."""
         return {"codes": tensors.read(f"{module}.weight", (rows, columns)), **read_scales(scheme, tensors, module, rows, columns)}
+
+
+def check_scales(scheme: Scheme, tensors: Tensors, module: str, n: int, k: int) -> None:
+    """Method "fp8" does not say whether there is one scale or one a row: the checkpoint must have either.
+
+    Raises:
+        WeightsError: it has another number of them.
+    """
+    del k
+    name = f"{module}.{scheme.variant}"
+    if not scheme.group_rows and math.prod(shape := tensors.shapes[name]) != 1 and shape not in ((n,), (n, 1)):
+        raise WeightsError(f"{name} is {list(shape)}, neither a single number nor {[n, 1]}")
 
 
 def scale_tensors(scheme: Scheme, module: str, n: int, k: int) -> tuple[Stored, ...]:
@@ -75,8 +92,10 @@ def read_scales(scheme: Scheme, tensors: Tensors, module: str, rows: slice, colu
         starts = np.arange(columns.start, columns.stop, scheme.layout.group_of(k))
         groups = starts // scheme.group if scheme.group else np.zeros(1, np.int64)
         part: Unpacked = {"scales": scales[np.arange(rows.start, rows.stop) // scheme.group_rows][:, groups]}
-    else:
+    elif scales.size == 1:
         part = {"scales": np.full((height, 1), scales.reshape(-1)[0], np.float32)}
+    else:
+        part = {"scales": scales.reshape(-1, 1)[rows]}
     if scheme.layout.static:
         name = f"{module}.input_scale"
         part["input_scale"] = tensors.read(name, tuple(slice(0, 1) for _ in tensors.shapes[name])).reshape(1).astype(np.float32)

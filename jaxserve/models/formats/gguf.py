@@ -1,6 +1,6 @@
 """The quantization types of GGUF files whose blocks stay quantized (github.com/ggml-org/ggml, ggml-common.h and ggml-quants.c)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,13 @@ class BlockType:
     nbytes: int
     layout: Layout
     unpack: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+
+
+@dataclass(frozen=True)
+class GGUFTypes:
+    """What stands for the quantization_config of a .gguf file, and in no config.json: the type of each matrix that stays quantized."""
+
+    types: Mapping[str, str]
 
 
 def gguf_scheme(kind: str) -> Scheme:

@@ -16,6 +16,8 @@ from jaxserve.models.parameters import Stored
 from jaxserve.pallas_kernels import Layout
 
 GROUPS = (32, 64, 128)
+# Other options for some modules: GPTQModel's and AutoRound's, which write AWQ too.
+OTHERS_FOR_SOME = {"dynamic": None, "extra_config": None}
 
 
 def gptq_scheme(fields: Fields) -> Scheme:
@@ -34,7 +36,7 @@ def gptq_scheme(fields: Fields) -> Scheme:
         raise UnsupportedModel(f"{fields.file}: group_size {group} is not supported (-1, 32, 64 and 128 are)")
     if kind not in ("gptq", "gptq_v2"):
         raise UnsupportedModel(f"{fields.file}: checkpoint_format {kind!r:.80} is not supported (gptq and gptq_v2 are)")
-    refuse(fields, {"format": kind, "pack_dtype": "int32", "is_marlin_format": False, "adapter": None, "rotation": None})
+    refuse(fields, {"format": kind, "pack_dtype": "int32", "is_marlin_format": False, "adapter": None, "rotation": None} | OTHERS_FOR_SOME)
     symmetric = fields.boolean("sym", True)
     layout = Layout("int4" if bits == 4 else "int8", max(group, 0), "none" if symmetric else "zero", scale_dtype="float16")
     # With one group a row the order of columns changes nothing.

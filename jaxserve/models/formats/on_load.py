@@ -36,18 +36,26 @@ def quantize(weight: jax.Array, layout: Layout, cut_columns: bool, moments: jax.
     if cut_columns and not layout.group:
         largest = jax.lax.pmax(largest, "tensor")
     scales = largest / jnp.float32(_LARGEST[layout.code])
+    # Of smaller ones a GPU keeps some bits: what they divide would come out too large. A CPU takes them for zero.
+    scales = jnp.where(scales < jnp.finfo(jnp.float32).tiny, jnp.float32(0), scales)
     if layout.code == "fp8":
         scales = _best_scales(groups, scales, layout, cut_columns)
     elif moments is not None:
         scales = _scales_by_moments(groups, scales, layout, moments.reshape(1, -1, groups.shape[2]))
-    # A group of zeros keeps a scale of zero, and codes of zero.
-    relative = groups * jnp.where(scales > 0, jnp.float32(1) / scales, jnp.float32(0))[:, :, None]
-    return {"codes": _codes(relative, layout).reshape(n, k), "scales": scales}
+    return {"codes": _codes(_relative(groups, scales), layout).reshape(n, k), "scales": scales}
 
 
 def by_moments(layout: Layout) -> bool:
     """Whether `quantize` has a use for what goes into the matrix: 4 bits are so few that it matters."""
     return layout.code in TABLES
+
+
+def _relative(groups: jax.Array, scales: jax.Array) -> jax.Array:
+    """Elements [n, groups, columns] divided by their scale: the reciprocal of the smallest is beyond float32.
+
+    Where the scale is zero they are zero, or too small to have one, and stay so: their codes are zero.
+    """
+    return groups / jnp.where(scales > 0, scales, jnp.float32(1))[:, :, None]
 
 
 def _scales_by_moments(groups: jax.Array, scales: jax.Array, layout: Layout, moments: jax.Array) -> jax.Array:
@@ -56,8 +64,7 @@ def _scales_by_moments(groups: jax.Array, scales: jax.Array, layout: Layout, mom
     def step(best: tuple[jax.Array, jax.Array], factor: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         chosen, least = best
         tried = scales * factor
-        relative = groups * jnp.where(tried > 0, jnp.float32(1) / tried, jnp.float32(0))[:, :, None]
-        missed = (_values(relative, layout) * tried[:, :, None] - groups) ** 2
+        missed = (_values(_relative(groups, tried), layout) * tried[:, :, None] - groups) ** 2
         error = (missed * moments).sum(axis=2)
         return (jnp.where(error < least, tried, chosen), jnp.minimum(error, least)), None
 
@@ -83,8 +90,7 @@ def _best_scales(groups: jax.Array, scales: jax.Array, layout: Layout, cut_colum
     candidates = [scales * jnp.float32(2 ** (step / 8)) for step in range(8)]
 
     def error(scales: jax.Array) -> jax.Array:
-        steps = jnp.where(scales > 0, scales, jnp.float32(1))[:, :, None]
-        missed = (_codes(groups / steps, layout).astype(jnp.float32) * steps - groups) ** 2
+        missed = (_codes(_relative(groups, scales), layout).astype(jnp.float32) * scales[:, :, None] - groups) ** 2
         total = missed.sum(axis=2)
         return jax.lax.psum(total, "tensor") if cut_columns and not layout.group else total
 

@@ -15,7 +15,7 @@ from jaxserve.models.formats.scheme import Scheme, Tensors, Unpacked
 from jaxserve.models.formats.storages import CHECKS, STORAGES
 from jaxserve.models.magnitude import largest_magnitude
 from jaxserve.models.parameters import Axis, Parameter, Source, Stored
-from jaxserve.pallas_kernels import packed_shapes
+from jaxserve.pallas_kernels import Layout, packed_shapes
 
 _PIECE_ELEMENTS = 1 << 21
 
@@ -99,7 +99,7 @@ class QuantizedMatrix:
         """Build one shard, reading little more than what it holds; in pieces of rows, on all cores.
 
         Raises:
-            WeightsError: the tensors contradict each other or the configuration, or scales are not finite.
+            WeightsError: the tensors contradict each other or the configuration, or float32 does not hold what they stand for.
         """
         filled = {name: np.zeros(shape.shape, shape.dtype) for name, shape in self.unpacked_shapes(shards).items()}
         columns = self.columns.bounds(shard, shards)
@@ -128,6 +128,7 @@ class QuantizedMatrix:
             part = STORAGES[self.scheme.stored].read(self.scheme, tensors, _module(source), rows, read)
         if self.is_permuted:
             part = _of_columns(part, columns, self.scheme)
+        kept: Unpacked = {}
         for name, values in part.items():
             if name == "permutation":
                 filled[name][:] = values
@@ -136,8 +137,10 @@ class QuantizedMatrix:
                 # One scale serves all stacked modules: the largest, so that none of them overflows.
                 filled[name][:] = np.maximum(filled[name], values)
             else:
-                filled[name][first : first + len(values)] = values
-                _check_finite(_module(source), name, values)
+                kept[name] = filled[name][first : first + len(values)]
+                with np.errstate(over="ignore"):  # of a scale in float64
+                    kept[name][:] = values
+        _check_elements(_module(source), kept, self.scheme.layout)
 
 
 @dataclass(frozen=True)
@@ -194,10 +197,15 @@ def _module(source: Source) -> str:
     return source.name.removesuffix(".weight")
 
 
-def _check_finite(module: str, name: str, values: np.ndarray) -> None:
-    of_floats = name in ("scales", "minimums") or values.dtype == jnp.float8_e4m3fn
-    if of_floats and not np.isfinite(largest_magnitude(values)):
-        raise WeightsError(f"{module} has {name} that are infinite or not numbers")
+def _check_elements(module: str, kept: Unpacked, layout: Layout) -> None:
+    """Whether the arrays of some rows are numbers, and what they stand for too, whatever the codes are."""
+    floats = [name for name in kept if name in ("scales", "minimums") or kept[name].dtype == jnp.float8_e4m3fn]
+    largest = {name: largest_magnitude(kept[name]) for name in floats}
+    for name in floats:
+        if not np.isfinite(largest[name]):
+            raise WeightsError(f"{module} has {name} that are infinite or not numbers")
+    if largest["scales"] * layout.largest_code + largest.get("minimums", 0) > float(np.finfo(np.float32).max):
+        raise WeightsError(f"{module} has scales up to {largest['scales']:.6g}, whose products with its codes are beyond float32")
 
 
 def _check_positive(module: str, name: str, values: np.ndarray) -> None:

@@ -10,7 +10,7 @@ from jaxserve.models.formats.awq import awq_scheme
 from jaxserve.models.formats.bitsandbytes import bitsandbytes_scheme
 from jaxserve.models.formats.compressed_tensors import read_compressed_tensors
 from jaxserve.models.formats.fp8 import fp8_scheme, stored_fp8
-from jaxserve.models.formats.gguf import gguf_scheme
+from jaxserve.models.formats.gguf import GGUFTypes, gguf_scheme
 from jaxserve.models.formats.gptq import gptq_scheme
 from jaxserve.models.formats.mxfp4 import mxfp4_scheme
 from jaxserve.models.formats.on_load import SCHEMES
@@ -39,28 +39,41 @@ def read_quantization(config: Mapping[str, Any], quantize: str | None) -> Quanti
         UnsupportedModel: a method or an option that no code here serves; one line that names it.
         StartupError: --quantize asks for something else than what the checkpoint has.
     """
-    declared = config.get("quantization_config") or config.get("compression_config")
-    if declared is None:
+    quantization = _declared(config.get("quantization_config") or config.get("compression_config"))
+    if not quantization:
         if quantize in TAKEN:
-            raise StartupError(f"--quantize {quantize}: the checkpoint is not quantized (config.json has no quantization_config)")
+            raise StartupError(
+                f"--quantize {quantize}: the checkpoint is not quantized (config.json has no quantization_config of weights)"
+            )
         return Quantization() if quantize is None else Quantization(quantize, (SCHEMES[quantize],), (Rule(LINEAR, 0),))
-    if not isinstance(declared, Mapping):
-        raise UnsupportedModel(f"config.json: quantization_config must be an object. Given: {declared!r:.80}")
-    method = declared.get("quant_method")
-    if not isinstance(method, str) or method not in _METHODS:
-        known = ", ".join(sorted(_METHODS))
-        raise UnsupportedModel(f"config.json: quantization_config: quant_method {method!r:.80} is not supported ({known} are)")
-    quantization = _METHODS[method](Fields(declared, "config.json: quantization_config"))
     if quantize is not None and quantization.method not in (TAKEN | _SAME).get(quantize, ()):
         told = quantization.method
         raise StartupError(f"--quantize {quantize}: the checkpoint is quantized already, by {told}; without the flag it is served so")
     return quantization
 
 
+def _declared(declared: Any) -> Quantization:
+    """What a quantization_config, or a .gguf file in its place, says of the weights."""
+    if declared is None:
+        return Quantization()
+    if isinstance(declared, GGUFTypes):
+        return _gguf(declared.types)
+    if not isinstance(declared, Mapping):
+        raise UnsupportedModel(f"config.json: quantization_config must be an object. Given: {declared!r:.80}")
+    method = declared.get("quant_method")
+    # Before there were several methods, configurations did not name theirs.
+    if method is None and any(declared.get(name) is True for name in ("load_in_4bit", "load_in_8bit")):
+        method = "bitsandbytes"
+    if method == "gguf":
+        raise UnsupportedModel("config.json: quantization_config: quant_method 'gguf' goes with a .gguf file, which --model-id must name")
+    if not isinstance(method, str) or method not in _METHODS:
+        known = ", ".join(sorted(_METHODS))
+        raise UnsupportedModel(f"config.json: quantization_config: quant_method {method!r:.80} is not supported ({known} are)")
+    return _METHODS[method](Fields(declared, "config.json: quantization_config"))
+
+
 def _gptq(fields: Fields) -> Quantization:
     scheme = gptq_scheme(fields)
-    if fields.values.get("dynamic"):
-        raise UnsupportedModel(f"{fields.file}: dynamic (other options for some modules) is not supported")
     pattern = rf"{LINEAR}|{HEAD}" if fields.boolean("lm_head", False) else LINEAR
     inside = fields.values.get("modules_in_block_to_quantize")
     if inside is not None:
@@ -72,7 +85,11 @@ def _gptq(fields: Fields) -> Quantization:
 
 
 def _awq(fields: Fields) -> Quantization:
-    return _but(fields, "awq", awq_scheme(fields), "modules_to_not_convert")
+    """AutoAWQ takes a name in its list for any part of modules' names; but layers.1 is not part of layers.11 here."""
+    names = [name for name in names_of(fields, "modules_to_not_convert") if name]
+    ends = (r"(?!\d)" if name[-1].isdigit() else "" for name in names)
+    dense = (Rule(f".*{re.escape(name)}{end}.*", -1) for name, end in zip(names, ends, strict=True))
+    return Quantization("awq", (awq_scheme(fields),), (*dense, Rule(LINEAR, 0)))
 
 
 def _fp8(fields: Fields) -> Quantization:
@@ -103,9 +120,8 @@ def _mxfp4(fields: Fields) -> Quantization:
     return _but(fields, "mxfp4", mxfp4_scheme("blocks"), "modules_to_not_convert")
 
 
-def _gguf(fields: Fields) -> Quantization:
-    """What `weights.gguf_file` tells: the type of each matrix that stays quantized."""
-    types: Mapping[str, str] = fields.values["types"]
+def _gguf(types: Mapping[str, str]) -> Quantization:
+    """By the type of each matrix that stays quantized."""
     kinds = sorted(set(types.values()))
     rules = (Rule("|".join(re.escape(module) for module, kind in types.items() if kind == wanted), i) for i, wanted in enumerate(kinds))
     return Quantization("gguf", tuple(map(gguf_scheme, kinds)), tuple(rules))
@@ -123,7 +139,6 @@ _METHODS: dict[str, Callable[[Fields], Quantization]] = {
     "compressed-tensors": read_compressed_tensors,
     "fbgemm_fp8": _fbgemm_fp8,
     "fp8": _fp8,
-    "gguf": _gguf,
     "gptq": _gptq,
     "modelopt": _modelopt,
     "mxfp4": _mxfp4,

@@ -56,6 +56,13 @@ class Layout:
         """Of a code."""
         return 8 if self.code in ("int8", "fp8") else 4
 
+    @property
+    def largest_code(self) -> float:
+        """A bound of the magnitudes that a scale is multiplied with."""
+        if self.code in TABLES:
+            return float(np.abs(TABLES[self.code]).max())
+        return 448.0 if self.code == "fp8" else 2.0**self.bits
+
     def group_of(self, k: int) -> int:
         """Columns that share a scale in a shard of k columns: where a shard's border cuts groups, smaller ones that it does not cut."""
         return int(np.gcd(self.group, k)) if self.group else k
