@@ -2,7 +2,7 @@
 
 Run by hand in a Python 3.11 environment; not part of the tests. It runs on a CPU:
 
-    uv pip install torch transformers gguf safetensors bitsandbytes compressed-tensors
+    uv pip install torch transformers gguf safetensors bitsandbytes compressed-tensors setuptools wheel
     uv pip install --no-deps autoawq; BUILD_CUDA_EXT=0 uv pip install --no-deps --no-build-isolation auto-gptq
     python scripts/write_quantized_goldens.py
 
@@ -24,6 +24,7 @@ from safetensors.torch import save_file  # pyright: ignore[reportMissingImports]
 
 GOLDENS = Path(__file__).parent.parent / "tests" / "goldens" / "quantized.safetensors"
 ROWS, COLUMNS = 32, 128
+FEW_ROWS, MORE_COLUMNS = 16, 256  # the latter for several groups of 128
 Case = tuple[str, dict[str, Any], dict[str, torch.Tensor], torch.Tensor]
 
 
@@ -41,6 +42,11 @@ def package_without_init(name: str) -> None:
     stub = types.ModuleType(name)
     stub.__path__ = [str(folder)]
     sys.modules[name] = stub
+
+
+def columns_told(k: int) -> str:
+    """For the name of a case: how many, where it is not as usual."""
+    return "" if k == COLUMNS else f"-of-{k}"
 
 
 def affine(values: torch.Tensor, bits: int, group: int, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,23 +70,26 @@ def gptq() -> Iterator[Case]:
     for sub in ("auto_gptq.nn_modules", "auto_gptq.nn_modules.qlinear"):
         importlib.import_module(sub)
     QuantLinear = importlib.import_module("auto_gptq.nn_modules.qlinear.qlinear_cuda").QuantLinear
-    cases = [(4, 128, True, False), (4, 32, False, False), (4, 64, False, True), (4, -1, True, False), (8, 32, True, False)]
-    cases += [(8, 64, False, False), (8, -1, False, False), (4, 32, True, True)]
-    for seed, (bits, group, symmetric, reordered) in enumerate(cases):
-        values = weight(seed)
-        order = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(seed)) if reordered else torch.arange(COLUMNS)
+    usual, wide = (ROWS, COLUMNS), (ROWS, MORE_COLUMNS)
+    cases = [(4, 128, True, False, usual), (4, 32, False, False, usual), (4, 64, False, True, usual), (4, -1, True, False, usual)]
+    cases += [(8, 32, True, False, usual), (8, 64, False, False, usual), (8, -1, False, False, usual), (4, 32, True, True, usual)]
+    cases += [(4, 128, True, False, wide), (4, 128, False, True, wide), (8, 128, False, False, wide), (8, 32, False, True, usual)]
+    cases += [(4, 64, True, False, usual)]
+    for seed, (bits, group, symmetric, reordered, (n, k)) in enumerate(cases):
+        values = weight(seed, n, k)
+        order = torch.randperm(k, generator=torch.Generator().manual_seed(seed)) if reordered else torch.arange(k)
         scales, zeros = affine(values[:, order], bits, group, symmetric)
-        indices = torch.empty(COLUMNS, dtype=torch.int32)
-        indices[order] = torch.arange(COLUMNS, dtype=torch.int32) // (COLUMNS if group == -1 else group)
-        linear = torch.nn.Linear(COLUMNS, ROWS, bias=False)
+        indices = torch.empty(k, dtype=torch.int32)
+        indices[order] = torch.arange(k, dtype=torch.int32) // (k if group == -1 else group)
+        linear = torch.nn.Linear(k, n, bias=False)
         linear.weight.data = values.half()
-        packed = QuantLinear(bits, group, COLUMNS, ROWS, False, kernel_switch_threshold=0)
+        packed = QuantLinear(bits, group, k, n, False, kernel_switch_threshold=0)
         packed.pack(linear, scales.half(), zeros.half(), indices)
         packed.autogptq_cuda_available = False
-        dequantized = packed(torch.eye(COLUMNS, dtype=torch.float16)).T.contiguous()
+        dequantized = packed(torch.eye(k, dtype=torch.float16)).T.contiguous()
         tensors = {name: getattr(packed, name) for name in ("qweight", "qzeros", "scales", "g_idx")}
         config = {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": symmetric, "desc_act": reordered}
-        name = f"gptq-{bits}-{group}{'' if symmetric else '-asym'}{'-desc_act' if reordered else ''}"
+        name = f"gptq-{bits}-{group}{'' if symmetric else '-asym'}{'-desc_act' if reordered else ''}{columns_told(k)}"
         yield name, config, tensors, dequantized
         if name == "gptq-4-32-asym":
             # Version 2 stores zero points as they are: GPTQModel, gptqmodel/utils/model.py, convert_gptq_v1_to_v2_format.
@@ -99,10 +108,11 @@ def awq() -> Iterator[Case]:
         sys.modules[f"awq.{sub}"] = stub
     dequantize_gemm = importlib.import_module("awq.utils.packing_utils").dequantize_gemm
     order = (0, 2, 4, 6, 1, 3, 5, 7)
-    for seed, group in enumerate((32, 64, 128)):
-        values = weight(100 + seed)
+    usual, wide = (ROWS, COLUMNS), (FEW_ROWS, MORE_COLUMNS)
+    for seed, (group, (n, k)) in enumerate(((32, usual), (64, usual), (128, usual), (128, wide))):
+        values = weight(100 + seed, n, k)
         scales, zeros = affine(values, 4, group, symmetric=False)
-        codes = torch.round(values.reshape(ROWS, -1, group) / scales[:, :, None] + zeros[:, :, None]).clamp(0, 15).reshape(ROWS, -1)
+        codes = torch.round(values.reshape(n, -1, group) / scales[:, :, None] + zeros[:, :, None]).clamp(0, 15).reshape(n, -1)
 
         def pack(integers: torch.Tensor) -> torch.Tensor:
             words = np.zeros((integers.shape[0], integers.shape[1] // 8), np.uint32)
@@ -113,7 +123,7 @@ def awq() -> Iterator[Case]:
         tensors = {"qweight": pack(codes.T), "qzeros": pack(zeros.T), "scales": scales.T.half().contiguous()}
         dequantized = dequantize_gemm(tensors["qweight"], tensors["qzeros"], tensors["scales"], 4, group).T.contiguous()
         yield (
-            f"awq-{group}",
+            f"awq-{group}{columns_told(k)}",
             {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"},
             tensors,
             dequantized,
@@ -137,24 +147,34 @@ def bitsandbytes() -> Iterator[Case]:
 
 
 def fp8() -> Iterator[Case]:
-    """By definition, as no library does it on a CPU: weight times scale, in float32."""
-    values = weight(300, 136, 144)
-    rows, columns = 128, 128
-    scales = torch.stack([
-        torch.stack([values[i : i + rows, j : j + columns].abs().max() / 448 for j in range(0, 144, columns)]) for i in range(0, 136, rows)
-    ])  # fmt: skip
-    spread = scales.repeat_interleave(rows, 0)[:136].repeat_interleave(columns, 1)[:, :144]
-    codes = (values / spread).to(torch.float8_e4m3fn)
-    config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [rows, columns]}
+    """transformers' Fp8Dequantize; by definition, weight times scale in float32, where it refuses: blocks that do not divide a matrix."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize  # pyright: ignore[reportMissingImports]
+
+    def dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return Fp8Dequantize(None).convert({"weight": [codes], "weight_scale_inv": [scales]})["weight"]
+
+    def blocks(values: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes, a scale a block, and each element's scale."""
+        n, k = values.shape
+        found = [[values[i : i + rows, j : j + columns].abs().max() / 448 for j in range(0, k, columns)] for i in range(0, n, rows)]
+        scales = torch.stack(list(map(torch.stack, found)))
+        spread = scales.repeat_interleave(rows, 0)[:n].repeat_interleave(columns, 1)[:, :k]
+        return (values / spread).to(torch.float8_e4m3fn), scales, spread
+
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    codes, scales, spread = blocks(weight(300, 136, 144), 128, 128)
     yield "fp8-block", config, {"weight": codes, "weight_scale_inv": scales}, codes.float() * spread
+    codes, scales, _ = blocks(weight(302, FEW_ROWS), 8, 64)
+    tensors = {"weight": codes, "weight_scale_inv": scales}
+    yield "fp8-block-whole", config | {"weight_block_size": [8, 64]}, tensors, dequantize(codes, scales)
     values = weight(301)
     scale = values.abs().max() / 448
     codes = (values / scale).to(torch.float8_e4m3fn)
     tensors = {"weight": codes, "weight_scale": scale, "input_scale": torch.tensor(0.02)}
-    yield "fp8-static", {"quant_method": "fp8", "activation_scheme": "static"}, tensors, codes.float() * scale
+    yield "fp8-static", {"quant_method": "fp8", "activation_scheme": "static"}, tensors, dequantize(codes, scale.reshape(1, 1))
     scales = values.abs().amax(1, keepdim=True) / 448
     codes = (values / scales).to(torch.float8_e4m3fn)
-    yield "fbgemm_fp8", {"quant_method": "fbgemm_fp8"}, {"weight": codes, "weight_scale": scales}, codes.float() * scales
+    yield "fbgemm_fp8", {"quant_method": "fbgemm_fp8"}, {"weight": codes, "weight_scale": scales}, dequantize(codes, scales)
 
 
 def compressed_tensors() -> Iterator[Case]:
@@ -165,6 +185,7 @@ def compressed_tensors() -> Iterator[Case]:
     int8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
     float8 = int8 | {"type": "float"}
     static = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+    grouped_int = {"type": "int", "symmetric": True, "strategy": "group"}
     cases: list[tuple[str, str, dict[str, Any], dict[str, Any] | None]] = [
         ("w4a16-group", "pack-quantized", {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}, None),
         ("w4a16-asym", "pack-quantized", {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 64}, None),
@@ -177,25 +198,40 @@ def compressed_tensors() -> Iterator[Case]:
         ("w8a8-int8", "int-quantized", {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}, int8),
         ("w8a8-fp8", "float-quantized", {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}, float8),
         ("w8a8-fp8-static", "float-quantized", {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor"}, static),
+        ("w4a16-128-of-256", "pack-quantized", {"num_bits": 4, "group_size": 128} | grouped_int, None),
+        ("w8a16-128-of-256", "pack-quantized", {"num_bits": 8, "group_size": 128} | grouped_int | {"symmetric": False}, None),
+        ("int8-tensor", "int-quantized", {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor"}, int8),
+        ("int8-group", "int-quantized", {"num_bits": 8, "group_size": 32} | grouped_int, int8),
+        ("int8-group-asym", "int-quantized", {"num_bits": 8, "group_size": 32} | grouped_int | {"symmetric": False}, int8),
+        ("fp8-group", "float-quantized", {"num_bits": 8, "group_size": 32} | grouped_int | {"type": "float"}, float8),
+        ("fp8-block", "float-quantized", {
+            "num_bits": 8, "type": "float", "symmetric": True, "strategy": "block", "block_structure": [8, 64],
+        }, float8),
     ]  # fmt: skip
     for seed, (name, form, arguments, activations) in enumerate(cases):
-        values = weight(400 + seed).bfloat16()
-        group, bits = arguments.get("group_size", COLUMNS), arguments["num_bits"]
+        rows, k = ROWS if seed < 9 else FEW_ROWS, MORE_COLUMNS if name.endswith("-of-256") else COLUMNS
+        values = weight(400 + seed, rows, k).bfloat16()
+        group, bits = arguments.get("group_size", k), arguments["num_bits"]
         tensors: dict[str, torch.Tensor] = {"weight": values}
-        order = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(seed)) if "actorder" in arguments else torch.arange(COLUMNS)
-        grouped = values.float()[:, order].reshape(ROWS, -1, group)
+        order = torch.randperm(k, generator=torch.Generator().manual_seed(seed)) if "actorder" in arguments else torch.arange(k)
+        grouped = values.float()[:, order].reshape(rows, -1, group)
         top = 448 if arguments["type"] == "float" else 2 ** (bits - 1) - 1
         if arguments["symmetric"]:
             scales = grouped.abs().amax(2) / top
-            scales = scales.max().reshape(1) if arguments["strategy"] == "tensor" else scales
+            if arguments["strategy"] == "tensor":
+                scales = scales.max().reshape(1)
+            elif arguments["strategy"] == "block":
+                height, width = arguments["block_structure"]
+                blocks = values.float().reshape(rows // height, height, k // width, width)
+                scales = blocks.abs().amax((1, 3)) / top
         else:
             low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
             scales = (high - low) / (2 * top + 1)
             tensors["weight_zero_point"] = (torch.round(-low / scales) - top - 1).clamp(-top - 1, top).to(torch.int8)
         tensors["weight_scale"] = scales.bfloat16()
         if "actorder" in arguments:
-            indices = torch.empty(COLUMNS, dtype=torch.int32)
-            indices[order] = torch.arange(COLUMNS, dtype=torch.int32) // group
+            indices = torch.empty(k, dtype=torch.int32)
+            indices[order] = torch.arange(k, dtype=torch.int32) // group
             tensors["weight_g_idx"] = indices
         scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**{k: v for k, v in arguments.items() if k != "actorder"}))
         compressor = BaseCompressor.get_value_from_registry(form)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
 from tiny_models import CONFIGS, make_tensors, write_tokenizer
 
@@ -25,14 +24,17 @@ from jaxserve.pallas_kernels import TABLES, weight_of
 _DTYPES = {"I32": np.int32, "I8": np.int8, "U8": np.uint8, "F32": np.float32, "F64": np.float32}
 
 
-def write_quantized(folder: Path, quantization_config: Mapping[str, Any], name: str = "llama") -> Path:
+def write_quantized(folder: Path, quantization_config: Mapping[str, Any], **shape: int) -> Path:
     """A tiny checkpoint of one layer whose matrices are quantized as a quantization_config says, in groups that suit sizes of 64 and 96.
+
+    Args:
+        shape: other fields of its config.json, where groups suit other sizes.
 
     Returns:
         The folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = {**CONFIGS[name], "num_hidden_layers": 1, "quantization_config": dict(quantization_config)}
+    config = {**CONFIGS["llama"], "num_hidden_layers": 1, "quantization_config": dict(quantization_config), **shape}
     quantization = ModelConfig.from_hf(config).quantization
     random = np.random.default_rng(0)
     tensors: dict[str, np.ndarray] = {}
@@ -101,20 +103,23 @@ def _dense(matrix: QuantizedMatrix, arrays: dict[str, jax.Array], mesh: Mesh) ->
         return found if permutation is None else jnp.zeros_like(found).at[:, permutation].set(found)
 
     part: QuantizedPart = next(iter(matrix.parts().values()))
-    return jax.jit(jax.shard_map(dequantize, mesh=mesh, in_specs=part.spec, out_specs=matrix.dense.spec, check_vma=False))(arrays)
+    whole = jax.shard_map(dequantize, mesh=mesh, in_specs=part.spec, out_specs=matrix.dense.spec, check_vma=False)
+    return jax.jit(whole, compiler_options={"xla_backend_optimization_level": 0})(arrays)  # compiles in two thirds of the time
 
 
 def made_dense(model: Model, mesh: Mesh) -> Model:
-    """The same model with nothing quantized, on one device."""
+    """The same model with nothing quantized, on the mesh that it is on."""
     config = dataclasses.replace(model.config, quantization=Quantization())
     architecture = Architecture.of(config)
     leaves = dense_leaves(model, mesh)
-    place = NamedSharding(mesh, P())
+    shards = mesh.shape["tensor"]
 
     def leaf(parameter: Any) -> jax.Array:
         first = leaves[parameter.sources[0].name]
-        if first.shape == parameter.shape(1):
+        place = NamedSharding(mesh, parameter.spec)
+        if first.shape == parameter.shape(shards):
             return jax.device_put(first, place)
+        assert shards == 1, "rows of several matrices are interleaved shard by shard"
         # Matrices that are kept in different ways lie apart.
         return jax.device_put(jnp.concatenate([leaves[source.name] for source in parameter.sources]), place)
 

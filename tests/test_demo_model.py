@@ -34,6 +34,11 @@ def test_prompts_are_tokenized_as_the_reference_does(llm: LLM):
         assert token_ids == GOLDENS[name]["prompt"], name
 
 
+def test_its_weights_stay_quantized(llm: LLM):
+    """Below 250 MB, scales and embeddings too, where float32 takes 540."""
+    assert llm.info.quantization == "gguf (Q4_1, Q8_0)" and llm.info.weight_bytes < 250e6
+
+
 def test_greedy_tokens_equal_transformers(llm: LLM):
     names = list(GOLDENS)
     num_compiled = llm.engines[0].stats().compile_events

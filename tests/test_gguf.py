@@ -107,11 +107,14 @@ def test_any_rows_of_any_tensor(tmp_path: Path, tensors: Tensors, monkeypatch: p
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
-def test_quantized_weights(kind: str, tmp_path: Path, tensors: Tensors) -> None:
-    """On 2 shards: rows of 96 are cut at 48, within a block of 32."""
+def test_quantized_weights(kind: str, tmp_path: Path, tensors: Tensors, caplog: pytest.LogCaptureFixture) -> None:
+    """On 2 shards: rows of 96 are cut at 48, within a block of 32. The log tells of types that do not stay quantized."""
     number = GGMLQuantizationType[kind]
     original = tensors("llama")
-    model = load(write_gguf(tmp_path / "model.gguf", "llama", original, number), 2)
+    with caplog.at_level("INFO", "jaxserve"):
+        model = load(write_gguf(tmp_path / "model.gguf", "llama", original, number), 2)
+    told = f"model.gguf: matrices of type {kind} are dequantized as they are loaded"
+    assert [one for one in caplog.messages if "dequantized" in one] == ([told] if kind in ("Q5_0", "Q5_1") else [])
     leaves = dense_leaves(model, make_mesh(2))
     for name in ("model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.o_proj.weight", "lm_head.weight"):
         np.testing.assert_array_equal(leaves[name], dequantize(quantize(original[name], number), number), err_msg=name)

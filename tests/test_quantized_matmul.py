@@ -265,8 +265,10 @@ def test_what_is_lowered_for_gpus(monkeypatch):
     # No float8 products before sm_89: the weight is widened.
     assert "tensor<2048x4096xf8E4M3FN>" not in lowered(monkeypatch, AMPERE, 2048, floats)
     integers = abstract(eight_bit(64, 256, 1, jnp.int8, quantized_activations=True), 6144, 4096)
-    text = lowered(monkeypatch, AMPERE, 2048, integers, product=quantized_matmul_parts)
-    assert "(tensor<2048x4096xi8>, tensor<6144x4096xi8>)" in text and TRITON in text
+    for gpu, product in ((HOPPER, None), (AMPERE, quantized_matmul_parts)):
+        text = lowered(monkeypatch, gpu, 2048, integers, product=product)
+        assert "stablehlo.transpose" not in text and "contracting_dims = [1] x [1]" in text
+        assert "(tensor<2048x4096xi8>, tensor<6144x4096xi8>)" in text and (TRITON in text) == (product is not None)
 
 
 @pytest.mark.parametrize(("group", "zeros"), [(32, False), (64, True), (128, True)])

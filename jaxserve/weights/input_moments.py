@@ -38,7 +38,8 @@ def input_moments(config: ModelConfig, load: Load, mesh: Mesh, dtype: jnp.dtype)
         load: puts a parameter on the mesh.
         dtype: of weights and activations.
     """
-    decoder = Decoder(replace(config, quantization=Quantization(), kv_scaling=KVScaling()), "xla")
+    config = replace(config, quantization=Quantization(), kv_scaling=KVScaling())
+    decoder = Decoder(config, "xla")
     token_ids = np.random.default_rng(0).integers(0, config.vocab_size, TOKENS).astype(np.int32)
     embedding = _Declared(decoder.embedding, "")
     hidden = _embed(embedding.key, mesh, dtype)(embedding.load(load), token_ids)
