@@ -86,3 +86,10 @@ def test_whoever_waits_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
         waiting.result(30)
     kernels.begin(b"a")
     assert calls.compiled == []
+
+
+def test_a_program_that_cannot_be_read_is_counted() -> None:
+    kernels = KernelCompilation(None, 1)
+    kernels.begin(b"no module")
+    kernels.wait()
+    kernels.close()

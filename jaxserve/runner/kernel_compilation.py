@@ -7,6 +7,7 @@ though, for as long as the process lives. So first all kernels are compiled, sid
 them.
 """
 
+import logging
 import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,8 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxserve.runner.compile import keep_out_of_cache
 from jaxserve.runner.lowering import import_kernel_libraries
+
+logger = logging.getLogger(__name__)
 
 MOSAIC_TARGET = "mosaic_gpu_v2"
 _HASH = "kernel_hash"
@@ -50,7 +53,11 @@ class KernelCompilation:
         Args:
             lowered: what lowering.lower() gave; None: it could not be lowered.
         """
-        calls = [] if lowered is None else mosaic_calls(lowered)
+        try:
+            calls = [] if lowered is None else mosaic_calls(lowered)
+        except Exception as error:  # whatever MLIR says: XLA finds the kernels itself, and a start is only slower
+            logger.warning("the kernels of a program are not compiled before it: %s: %s", type(error).__name__, str(error).splitlines()[:1])
+            calls = []
         with self._lock:
             for attributes in calls:
                 if attributes[_HASH] not in self._kernels and not self._all_told.is_set():
