@@ -72,6 +72,7 @@ class ModelRunner:
         self._model_config = model.config
         platform = mesh.devices.flat[0].platform
         self._num_scored_a_call = num_scored_a_call(platform)
+        self._results_are_copied = platform != "cpu"
         preparation = preparation or Preparation(model.architecture, model.dtype, mesh, config)
         self._buckets = preparation.buckets  # without those, from warmup() on, that give a token other bits
         self._executor = Executor(model, mesh, config, preparation, hosts)
@@ -133,8 +134,7 @@ class ModelRunner:
             self.sample(step)
             return step
         step.sampled = self._executor.run(ProgramKey("step", step.layout.bucket), packed)
-        assert step.sampled is not None
-        step.sampled.copy_to_host_async()
+        self._start_copy(step.sampled)
         return step
 
     def forward(self, batch: Batch) -> Step:
@@ -159,8 +159,7 @@ class ModelRunner:
             self._executor.run(ProgramKey("mask", num_rows), upload)
         kind = "logprobs" if step.wants_logprobs else "sample"
         step.sampled, self._unsampled = self._executor.run(ProgramKey(kind, num_rows)), None
-        assert step.sampled is not None
-        step.sampled.copy_to_host_async()
+        self._start_copy(step.sampled)
 
     def collect(self, step: Step) -> StepResult:
         """Wait for a step's tokens: one copy from the device."""
@@ -238,7 +237,17 @@ class ModelRunner:
         step.scored = [scored for upload in uploads if (scored := self._executor.run(ProgramKey("score"), upload)) is not None]
         step.num_scored = batch.num_scored
         for part in step.scored:
-            part.copy_to_host_async()
+            self._start_copy(part)
+
+    def _start_copy(self, result: jax.Array | None) -> None:
+        """Start to bring to the host what collect() will read.
+
+        A CPU's results lie where collect() reads them. To start a copy of one all the same makes its program call back into Python when it
+        has run, after collect() went on: where the process ends just then, it dies of SIGABRT (jaxlib 0.11.2).
+        """
+        assert result is not None, "a program without a result"
+        if self._results_are_copied:
+            result.copy_to_host_async()
 
     def _copy_pages(self, batch: Batch) -> None:
         for begin in range(0, len(batch.page_copies), PAGE_COPIES):
