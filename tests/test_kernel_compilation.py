@@ -1,7 +1,9 @@
 """Mosaic's kernels are compiled before the programs that call them: each once, and all before the first program."""
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,7 +15,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from jaxserve.pallas_kernels.gpu import Gpu
 from jaxserve.pallas_kernels.matmul import api, matmul
 from jaxserve.runner import kernel_compilation
-from jaxserve.runner.kernel_compilation import KernelCompilation, mosaic_calls
+from jaxserve.runner.kernel_compilation import KernelCompilation, may_have_kernels, mosaic_calls
 from jaxserve.runner.lowering import lower
 from jaxserve.runner.lowering_process import name_kernels_alike
 from jaxserve.runner.programs import Program
@@ -37,6 +39,8 @@ def lowered(function: Any) -> bytes:
 
 def test_programs_share_their_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "local_gpu", lambda: Gpu(132, True))
+    for name in [name for name in os.environ if name.startswith("MOSAIC_GPU_DUMP")]:
+        monkeypatch.delenv(name)
     dialect: Any = vars(mosaic_gpu)["dialect"]
     monkeypatch.setattr(dialect, "get_or_set_dump_options", dialect.get_or_set_dump_options)  # to be as it was in the end
     name_kernels_alike()
@@ -86,6 +90,26 @@ def test_whoever_waits_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
         waiting.result(30)
     kernels.begin(b"a")
     assert calls.compiled == []
+
+
+def test_where_no_thread_can_be_had_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    Calls(monkeypatch)
+    kernels = KernelCompilation(None, 2)
+
+    def refuse(*told: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(kernels._threads, "submit", refuse)
+    kernels.begin(b"ab")
+    kernels.begin(b"c")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(kernels.wait).result(30)
+    kernels.close()
+
+
+def test_hopper_has_kernels() -> None:
+    for platform, capability, expected in (("gpu", "9.0", True), ("gpu", "8.0", False), ("gpu", "10.0", False), ("cpu", None, False)):
+        assert may_have_kernels(SimpleNamespace(platform=platform, compute_capability=capability)) == expected
 
 
 def test_a_program_that_cannot_be_read_is_counted() -> None:

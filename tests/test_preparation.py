@@ -239,6 +239,21 @@ def test_other_processes_lower(prepare, config: RunnerConfig, tmp_path: Path, ca
     assert lowered and "lowered in this process: in another one: the process died" in caplog.text
 
 
+def test_a_program_is_kept_before_it_may_run(prepare, config: RunnerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA serializes no sort of a CPU that has run."""
+    kept: list[ProgramKey] = []
+
+    def keep(self: Any, blueprint: Blueprint, key: ProgramKey, program: Program, compiled: Compiled) -> None:
+        time.sleep(0.05)
+        kept.append(key)
+
+    monkeypatch.setattr(preparation.Executables, "keep", keep)
+    monkeypatch.setattr(preparation.CacheHits, "take", lambda self: False)
+    prepared, _ = prepare(replace(config, compilation_cache_dir=str(tmp_path)))
+    for key, _ in prepared.programs():
+        assert key in kept
+
+
 def test_no_program_is_compiled_before_all_kernels(prepare, config: RunnerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU."""
     told: list[str] = []

@@ -59,12 +59,16 @@ class KernelCompilation:
             logger.warning("the kernels of a program are not compiled before it: %s: %s", type(error).__name__, str(error).splitlines()[:1])
             calls = []
         with self._lock:
-            for attributes in calls:
-                if attributes[_HASH] not in self._kernels and not self._all_told.is_set():
-                    self._kernels[attributes[_HASH]] = self._threads.submit(_compile_kernel, self._device, attributes)
-            self._to_come -= 1
-            if not self._to_come:
-                self._all_told.set()
+            try:
+                for attributes in calls:
+                    if attributes[_HASH] not in self._kernels and not self._all_told.is_set():
+                        self._kernels[attributes[_HASH]] = self._threads.submit(_compile_kernel, self._device, attributes)
+            except Exception as error:  # no thread more, or the interpreter ends
+                logger.warning("kernels are not compiled before their programs: %s", error)
+            finally:
+                self._to_come -= 1
+                if not self._to_come:
+                    self._all_told.set()
 
     def wait(self) -> None:
         """Wait until begin() was called for every program and all kernels are compiled. One that cannot be is left to its programs, which
@@ -72,7 +76,8 @@ class KernelCompilation:
         """
         self._all_told.wait()
         for kernel in list(self._kernels.values()):
-            kernel.exception()
+            if error := kernel.exception():
+                logger.debug("a kernel could not be compiled before its programs: %s", error)
 
     def close(self) -> None:
         """Compile no more, and let go whoever waits."""
@@ -82,8 +87,8 @@ class KernelCompilation:
 
 
 def may_have_kernels(device: Any) -> bool:
-    """Whether programs for a device may call such kernels."""
-    return device.platform == "gpu"
+    """Whether programs for a device may call such kernels: on GPUs of the Hopper kind. Others would wait for nothing."""
+    return device.platform == "gpu" and str(getattr(device, "compute_capability", "")) == "9.0"
 
 
 def mosaic_calls(lowered: bytes) -> list[dict[str, Any]]:

@@ -108,7 +108,7 @@ class Preparation:
         self._compiling = ThreadPoolExecutor(_cores(), thread_name_prefix=_COMPILE_THREADS)
         # One: serializing a program holds the GIL for 0.15 s, for which all that compile would otherwise wait before they go on.
         self._keeping = ThreadPoolExecutor(1, thread_name_prefix="keep")
-        self._kept: list[Future[None]] = []
+        self._kept: dict[ProgramKey, Future[None]] = {}
         self._futures: dict[ProgramKey, Future[Future[Compiled]]] = {}
         self._compile_seconds: dict[str, float] = {}
         self._lowering_seconds: list[float] = []  # of CPU time, in other processes
@@ -168,9 +168,10 @@ class Preparation:
                 threading.Thread(target=self._share_programs, args=(self._sharing,), name="share", daemon=True).start()
                 self._sharing.result()
             for key, lowered in self._futures.items():
-                yield key, self._wait(self._wait(lowered))
-            for kept in self._kept:  # not later: whoever asks next would wait for the GIL
-                kept.result()
+                compiled = self._wait(self._wait(lowered))
+                if key in self._kept:
+                    self._wait(self._kept[key])  # XLA's CPU serializes no sort that has run
+                yield key, compiled
             if self._sharing is not None and not self._leads and (missed := self._misses.count):
                 logger.warning("%d programs had to be compiled here: XLA did not take host 0's", missed)
             slowest = sorted(self._compile_seconds.items(), key=lambda item: -item[1])[:_SLOWEST_TOLD]
@@ -289,7 +290,9 @@ class Preparation:
             with keep_out_of_cache():
                 compiled = self._compile(lowered, program._replace(options={**program.options, **OF_ITS_OWN}))
             if not self._hits.take():  # serialized a second time it would lack functions
-                self._kept.append(self._keeping.submit(self._executables.keep, programs.blueprint, key, program, compiled))
+                kept = self._keeping.submit(self._executables.keep, programs.blueprint, key, program, compiled)
+                if programs is self._programs:
+                    self._kept[key] = kept
         self._compile_seconds[key.name] = time.monotonic() - begin
         return compiled
 
