@@ -1,6 +1,7 @@
 """The launcher with its real processes; the engines are doubles (engine_double.py as a program)."""
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -26,7 +27,7 @@ from jaxserve.launcher import launcher as launcher_module
 from jaxserve.launcher.child import ChildOptions
 from jaxserve.launcher.devices import device_environment
 from jaxserve.launcher.listening import listen, num_http_processes
-from jaxserve.launcher.run_folder import PREFIX, make_run_folder
+from jaxserve.launcher.run_folder import PREFIX, make_run_folder, remove_abandoned
 
 DOUBLE = str(Path(__file__).parent / "engine_double.py")
 
@@ -368,6 +369,23 @@ def test_abandoned_run_folders_are_removed(short_path: Path, monkeypatch: pytest
     assert not first.exists() and second.exists() and third.exists()
     os.close(second_lock)
     os.close(third_lock)
+
+
+def test_a_folder_that_another_start_took_for_abandoned_is_made_anew(short_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its lock is made and then held: in between, whoever else starts finds it as a dead server's."""
+    monkeypatch.setattr(tempfile, "tempdir", str(short_path))
+    hold, seen = fcntl.flock, []
+
+    def held_late(lock: int, operation: int) -> None:
+        if operation == fcntl.LOCK_EX and not seen:
+            seen.extend(short_path.glob(PREFIX + "*"))
+            remove_abandoned(short_path)
+        hold(lock, operation)
+
+    monkeypatch.setattr(fcntl, "flock", held_late)
+    folder, lock = make_run_folder()
+    assert len(seen) == 1 and not seen[0].exists() and folder.exists()
+    os.close(lock)
 
 
 def test_listening_sockets_share_a_port():

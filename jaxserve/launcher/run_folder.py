@@ -21,10 +21,13 @@ def make_run_folder() -> tuple[Path, int]:
     if len(os.fsencode(parent)) > LONGEST_SOCKET_PATH - 40:
         parent = Path("/tmp")
     remove_abandoned(parent)
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    return folder, lock
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / LOCK).exists():
+            return folder, lock
+        os.close(lock)  # another server that starts took it before the lock was held, and the folder for a dead one's
 
 
 def remove_abandoned(parent: Path) -> None:
