@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxserve.models.formats import QuantizedMatrix, quantize
-from jaxserve.pallas_kernels import Layout, pack
+from jaxserve.pallas_kernels import TABLES, Layout, pack
 from jaxserve.weights.checkpoint import Checkpoint
 from jaxserve.weights.dummy import Axes, axes_of, places, random_bits, seed_of
 
@@ -100,7 +100,7 @@ def _maker(
 
 
 # Of what random codes stand for, see _random_codes.
-_DEVIATIONS = {"int4": 4.32, "int8": 73.6, "fp8": 0.577 * 240, "nf4": 0.6, "fp4": 0.5, "e2m1": 2.9}
+_DEVIATIONS = {"int4": 4.32, "int8": 73.6, "fp8": 0.577 * 240, "nf4": 0.582, "fp4": 0.585, "e2m1": 3.51}
 
 
 def _random_codes(bits: jax.Array, layout: Layout) -> jax.Array:
@@ -111,4 +111,11 @@ def _random_codes(bits: jax.Array, layout: Layout) -> jax.Array:
         return jnp.clip((bits >> jnp.uint32(24)).astype(jnp.int32) - jnp.int32(128), -127, 127).astype(jnp.int8)
     if layout.code == "int4":  # -7 to 7: with -8 their mean would not be 0, and every layer would add to one direction
         return ((bits >> jnp.uint32(16)) * jnp.uint32(15) >> jnp.uint32(16)).astype(jnp.int8) - jnp.int8(7)
-    return (bits >> jnp.uint32(28)).astype(jnp.int8)
+    # The values nearest to uniform numbers: of random codes nf4's would not have a mean of 0 either.
+    table = TABLES[layout.code].astype(np.float64)
+    order = np.argsort(table)
+    middles = (table[order][1:] + table[order][:-1]) / 2
+    codes = jnp.full(bits.shape, order[0], jnp.int8)
+    for middle, code in zip(middles / np.abs(table).max(), order[1:], strict=True):
+        codes = jnp.where(bits > np.uint32((middle + 1) * 2**31), jnp.int8(code), codes)
+    return codes
