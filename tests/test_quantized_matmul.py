@@ -1,5 +1,6 @@
 """Products with weights of 4 and 8 bits: packing, the kernels interpreted on small shapes, what is lowered at serving shapes."""
 
+import dataclasses
 import functools
 import warnings
 
@@ -53,6 +54,11 @@ def eight_bit(size, depth, groups, dtype, **options) -> EightBitWeight:
     random = np.random.default_rng(depth)
     codes = jnp.asarray(random.standard_normal((size, depth)) * (40 if dtype == jnp.int8 else 1)).astype(dtype)
     return EightBitWeight(codes, jnp.asarray(random.uniform(0.5, 1.5, (groups, size)), F32), **options)
+
+
+def with_zeros(weight: EightBitWeight) -> EightBitWeight:
+    zeros = np.random.default_rng(3).integers(-128, 129, weight.scales.shape)
+    return dataclasses.replace(weight, zeros=jnp.asarray(zeros, jnp.int16))
 
 
 def activations(num_tokens, depth, dtype=BF16) -> jax.Array:
@@ -159,10 +165,15 @@ WIDE_CUTS = [
     (four_bit(256, 512, 32, zeros=True), 40, WideQuantizedConfig(2, 256, 2, 3, 2, 2, cluster=2), False),
     (four_bit(384, 256, 256), 70, WideQuantizedConfig(3, 32, 1, 3, 2, 1, panel=2), False),  # three tiles of tokens, a panel not full
     (four_bit(256, 256, 64, zeros=True), 70, WideQuantizedConfig(2, 64, 1, 3, 2, 1, takes_turns=True), True),
+    (eight_bit(256, 512, 1, jnp.int8), 40, WideQuantizedConfig(2, 256, 2, 3, 2, 2, cluster=2), False),
+    (eight_bit(256, 256, 1, FLOAT8), 70, WideQuantizedConfig(2, 64, 1, 3, 2, 1), True),
+    (with_zeros(eight_bit(256, 256, 8, jnp.int8)), 70, WideQuantizedConfig(2, 64, 1, 3, 2, 1), True),
+    (eight_bit(192, 512, 2, FLOAT8), 40, WideQuantizedConfig(3, 64, 1, 3, 2, 1), False),
 ]
+WIDE_NAMES = ["groups-of-32", "token-tiles", "gated", "int8", "gated-float8", "zeros", "groups-of-256"]
 
 
-@pytest.mark.parametrize(("weight", "num_tokens", "config", "gated"), WIDE_CUTS, ids=["groups-of-32", "token-tiles", "gated"])
+@pytest.mark.parametrize(("weight", "num_tokens", "config", "gated"), WIDE_CUTS, ids=WIDE_NAMES)
 def test_the_wide_kernel_multiplies(weight, num_tokens, config, gated):
     x = activations(num_tokens, weight.shape[1])
     parts = quantized_matmul_wide(x, weight, config=config, gated=gated, interpret=True)

@@ -1,9 +1,9 @@
-"""Many tokens times a weight of 4 bits for sm_90 (Hopper), in Pallas Mosaic GPU: for batches where the tensor cores bind.
+"""Many tokens times a weight of 4 or 8 bits for sm_90 (Hopper), in Pallas Mosaic GPU: for batches where the tensor cores bind.
 
 A block of threads has a warpgroup that fetches by TMA and runs ahead over the borders of tiles, and some that compute: each takes 64 rows
 of the weight and up to 256 tokens. It makes codes 16 bits wide and multiplies them by their scales in registers, in the very places where
 wgmma wants its left operand, while the tensor cores are at the columns before: so one accumulator serves all groups, and widened weights
-lie neither in memory nor in SMEM. Blocks of a cluster share fetches of tokens. Where the rows are too few, the columns are cut too. Of a
+lie neither in memory nor in SMEM. One scale a row of 8-bit codes multiplies the sums instead. Blocks of a cluster share fetches of tokens. Where the rows are too few, the columns are cut too. Of a
 gated product one warpgroup has 64 gate rows and another the up rows of the same units, so that SwiGLU needs no pass of its own.
 """
 
@@ -29,8 +29,9 @@ from jaxserve.pallas_kernels.mosaic import (
     see_out,
     swizzled,
 )
-from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, FourBitWeight
+from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, EightBitWeight, FourBitWeight
 from jaxserve.pallas_kernels.quantized_matmul.widening import scaled_numbers
+from jaxserve.pallas_kernels.quantized_matmul.widening_eight_bit import eight_bit_numbers
 
 _LANES_STEP = 32
 _HALF = BLOCK // 2  # columns that are multiplied at once: 128 bytes, the widest swizzle
@@ -71,11 +72,11 @@ def wide_token_tiles(num_tokens: int, most: int) -> tuple[int, int]:
 
 @functools.partial(jax.jit, static_argnames=("config", "gated", "interpret"))
 def quantized_matmul_wide(
-    x: jax.Array, weight: FourBitWeight, *, config: WideQuantizedConfig, gated: bool = False, interpret: bool = False
+    x: jax.Array, weight: FourBitWeight | EightBitWeight, *, config: WideQuantizedConfig, gated: bool = False, interpret: bool = False
 ) -> jax.Array:
     """x [T, K], bfloat16 or float16, times the transposed weight [N, K] without minima; no table but 0 to 15.
 
-    The weight is rounded to x's dtype, as `dequantize` does. N is a multiple of 64 * warpgroups * cluster, K of 128 * splits; x has as many
+    The weight is rounded to x's dtype, as `dequantize` does, but for 8 bits with a scale a row and no zeros, which is not rounded. N is a multiple of 64 * warpgroups * cluster, K of 128 * splits; x has as many
     columns. The same bits in every run.
 
     Returns:
@@ -94,10 +95,13 @@ def quantized_matmul_wide(
     chunks = heights // (teams * cluster) * splits * tiles
     workers = even_workers(chunks, config.num_blocks // cluster)
     parts = max(1, BLOCK // weight.group)
-    codes = weight.codes.reshape(-1, heights, HEIGHT, BLOCK // 4)
+    four_bit = isinstance(weight, FourBitWeight)
+    codes = weight.codes.reshape(-1, heights, HEIGHT, BLOCK // 4) if four_bit else weight.codes.reshape(heights, HEIGHT, depth)
+    tile = HEIGHT, BLOCK // 4 if four_bit else BLOCK
+    by_row = not four_bit and len(weight.scales) == 1 and weight.zeros is None
     # Of a gated product those of gate and up rows are fetched at once: of one half alone they may be too few bytes for a copy.
     tall = (2, heights // 2) if gated else (heights,)
-    scales = weight.scales.reshape(-1, *tall, HEIGHT)
+    scales = weight.scales.reshape(heights, HEIGHT) if by_row else weight.scales.reshape(-1, *tall, HEIGHT)
     zeros = None if weight.zeros is None else weight.zeros.reshape(-1, *tall, HEIGHT)
     scales_smem = functools.partial(plgpu.SMEM, (config.code_stages, parts, teams, HEIGHT))
     piece = _HALF if lanes % _HALF == 0 else _LANES_STEP  # tokens that are stored at once
@@ -109,6 +113,7 @@ def quantized_matmul_wide(
             _wide_kernel,
             config=config,
             gated=gated,
+            group=weight.group,
             chunks=chunks,
             workers=workers,
             exact=scales.dtype == x.dtype,
@@ -117,13 +122,13 @@ def quantized_matmul_wide(
         out_type=jax.ShapeDtypeStruct((splits * (1 if splits == 1 else 2), lanes * tiles, size // (2 if gated else 1)), x.dtype),
         scratch_types=(
             plgpu.SMEM((config.num_stages, lanes, _HALF), x.dtype, transforms=swizzled(_HALF, x.dtype)),
-            plgpu.SMEM((config.code_stages, teams, *codes.shape[2:]), codes.dtype, transforms=swizzled(codes.shape[3], codes.dtype)),
-            scales_smem(scales.dtype),
+            plgpu.SMEM((config.code_stages, teams, *tile), codes.dtype, transforms=swizzled(tile[1], codes.dtype)),
+            None if by_row else scales_smem(scales.dtype),
             None if zeros is None else scales_smem(zeros.dtype),
             plgpu.SMEM((max(2 * teams, lanes // piece), piece, HEIGHT), x.dtype, transforms=swizzled(HEIGHT // 2, x.dtype)),
             plgpu.Barrier(num_arrivals=1, num_barriers=config.num_stages),
             emptied,
-            plgpu.Barrier(num_arrivals=(3 if gated else 2) + (zeros is not None), num_barriers=config.code_stages),
+            plgpu.Barrier(num_arrivals=1 + gated + (not by_row) + (zeros is not None), num_barriers=config.code_stages),
             plgpu.Barrier(num_arrivals=teams, num_barriers=config.code_stages),
             plgpu.Barrier(num_arrivals=1, num_barriers=2),
             plgpu.Barrier(num_arrivals=1, num_barriers=teams) if config.takes_turns else None,
@@ -138,7 +143,7 @@ def quantized_matmul_wide(
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(
         jnp.pad(x, ((0, lanes * tiles - num_tokens), (0, 0))), codes, scales, zeros,
-        jnp.full((1,), 0 if weight.values else 8, jnp.int32),
+        jnp.full((1,), 8 if four_bit and not weight.values else 0, jnp.int32),
     )  # fmt: skip
     return sums[:, :num_tokens]
 
@@ -146,13 +151,14 @@ def quantized_matmul_wide(
 def _wide_kernel(
     x_ref, codes_ref, scales_ref, zeros_ref, one_zero_ref, sums_ref, x_smem, codes_smem, scales_smem, zeros_smem, out_smem,
     filled, emptied, codes_filled, codes_emptied, handed_over, turns,
-    *, config: WideQuantizedConfig, gated: bool, chunks: int, workers: int, exact: bool, interpret: bool,
+    *, config: WideQuantizedConfig, gated: bool, group: int, chunks: int, workers: int, exact: bool, interpret: bool,
 ):  # fmt: skip
     teams, stages, cluster = config.warpgroups, config.num_stages, config.cluster
     splits, planes = jnp.int32(config.splits), sums_ref.shape[0] // config.splits
-    lanes, parts, piece = x_smem.shape[1], scales_smem.shape[1], out_smem.shape[1]
-    dtype, heights = x_ref.dtype, codes_ref.shape[1]
-    steps = codes_ref.shape[0] // config.splits
+    lanes, parts, piece = x_smem.shape[1], max(1, BLOCK // group), out_smem.shape[1]
+    four_bit, dtype = codes_ref.dtype == jnp.uint16, x_ref.dtype
+    heights = codes_ref.shape[1 if four_bit else 0]
+    steps = x_ref.shape[1] // BLOCK // config.splits
     tiles = jnp.int32(x_ref.shape[0] // lanes)
     worker, warpgroup = lax.axis_index("worker"), lax.axis_index("warpgroup")
     member = lax.axis_index("member") if cluster > 1 else 0
@@ -160,7 +166,6 @@ def _wide_kernel(
     panel = jnp.int32(min(config.panel, x_ref.shape[0] // lanes))
     row_groups = jnp.int32(heights // (teams * cluster) * config.splits)
     rows = 1 if gated else teams  # in units of 64, of which the tile's copies begin
-    groups_a_block = scales_ref.shape[0] / codes_ref.shape[0]
 
     def place(i):
         """Of this block's i-th chunk: its first token, its first row (or gate row) in units of 64, its share of the columns."""
@@ -177,12 +182,14 @@ def _wide_kernel(
             def step(k, count):
                 block = share * steps + k
                 slot = empty_slot(codes_emptied, count)
-                groups = pl.ds(block * parts if groups_a_block >= 1 else lax.div(block, jnp.int32(round(1 / groups_a_block))), parts)
+                groups = pl.ds(block * parts if group <= BLOCK else lax.div(block, jnp.int32(group // BLOCK)), parts)
                 for half in range(teams // rows):
                     source, place = pl.ds(first + half * (heights // 2), rows), pl.ds(half * rows, rows)
-                    plgpu.copy_gmem_to_smem(codes_ref.at[block, source], codes_smem.at[slot, place], codes_filled.at[slot])
+                    columns = pl.ds(pl.multiple_of(block * BLOCK, BLOCK), BLOCK)
+                    codes = codes_ref.at[block, source] if four_bit else codes_ref.at[source, :, columns]
+                    plgpu.copy_gmem_to_smem(codes, codes_smem.at[slot, place], codes_filled.at[slot])
                 for ref, smem in ((scales_ref, scales_smem), (zeros_ref, zeros_smem)):
-                    if ref is not None:
+                    if smem is not None:
                         source = ref.at[groups, :, first] if gated else ref.at[groups, pl.ds(first, teams)]
                         plgpu.copy_gmem_to_smem(source, smem.at[slot], codes_filled.at[slot])
                 for half in range(2):
@@ -214,13 +221,16 @@ def _wide_kernel(
             def of_rows(smem, part):
                 return plgpu.load(smem.at[slot, part, warpgroup], layout=BY_ROW)
 
-            scales = [of_rows(scales_smem, part).astype(jnp.float32) for part in range(parts)]
+            scales = [] if scales_smem is None else [of_rows(scales_smem, part).astype(jnp.float32) for part in range(parts)]
             zeros = [one_zero if zeros_ref is None else of_rows(zeros_smem, part).astype(jnp.int32) for part in range(parts)]
             plgpu.barrier_arrive(codes_emptied.at[slot])
             for half in range(2):
                 fetch = 2 * count + half
                 x_slot = lax.rem(fetch, jnp.int32(stages))
-                numbers = scaled_numbers(codes, half, zeros, scales, dtype, exact, interpret)
+                if four_bit:
+                    numbers = scaled_numbers(codes, half, zeros, scales, dtype, exact, interpret)
+                else:
+                    numbers = eight_bit_numbers(codes, half, scales, None if zeros_ref is None else zeros, dtype, interpret)
                 plgpu.barrier_wait(filled.at[x_slot])
                 if interpret:
                     operands = numbers.astype(jnp.float32), x_smem[x_slot].astype(jnp.float32)
@@ -245,6 +255,12 @@ def _wide_kernel(
             return count + 1, total
 
         def compute_chunk(i, count):
+            if scales_smem is None:  # asked for before the products, so that nothing waits for them
+                height = place(i)[1] + (warpgroup * (heights // 2) if gated else warpgroup)
+                by_row = plgpu.load(scales_ref.at[height], layout=BY_ROW, optimized=False).astype(jnp.float32)
+            else:
+                by_row = None
+
             def sum_all(sums):
                 after, _ = lax.fori_loop(0, steps, functools.partial(step, sums=sums), (count, jnp.float32(0)))
                 return after, sums[...]
@@ -254,6 +270,8 @@ def _wide_kernel(
             else:
                 count, rest = pl.run_scoped(sum_all, plgpu.WGMMAAccumulatorRef((HEIGHT, lanes), jnp.float32))
             plgpu.barrier_arrive(emptied.at[lax.rem(2 * count - 1, jnp.int32(stages))])
+            if by_row is not None:
+                rest = rest * lax.broadcast_in_dim(by_row, rest.shape, (0,))
             (store_gated if gated else store)(i, rest)
             return count
 

@@ -164,3 +164,41 @@ def eight_bit_half_asm(codes_dtype: jnp.dtype) -> str:
     if codes_dtype == jnp.int8:
         return _int8_to_float16()
     return "{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }"
+
+
+def eight_bit_pair_asm(codes_dtype: jnp.dtype, dtype: jnp.dtype) -> str:
+    """PTX for two codes, float8_e4m3fn or int8, the lower half of $1, in $0, exactly; for sm_90."""
+    if codes_dtype == jnp.float8_e4m3fn:
+        code = "{ .reg .b16 a, b; .reg .b32 t; .reg .f32 f, g; mov.b32 {a, b}, $1; cvt.rn.f16x2.e4m3x2 t, a;"
+        if dtype == jnp.float16:
+            return code + " mov.b32 $0, t; }"
+        return code + " mov.b32 {a, b}, t; cvt.f32.f16 f, a; cvt.f32.f16 g, b; cvt.rn.bf16x2.f32 $0, g, f; }"
+    code = "{ .reg .b32 t, s, m, o;"
+    if dtype == jnp.float16:  # 1024 + 128 + code
+        code += " mov.b32 m, 0x64646464; mov.b32 o, 0x3c003c00; mov.b32 s, 0xe480e480; prmt.b32 t, $1, m, 0x4140;"
+        return code + " xor.b32 t, t, 0x00800080; fma.rn.f16x2 $0, t, o, s; }"
+    # 128 + the lower seven bits, less 128 or, where the sign is set, less 256: that bit is the last of the exponent.
+    code += " mov.b32 m, 0x43434343; mov.b32 o, 0xbf80bf80; prmt.b32 t, $1, m, 0x4140;"
+    return code + " and.b32 s, t, 0xff80ff80; and.b32 t, t, 0xff7fff7f; fma.rn.bf16x2 $0, s, o, t; }"
+
+
+# What the lower and the upper of two int8 codes become in a float32, more than they are.
+LOWER_BASE, UPPER_BASE = 2.0**23 + 128, 2.0**15 + 128
+
+
+def scaled_eight_bit_asm(codes_dtype: jnp.dtype, dtype: jnp.dtype, zeros: bool) -> str:
+    """As `eight_bit_pair_asm`, less a zero, times a float32 scale, $2, with the rounding of `dequantize`.
+
+    Of int8 codes $3 is less the scale times UPPER_BASE with the zero added to it, a float32, $4 LOWER_BASE with the zero added. Where $3 is
+    rounded every other number is up to a 512th of the scale off before it is rounded. Of float8 codes $3 is less the scale times the zero.
+    Without zeros there is no $4, and of float8 codes no $3.
+    """
+    end = f" cvt.rn.{'bf16' if dtype == jnp.bfloat16 else 'f16'}x2.f32 $0, g, f; }}"
+    if codes_dtype == jnp.float8_e4m3fn:
+        code = "{ .reg .b16 a, b; .reg .b32 t; .reg .f32 f, g; mov.b32 {a, b}, $1; cvt.rn.f16x2.e4m3x2 t, a; mov.b32 {a, b}, t;"
+        code += " cvt.f32.f16 f, a; cvt.f32.f16 g, b;"
+        return code + (" fma.rn.f32 f, f, $2, $3; fma.rn.f32 g, g, $2, $3;" if zeros else " mul.f32 f, f, $2; mul.f32 g, g, $2;") + end
+    # Both bytes stay where they lie and get an exponent by which that is a unit of one; with their signs turned they count from -128.
+    code = "{ .reg .b32 t, l, u; .reg .f32 f, g; mov.b32 l, 0x4b000080; mov.b32 u, 0x47008000;"
+    code += " lop3.b32 t, $1, 0x000000ff, l, 0x6A; mov.b32 f, t; lop3.b32 t, $1, 0x0000ff00, u, 0x6A; mov.b32 g, t;"
+    return code + f" sub.f32 f, f, {'$4' if zeros else '0f4B000080'}; mul.f32 f, f, $2; fma.rn.f32 g, g, $2, $3;" + end
