@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 
-from benchmarks.quantized_products import BF16, SHAPES, Case
+from benchmarks.quantized_products import BF16, SHAPES, UNROUNDED, Case
 from jaxserve.pallas_kernels.matmul import add_parts, gated_matmul, matmul, multiply_gated
 from jaxserve.pallas_kernels.matmul.mosaic_wide import WideMatmulConfig, matmul_wide
 from jaxserve.pallas_kernels.quantized_matmul.activations import round_rows
 from jaxserve.pallas_kernels.quantized_matmul.api import quantized_gated_matmul, quantized_matmul
-from jaxserve.pallas_kernels.quantized_matmul.many_tokens import eight_bit_matmul
+from jaxserve.pallas_kernels.quantized_matmul.many_tokens import eight_bit_matmul, widened_matmul
 from jaxserve.pallas_kernels.quantized_matmul.mosaic import MosaicQuantizedConfig, quantized_matmul_mosaic
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_eight_bit import MosaicEightBitConfig, eight_bit_matmul_mosaic
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import WideQuantizedConfig, quantized_matmul_wide
@@ -42,6 +42,12 @@ def multiply_bf16(x: jax.Array, weight: jax.Array) -> jax.Array:
 def multiply_rounded(x: jax.Array, weight: EightBitWeight) -> jax.Array:
     """x [T, K], weight [N, K] -> [T, N] by cuBLASLt's 8-bit products, with SwiGLU for gate and up rows."""
     product = eight_bit_matmul(*round_rows(x, weight.codes.dtype), weight, BF16)
+    return multiply_gated(product) if weight.shape == SHAPES["swiglu"] else product
+
+
+def multiply_widened(x: jax.Array, weight: FourBitWeight | EightBitWeight) -> jax.Array:
+    """x [T, K], weight [N, K] -> [T, N] by cuBLAS, the weight written out in bfloat16, with SwiGLU for gate and up rows."""
+    product = widened_matmul(x, weight, BF16)
     return multiply_gated(product) if weight.shape == SHAPES["swiglu"] else product
 
 
@@ -166,6 +172,22 @@ def _wide_cuts() -> Iterator[Contender]:
     yield wide(Case("w4g32", "gate_up", 256), *whole)
 
 
+def _unrounded() -> Iterator[Contender]:
+    """8 bits times activations that are not rounded: what is served, what was before, and bfloat16; whole cuts beside what is chosen."""
+    for shape in ("swiglu", "down", "qkv", "o"):
+        gated = shape == "swiglu"
+        for tokens in (160, 256, 2048, 8192):
+            bf16 = gated_matmul if gated else functools.partial(matmul, out_dtype=BF16)
+            yield Contender(Case("bf16", shape, tokens), "bf16 served", bf16)
+            for kind in UNROUNDED:
+                case = Case(kind, shape, tokens)
+                yield Contender(case, "served", quantized_gated_matmul if gated else multiply_quantized)
+                yield Contender(case, "widened", multiply_widened)
+                if tokens > 256:
+                    yield wide(case, 2, 256, 1, 4, 2, 2, 4)
+                    yield wide(case, 2, 256, 1, 4, 3, 1, 4)
+
+
 def eight_bit(case: Case, *cut: int) -> Contender:
     """The Mosaic kernel for 8 bits and a scale a row: warpgroups, splits, columns, stages, blocks of threads."""
     config = MosaicEightBitConfig(*cut)
@@ -238,6 +260,7 @@ CONTENDERS = {
     "triton": _triton_cuts,
     "mosaic": _mosaic_cuts,
     "wide": _wide_cuts,
+    "unrounded": _unrounded,
     "few": _few_cuts,
     "rounded": _rounded_cuts,
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 # As most W4A16 checkpoints of the hub are: 4 bits, a scale for 128 columns, no zero points.
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False, "checkpoint_format": "gptq_v2"}
-CHOICES = ("fp8", "w4")
+CHOICES = ("fp8", "eetq", "w4")
 
 
 @contextmanager
@@ -18,7 +18,7 @@ def quantized_model(folder: Path, quantize: str | None) -> Iterator[tuple[Path, 
 
     Args:
         folder: config.json and a tokenizer of a plain checkpoint.
-        quantize: "fp8": --quantize fp8; "w4": the folder beside it is a GPTQ checkpoint's; None: as it is.
+        quantize: "fp8" and "eetq": the engine's flag; "w4": the folder beside it is a GPTQ checkpoint's; None: as it is.
 
     Yields:
         (folder, options); the folder is there until the context ends.

@@ -11,7 +11,9 @@ from jaxserve.pallas_kernels.quantized_matmul.weights import EightBitWeight, Fou
 
 BF16 = jnp.bfloat16
 READ_FLOOR_TBPS = 4.5  # measured on an H200: a sum over an array
-TENSOR_TFLOPS = {"bf16": 815, "w4": 815, "w4z": 815, "w4g32": 815, "fp8": 1630, "int8": 1630}
+TENSOR_TFLOPS = {"fp8": 1630, "int8": 1630}  # of others 815
+# Of 8 bits whose activations are not rounded, as --quantize eetq, GPTQ with 8 bits, float8 in blocks and GGUF's Q8_0 have them: groups.
+UNROUNDED = {"eetq": 0, "w8z": 128, "fp8b": 128, "q8_0": 32}
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336), "head": (128256, 4096)}  # [N, K]
 SHAPES["swiglu"] = SHAPES["gate_up"]  # with silu(gate) * up
 
@@ -27,7 +29,7 @@ class Case:
     def floor(self, weight_bytes: int) -> float:
         """Seconds below which no kernel can be."""
         size, depth = SHAPES[self.shape]
-        return max(weight_bytes / READ_FLOOR_TBPS / 1e12, 2 * self.tokens * size * depth / TENSOR_TFLOPS[self.kind] / 1e12)
+        return max(weight_bytes / READ_FLOOR_TBPS / 1e12, 2 * self.tokens * size * depth / TENSOR_TFLOPS.get(self.kind, 815) / 1e12)
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "size", "depth"))
@@ -44,10 +46,14 @@ def make_weight(seed: jax.Array, kind: str, size: int, depth: int) -> Any:
         return FourBitWeight(jax.random.bits(keys[2], (depth // 128, size, 32), jnp.uint16), scales(groups, jnp.float16), zeros)
     if kind == "bf16":
         return jax.random.normal(keys[2], (size, depth), BF16)
-    if kind == "int8":
-        codes = jax.lax.bitcast_convert_type(jax.random.bits(keys[2], (size, depth), jnp.uint8), jnp.int8)
-    else:
+    if kind in ("fp8", "fp8b"):
         codes = jax.random.normal(keys[2], (size, depth), BF16).astype(jnp.float8_e4m3fn)
+    else:
+        codes = jax.lax.bitcast_convert_type(jax.random.bits(keys[2], (size, depth), jnp.uint8), jnp.int8)
+    if kind in UNROUNDED:
+        groups = depth // UNROUNDED[kind] if UNROUNDED[kind] else 1
+        zeros = jax.random.randint(keys[1], (groups, size), -127, 129, jnp.int32).astype(jnp.int16) if kind == "w8z" else None
+        return EightBitWeight(codes, scales(groups, jnp.float16 if kind in ("w8z", "q8_0") else jnp.float32), zeros)
     return EightBitWeight(codes, scales(1, jnp.float32), quantized_activations=True)
 
 

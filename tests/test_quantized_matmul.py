@@ -20,7 +20,7 @@ from jaxserve.pallas_kernels.quantized_matmul.dispatch import (
     four_bit_config,
     mosaic_config,
     triton_config,
-    wide_four_bit_config,
+    widening_config,
 )
 from jaxserve.pallas_kernels.quantized_matmul.many_tokens import dequantize_triton, eight_bit_matmul, widened_matmul
 from jaxserve.pallas_kernels.quantized_matmul.mosaic import MosaicQuantizedConfig, quantized_matmul_mosaic, token_tiles
@@ -269,6 +269,14 @@ def test_what_is_lowered_for_gpus(monkeypatch):
     for product, num_tokens in ((quantized_gated_matmul, 8), (quantized_gated_matmul, 2048), (quantized_matmul_parts, 2048)):
         text = lowered(monkeypatch, HOPPER, num_tokens, four, product=product)
         assert text.count("custom_call @mosaic_gpu_v2") == 1 and TRITON not in text and "28672x4096x" not in text
+    # And 8 bits, where activations are not rounded, with zeros or without.
+    for groups, dtype in ((1, jnp.int8), (2, FLOAT8)):
+        eight = abstract(eight_bit(64, 256, groups, dtype, quantized_activations=groups > 1), 28672, 4096)
+        for product in (quantized_gated_matmul, quantized_matmul_parts):
+            text = lowered(monkeypatch, HOPPER, 160, eight, product=product)
+            assert text.count("custom_call @mosaic_gpu_v2") == 1 and TRITON not in text and "28672x4096xbf16" not in text
+    text = lowered(monkeypatch, HOPPER, 2048, abstract(with_zeros(eight_bit(64, 256, 2, jnp.int8)), 28672, 4096))
+    assert text.count("custom_call @mosaic_gpu_v2") == 1 and "28672x4096x" not in text.replace("28672x4096xi8", "")
     # One token is one kernel, too: nothing pads it before, nothing cuts the result.
     for weight in (four, floats):
         text = lowered(monkeypatch, HOPPER, 1, weight, product=quantized_matmul_parts)
@@ -335,12 +343,13 @@ def test_the_cut_fits(size, depth):
                     assert in_flight + cut.warpgroups * min(2, cut.splits) * lanes * 128 < 227 * 1024 and cut.num_stages > 2
                     assert size % (64 * heights) == 0 and depth % (cut.splits * cut.columns) == 0
         many = jax.ShapeDtypeStruct((257, depth), BF16)
+        code_bytes = 64 if isinstance(weight, FourBitWeight) else 128
         for num_tokens, gated in ((129, False), (160, True), (256, False), (512, False), (2048, True)):
             x = jax.ShapeDtypeStruct((num_tokens, depth), BF16)
-            wide = wide_four_bit_config(x, weight, BF16, HOPPER, gated)  # pyright: ignore[reportArgumentType]
-            assert (wide is not None) == (isinstance(weight, FourBitWeight) and size % 128 == 0)
+            wide = widening_config(x, weight, BF16, HOPPER, gated)  # pyright: ignore[reportArgumentType]
+            assert (wide is not None) == (size % 128 == 0)
             if wide is not None:
                 lanes, _ = wide_token_tiles(num_tokens, wide.tokens)
-                in_flight = lanes * 128 * wide.num_stages + 64 * wide.warpgroups * 64 * wide.code_stages
+                in_flight = lanes * 128 * wide.num_stages + 64 * wide.warpgroups * code_bytes * wide.code_stages
                 assert in_flight + 4 * 64 * 32 * max(2 * wide.warpgroups, lanes // 64) < 227 * 1024 and wide.num_stages > 2
         assert triton_config(many, weight, HOPPER) is None  # pyright: ignore[reportArgumentType]

@@ -40,13 +40,18 @@ def _gated_kernel(x: jax.Array, weight: Weight, gpu: Gpu) -> jax.Array | None:
         four_bit_config,
         mosaic_config,
         wide_eight_bit_config,
-        wide_four_bit_config,
+        widening_config,
     )
     from jaxserve.pallas_kernels.quantized_matmul.mosaic import quantized_matmul_mosaic
     from jaxserve.pallas_kernels.quantized_matmul.mosaic_eight_bit import eight_bit_matmul_mosaic
     from jaxserve.pallas_kernels.quantized_matmul.mosaic_four_bit import four_bit_matmul_mosaic
     from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import quantized_matmul_wide
 
+    if isinstance(weight, PlainWeight | TiledWeight) or (isinstance(weight, FourBitWeight) and weight.minima is not None):
+        return None
+    wide = widening_config(x, weight, x.dtype, gpu, gated=True)
+    if wide is not None:
+        return quantized_matmul_wide(x, weight, config=wide, gated=True)[0]
     if isinstance(weight, EightBitWeight):
         config, few = wide_eight_bit_config(x, weight, gpu), eight_bit_config(x, weight, x.dtype, gpu, gated=True)
         if config is not None:
@@ -54,11 +59,8 @@ def _gated_kernel(x: jax.Array, weight: Weight, gpu: Gpu) -> jax.Array | None:
             return matmul_wide(codes, weight.codes, (scales[:, 0], weight.scales[0].astype(jnp.float32)), config=config, gated=True)[0]
         if few is not None and weight.zeros is None:
             return eight_bit_matmul_mosaic(x, weight, config=few, gated=True)[0]
-    elif isinstance(weight, FourBitWeight) and weight.minima is None:
-        config, few = wide_four_bit_config(x, weight, x.dtype, gpu, gated=True), four_bit_config(x, weight, x.dtype, gpu, gated=True)
-        some = mosaic_config(x, weight, x.dtype, gpu, gated=True)
-        if config is not None:
-            return quantized_matmul_wide(x, weight, config=config, gated=True)[0]
+    else:
+        few, some = four_bit_config(x, weight, x.dtype, gpu, gated=True), mosaic_config(x, weight, x.dtype, gpu, gated=True)
         if few is not None:
             return four_bit_matmul_mosaic(x, weight, config=few, gated=True)[0]
         if some is not None:
@@ -90,7 +92,7 @@ def _multiply_on_gpu(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_d
         mosaic_config,
         takes_eight_bit_products,
         triton_config,
-        wide_four_bit_config,
+        widening_config,
     )
     from jaxserve.pallas_kernels.quantized_matmul.many_tokens import eight_bit_matmul, widened_matmul
     from jaxserve.pallas_kernels.quantized_matmul.mosaic import quantized_matmul_mosaic
@@ -99,16 +101,19 @@ def _multiply_on_gpu(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_d
     from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import quantized_matmul_wide
     from jaxserve.pallas_kernels.quantized_matmul.triton import quantized_matmul_triton
 
+    wide = None if isinstance(weight, FourBitWeight) and weight.minima is not None else widening_config(x, weight, out_dtype, gpu)
+    if wide is not None:
+        parts = quantized_matmul_wide(x, weight, config=wide)
+        return parts[0] if parts.shape[0] == 1 else parts
+    # Zeros of 8 bits are minima to the other kernels.
     minima = weight.minima if isinstance(weight, FourBitWeight) else _minima(weight)
     sums_dtype = out_dtype if minima is None else jnp.dtype("float32")
     eight = eight_bit_config(x, weight, sums_dtype, gpu)
     if eight is None and isinstance(weight, EightBitWeight) and takes_eight_bit_products(x, weight, gpu):
         return eight_bit_matmul(*_round(x, weight, after_kernel), weight, out_dtype)
-    wide, four = wide_four_bit_config(x, weight, sums_dtype, gpu), four_bit_config(x, weight, sums_dtype, gpu)
-    mosaic, triton = mosaic_config(x, weight, sums_dtype, gpu), triton_config(x, weight, gpu)
-    if wide is not None:
-        parts = quantized_matmul_wide(x, weight, config=wide)
-    elif eight is not None:
+    four, mosaic = four_bit_config(x, weight, sums_dtype, gpu), mosaic_config(x, weight, sums_dtype, gpu)
+    triton = triton_config(x, weight, gpu)
+    if eight is not None:
         parts = eight_bit_matmul_mosaic(x, weight, config=eight)
     elif four is not None and isinstance(weight, FourBitWeight):
         parts = four_bit_matmul_mosaic(x, weight, config=four)

@@ -30,9 +30,11 @@ _MOST_UNROUNDED_TOKENS = 64, 32  # the latter of weights whose rows fill all mul
 _MOST_GATED_LANES = 64  # whose sums of gate and up fit into registers
 _LEAST_GATED_TOKENS = 1024  # for which SwiGLU within an 8-bit product wins
 _LEAST_SPLIT_BLOCKS = 4  # blocks of 128 columns in a share
-# Of the wide 4-bit kernel, fitted to the cuts that were measured.
+# Of the kernel that widens codes in registers, fitted to the cuts that were measured with 4 bits.
 _CYCLE_PRODUCTS = 2048  # of a multiprocessor's tensor cores
 _STEP_CYCLES = 175  # of a warpgroup for 64 columns, beside the products
+# With 8 bits: predicted from the instructions, 272 to 291 with a scale a row and 341 to 394 with groups where 4 bits take 282.
+_ROW_STEP_CYCLES, _GROUP_STEP_CYCLES = 175, 220
 _TILE_CYCLES = 3000  # in which the tensor cores wait
 _CYCLE_BYTES = 1700  # of parts that are written and read again, of all multiprocessors together
 _PANEL = 4  # tiles of 256 tokens
@@ -163,13 +165,20 @@ def four_bit_config(
     return MosaicFourBitConfig(teams, shares, heights, 1, width, stages, gpu.num_multiprocessors)
 
 
-def wide_four_bit_config(
+def widening_config(
     x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu, gated: bool = False
 ) -> WideQuantizedConfig | None:
-    """The cut of Hopper's kernel for many tokens, x [T, K]; None where it is not the fastest or does not take the arrays."""
+    """The cut of Hopper's kernel for many tokens, x [T, K], that widens codes in registers; None where it is not the fastest or does not
+    take the arrays.
+    """
     (num_tokens, depth), size = x.shape, weight.shape[0]
-    if num_tokens < _LEAST_WIDE_TOKENS or not isinstance(weight, FourBitWeight) or not _mosaic_takes(x, weight, out_dtype, gpu):
+    if num_tokens < _LEAST_WIDE_TOKENS or not _mosaic_takes(x, weight, out_dtype, gpu):
         return None
+    four_bit = isinstance(weight, FourBitWeight)
+    if not four_bit and takes_eight_bit_products(x, weight, gpu):
+        return None
+    by_row = weight.scales.shape[0] == 1 and weight.zeros is None
+    step_cycles = _STEP_CYCLES if four_bit else _ROW_STEP_CYCLES if by_row else _GROUP_STEP_CYCLES
     cuts = [
         (teams, tokens, splits, cluster)
         for teams, tokens in ((2, 256), (2, 128), (3, 128))
@@ -184,7 +193,7 @@ def wide_four_bit_config(
         teams, most, splits, cluster = cut
         lanes, tiles = wide_token_tiles(num_tokens, most)
         chunks = size // (teams * cluster * HEIGHT) * tiles * splits
-        step = teams * (HEIGHT * lanes * HEIGHT / _CYCLE_PRODUCTS + _STEP_CYCLES)
+        step = teams * (HEIGHT * lanes * HEIGHT / _CYCLE_PRODUCTS + step_cycles)
         tile = step * depth / splits / HEIGHT + _TILE_CYCLES
         parts = 0 if splits == 1 else 8 * splits * num_tokens * size / _CYCLE_BYTES
         return pl.cdiv(chunks, gpu.num_multiprocessors // cluster) * tile * (1.0 if cluster > 1 else 1.05) + parts
@@ -194,7 +203,8 @@ def wide_four_bit_config(
     teams, most, splits, cluster = min(cuts, key=cost)
     lanes, _ = wide_token_tiles(num_tokens, most)
     code_stages = 3 if lanes > 160 else 4
-    codes = code_stages * teams * HEIGHT * (BLOCK // 2 + max(1, BLOCK // weight.group) * (weight.scales.dtype.itemsize + 1))
+    of_group = weight.scales.dtype.itemsize + (1 if weight.zeros is None else weight.zeros.dtype.itemsize)
+    codes = code_stages * teams * HEIGHT * (BLOCK // (2 if four_bit else 1) + max(1, BLOCK // weight.group) * of_group)
     out = 2 * teams * HEIGHT * HEIGHT * 2 if lanes % HEIGHT == 0 else 8 * HEIGHT * HEIGHT
     stages = min(8, (_SMEM_BYTES - codes - out) // (lanes * BLOCK))
     takes_turns = gated and num_tokens <= _MOST_TURN_TOKENS

@@ -3,8 +3,9 @@
 A block of threads has a warpgroup that fetches by TMA and runs ahead over the borders of tiles, and some that compute: each takes 64 rows
 of the weight and up to 256 tokens. It makes codes 16 bits wide and multiplies them by their scales in registers, in the very places where
 wgmma wants its left operand, while the tensor cores are at the columns before: so one accumulator serves all groups, and widened weights
-lie neither in memory nor in SMEM. One scale a row of 8-bit codes multiplies the sums instead. Blocks of a cluster share fetches of tokens. Where the rows are too few, the columns are cut too. Of a
-gated product one warpgroup has 64 gate rows and another the up rows of the same units, so that SwiGLU needs no pass of its own.
+lie neither in memory nor in SMEM. Where codes of 8 bits have a scale a row, that multiplies the sums. Blocks of a cluster share fetches of
+tokens. Where the rows are too few, the columns are cut too. Of a gated product one warpgroup has 64 gate rows and another the up rows of
+the same units, so that SwiGLU needs no pass of its own.
 """
 
 import functools
@@ -76,8 +77,8 @@ def quantized_matmul_wide(
 ) -> jax.Array:
     """x [T, K], bfloat16 or float16, times the transposed weight [N, K] without minima; no table but 0 to 15.
 
-    The weight is rounded to x's dtype, as `dequantize` does, but for 8 bits with a scale a row and no zeros, which is not rounded. N is a multiple of 64 * warpgroups * cluster, K of 128 * splits; x has as many
-    columns. The same bits in every run.
+    The weight is rounded to x's dtype, as `dequantize` does; codes of 8 bits with a scale a row and no zeros need no rounding. N is a
+    multiple of 64 * warpgroups * cluster, K of 128 * splits; x has as many columns. The same bits in every run.
 
     Returns:
         [P, T, N] in x's dtype, parts whose sum is the product: one, or two for each split, as quantized_matmul_mosaic's; gated:
