@@ -54,11 +54,13 @@ def _gated_kernel(x: jax.Array, weight: Weight, gpu: Gpu) -> jax.Array | None:
             return matmul_wide(codes, weight.codes, (scales[:, 0], weight.scales[0].astype(jnp.float32)), config=config, gated=True)[0]
         if few is not None and weight.zeros is None:
             return eight_bit_matmul_mosaic(x, weight, config=few, gated=True)[0]
-    elif isinstance(weight, FourBitWeight) and weight.minima is None:
+    elif isinstance(weight, FourBitWeight):
         config, few = wide_four_bit_config(x, weight, x.dtype, gpu, gated=True), four_bit_config(x, weight, x.dtype, gpu, gated=True)
         some = mosaic_config(x, weight, x.dtype, gpu, gated=True)
         if config is not None:
             return quantized_matmul_wide(x, weight, config=config, gated=True)[0]
+        if weight.minima is not None:
+            return None
         if few is not None:
             return four_bit_matmul_mosaic(x, weight, config=few, gated=True)[0]
         if some is not None:
@@ -104,9 +106,10 @@ def _multiply_on_gpu(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_d
     eight = eight_bit_config(x, weight, sums_dtype, gpu)
     if eight is None and isinstance(weight, EightBitWeight) and takes_eight_bit_products(x, weight, gpu):
         return eight_bit_matmul(*_round(x, weight, after_kernel), weight, out_dtype)
-    wide, four = wide_four_bit_config(x, weight, sums_dtype, gpu), four_bit_config(x, weight, sums_dtype, gpu)
+    wide, four = wide_four_bit_config(x, weight, out_dtype, gpu), four_bit_config(x, weight, sums_dtype, gpu)
     mosaic, triton = mosaic_config(x, weight, sums_dtype, gpu), triton_config(x, weight, gpu)
     if wide is not None:
+        minima = None  # it adds them itself
         parts = quantized_matmul_wide(x, weight, config=wide)
     elif eight is not None:
         parts = eight_bit_matmul_mosaic(x, weight, config=eight)

@@ -168,7 +168,9 @@ def wide_four_bit_config(
 ) -> WideQuantizedConfig | None:
     """The cut of Hopper's kernel for many tokens, x [T, K]; None where it is not the fastest or does not take the arrays."""
     (num_tokens, depth), size = x.shape, weight.shape[0]
-    if num_tokens < _LEAST_WIDE_TOKENS or not isinstance(weight, FourBitWeight) or not _mosaic_takes(x, weight, out_dtype, gpu):
+    if num_tokens < _LEAST_WIDE_TOKENS or not isinstance(weight, FourBitWeight) or not _mosaic_fits(x, weight, out_dtype, gpu):
+        return None
+    if weight.zeros is not None and weight.minima is not None:
         return None
     cuts = [
         (teams, tokens, splits, cluster)
@@ -194,19 +196,26 @@ def wide_four_bit_config(
     teams, most, splits, cluster = min(cuts, key=cost)
     lanes, _ = wide_token_tiles(num_tokens, most)
     code_stages = 3 if lanes > 160 else 4
-    codes = code_stages * teams * HEIGHT * (BLOCK // 2 + max(1, BLOCK // weight.group) * (weight.scales.dtype.itemsize + 1))
+    corrections = [x.dtype.itemsize for x in (weight.zeros, weight.minima) if x is not None]
+    of_group = weight.scales.dtype.itemsize + sum(corrections)
+    codes = code_stages * teams * HEIGHT * (BLOCK // 2 + max(1, BLOCK // weight.group) * of_group)
     out = 2 * teams * HEIGHT * HEIGHT * 2 if lanes % HEIGHT == 0 else 8 * HEIGHT * HEIGHT
     stages = min(8, (_SMEM_BYTES - codes - out) // (lanes * BLOCK))
     takes_turns = gated and num_tokens <= _MOST_TURN_TOKENS
     return WideQuantizedConfig(teams, most, splits, stages, code_stages, gpu.num_multiprocessors, cluster, _PANEL, takes_turns)
 
 
-def _mosaic_takes(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu) -> bool:
-    """Whether this is a Hopper GPU, and the arrays are such as Mosaic's kernels multiply."""
+def _mosaic_fits(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu) -> bool:
+    """Whether this is a Hopper GPU, and the arrays have dtypes and shapes that Mosaic's kernels multiply."""
     size, depth = weight.shape
+    is_half = x.dtype in (jnp.bfloat16, jnp.float16) and out_dtype == x.dtype
+    return gpu.is_hopper and is_half and size % HEIGHT == 0 and depth % BLOCK == 0
+
+
+def _mosaic_takes(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu) -> bool:
+    """Whether Mosaic's kernels for few tokens take the arrays, too: no tables."""
     tabled = isinstance(weight, FourBitWeight) and weight.values not in (None, tuple(range(16)))
-    plain = x.dtype in (jnp.bfloat16, jnp.float16) and out_dtype == x.dtype and not tabled
-    return gpu.is_hopper and plain and size % HEIGHT == 0 and depth % BLOCK == 0
+    return _mosaic_fits(x, weight, out_dtype, gpu) and not tabled
 
 
 def _copies_zeros(weight: FourBitWeight | EightBitWeight, teams: int) -> bool:

@@ -30,7 +30,7 @@ from jaxserve.pallas_kernels.mosaic import (
     swizzled,
 )
 from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, FourBitWeight
-from jaxserve.pallas_kernels.quantized_matmul.widening import scaled_numbers
+from jaxserve.pallas_kernels.quantized_matmul.widening import Meaning, scaled_numbers
 
 _LANES_STEP = 32
 _HALF = BLOCK // 2  # columns that are multiplied at once: 128 bytes, the widest swizzle
@@ -73,7 +73,7 @@ def wide_token_tiles(num_tokens: int, most: int) -> tuple[int, int]:
 def quantized_matmul_wide(
     x: jax.Array, weight: FourBitWeight, *, config: WideQuantizedConfig, gated: bool = False, interpret: bool = False
 ) -> jax.Array:
-    """x [T, K], bfloat16 or float16, times the transposed weight [N, K] without minima; no table but 0 to 15.
+    """x [T, K], bfloat16 or float16, times the transposed weight [N, K], which has not both zeros and minima.
 
     The weight is rounded to x's dtype, as `dequantize` does. N is a multiple of 64 * warpgroups * cluster, K of 128 * splits; x has as many
     columns. The same bits in every run.
@@ -98,7 +98,8 @@ def quantized_matmul_wide(
     # Of a gated product those of gate and up rows are fetched at once: of one half alone they may be too few bytes for a copy.
     tall = (2, heights // 2) if gated else (heights,)
     scales = weight.scales.reshape(-1, *tall, HEIGHT)
-    zeros = None if weight.zeros is None else weight.zeros.reshape(-1, *tall, HEIGHT)
+    corrections = weight.zeros if weight.minima is None else weight.minima
+    corrections = None if corrections is None else corrections.reshape(-1, *tall, HEIGHT)
     scales_smem = functools.partial(plgpu.SMEM, (config.code_stages, parts, teams, HEIGHT))
     piece = _HALF if lanes % _HALF == 0 else _LANES_STEP  # tokens that are stored at once
     emptied = plgpu.Barrier(num_arrivals=teams, num_barriers=config.num_stages)
@@ -111,7 +112,7 @@ def quantized_matmul_wide(
             gated=gated,
             chunks=chunks,
             workers=workers,
-            exact=scales.dtype == x.dtype,
+            meaning=Meaning.of(weight, x.dtype),
             interpret=interpret,
         ),
         out_type=jax.ShapeDtypeStruct((splits * (1 if splits == 1 else 2), lanes * tiles, size // (2 if gated else 1)), x.dtype),
@@ -119,11 +120,11 @@ def quantized_matmul_wide(
             plgpu.SMEM((config.num_stages, lanes, _HALF), x.dtype, transforms=swizzled(_HALF, x.dtype)),
             plgpu.SMEM((config.code_stages, teams, *codes.shape[2:]), codes.dtype, transforms=swizzled(codes.shape[3], codes.dtype)),
             scales_smem(scales.dtype),
-            None if zeros is None else scales_smem(zeros.dtype),
+            None if corrections is None else scales_smem(corrections.dtype),
             plgpu.SMEM((max(2 * teams, lanes // piece), piece, HEIGHT), x.dtype, transforms=swizzled(HEIGHT // 2, x.dtype)),
             plgpu.Barrier(num_arrivals=1, num_barriers=config.num_stages),
             emptied,
-            plgpu.Barrier(num_arrivals=(3 if gated else 2) + (zeros is not None), num_barriers=config.code_stages),
+            plgpu.Barrier(num_arrivals=(3 if gated else 2) + (corrections is not None), num_barriers=config.code_stages),
             plgpu.Barrier(num_arrivals=teams, num_barriers=config.code_stages),
             plgpu.Barrier(num_arrivals=1, num_barriers=2),
             plgpu.Barrier(num_arrivals=1, num_barriers=teams) if config.takes_turns else None,
@@ -137,16 +138,16 @@ def quantized_matmul_wide(
         compiler_params=lane_semantics(approx_math=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(
-        jnp.pad(x, ((0, lanes * tiles - num_tokens), (0, 0))), codes, scales, zeros,
+        jnp.pad(x, ((0, lanes * tiles - num_tokens), (0, 0))), codes, scales, corrections,
         jnp.full((1,), 0 if weight.values else 8, jnp.int32),
     )  # fmt: skip
     return sums[:, :num_tokens]
 
 
 def _wide_kernel(
-    x_ref, codes_ref, scales_ref, zeros_ref, one_zero_ref, sums_ref, x_smem, codes_smem, scales_smem, zeros_smem, out_smem,
+    x_ref, codes_ref, scales_ref, corrections_ref, one_zero_ref, sums_ref, x_smem, codes_smem, scales_smem, corrections_smem, out_smem,
     filled, emptied, codes_filled, codes_emptied, handed_over, turns,
-    *, config: WideQuantizedConfig, gated: bool, chunks: int, workers: int, exact: bool, interpret: bool,
+    *, config: WideQuantizedConfig, gated: bool, chunks: int, workers: int, meaning: Meaning, interpret: bool,
 ):  # fmt: skip
     teams, stages, cluster = config.warpgroups, config.num_stages, config.cluster
     splits, planes = jnp.int32(config.splits), sums_ref.shape[0] // config.splits
@@ -181,7 +182,7 @@ def _wide_kernel(
                 for half in range(teams // rows):
                     source, place = pl.ds(first + half * (heights // 2), rows), pl.ds(half * rows, rows)
                     plgpu.copy_gmem_to_smem(codes_ref.at[block, source], codes_smem.at[slot, place], codes_filled.at[slot])
-                for ref, smem in ((scales_ref, scales_smem), (zeros_ref, zeros_smem)):
+                for ref, smem in ((scales_ref, scales_smem), (corrections_ref, corrections_smem)):
                     if ref is not None:
                         source = ref.at[groups, :, first] if gated else ref.at[groups, pl.ds(first, teams)]
                         plgpu.copy_gmem_to_smem(source, smem.at[slot], codes_filled.at[slot])
@@ -215,12 +216,15 @@ def _wide_kernel(
                 return plgpu.load(smem.at[slot, part, warpgroup], layout=BY_ROW)
 
             scales = [of_rows(scales_smem, part).astype(jnp.float32) for part in range(parts)]
-            zeros = [one_zero if zeros_ref is None else of_rows(zeros_smem, part).astype(jnp.int32) for part in range(parts)]
+            correction_dtype = jnp.float32 if meaning.has_minima else jnp.int32
+            corrections = [
+                one_zero if corrections_ref is None else of_rows(corrections_smem, part).astype(correction_dtype) for part in range(parts)
+            ]
             plgpu.barrier_arrive(codes_emptied.at[slot])
             for half in range(2):
                 fetch = 2 * count + half
                 x_slot = lax.rem(fetch, jnp.int32(stages))
-                numbers = scaled_numbers(codes, half, zeros, scales, dtype, exact, interpret)
+                numbers = scaled_numbers(codes, half, scales, corrections, meaning, interpret)
                 plgpu.barrier_wait(filled.at[x_slot])
                 if interpret:
                     operands = numbers.astype(jnp.float32), x_smem[x_slot].astype(jnp.float32)
