@@ -32,6 +32,7 @@ from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfi
 
 BF16, F16, F32, FLOAT8 = (jnp.dtype(name) for name in ("bfloat16", "float16", "float32", "float8_e4m3fn"))
 NF4: tuple[float, ...] = tuple(TABLES["nf4"].tolist())
+COUNTED = tuple(map(float, range(16)))
 HALF_OF_THE_LAST_BIT = {BF16: 2.5e-3, F16: 3e-4}
 
 
@@ -165,12 +166,14 @@ WIDE_CUTS = [
     (four_bit(256, 512, 32, zeros=True), 40, WideQuantizedConfig(2, 256, 2, 3, 2, 2, cluster=2), False),
     (four_bit(384, 256, 256), 70, WideQuantizedConfig(3, 32, 1, 3, 2, 1, panel=2), False),  # three tiles of tokens, a panel not full
     (four_bit(256, 256, 64, zeros=True), 70, WideQuantizedConfig(2, 64, 1, 3, 2, 1, takes_turns=True), True),
+    (four_bit(128, 256, 32, minima=True, values=COUNTED), 24, WideQuantizedConfig(2, 32, 1, 3, 2, 1), False),
+    (four_bit(128, 256, 64, values=NF4), 24, WideQuantizedConfig(2, 32, 1, 3, 2, 1), True),
     (eight_bit(256, 512, 1, jnp.int8), 40, WideQuantizedConfig(2, 256, 2, 3, 2, 2, cluster=2), False),
-    (eight_bit(256, 256, 1, FLOAT8), 70, WideQuantizedConfig(2, 64, 1, 3, 2, 1), True),
-    (with_zeros(eight_bit(256, 256, 8, jnp.int8)), 70, WideQuantizedConfig(2, 64, 1, 3, 2, 1), True),
-    (eight_bit(192, 512, 2, FLOAT8), 40, WideQuantizedConfig(3, 64, 1, 3, 2, 1), False),
+    (eight_bit(128, 256, 1, FLOAT8), 24, WideQuantizedConfig(2, 32, 1, 3, 2, 1), True),
+    (with_zeros(eight_bit(128, 256, 8, jnp.int8)), 24, WideQuantizedConfig(2, 32, 1, 3, 2, 1), True),
+    (eight_bit(192, 512, 2, FLOAT8), 24, WideQuantizedConfig(3, 32, 1, 3, 2, 1), False),
 ]
-WIDE_NAMES = ["groups-of-32", "token-tiles", "gated", "int8", "gated-float8", "zeros", "groups-of-256"]
+WIDE_NAMES = ["groups-of-32", "token-tiles", "gated", "minima", "nf4", "int8", "gated-float8", "zeros", "groups-of-256"]
 
 
 @pytest.mark.parametrize(("weight", "num_tokens", "config", "gated"), WIDE_CUTS, ids=WIDE_NAMES)
@@ -302,6 +305,14 @@ def test_zeros_and_small_groups_lower_for_a_hopper_gpu(monkeypatch, group, zeros
         assert text.count("custom_call @mosaic_gpu_v2") == (group < 128) and (TRITON in text) == (group == 128)
     few = lowered(monkeypatch, HOPPER, 16, abstract(weight, 28672, 4096), product=quantized_gated_matmul)
     assert few.count("custom_call @mosaic_gpu_v2") == 1 and TRITON not in few
+
+
+@pytest.mark.parametrize("options", [dict(group=64, values=NF4), dict(group=32, minima=True, values=COUNTED)], ids=["nf4", "minima"])
+def test_many_tokens_meet_no_widened_weight_on_a_hopper_gpu(monkeypatch, options):
+    weight = abstract(four_bit(64, 256, **options), 28672, 4096)
+    for product, dtype in ((quantized_gated_matmul, F16), (quantized_matmul_parts, BF16)):
+        text = lowered(monkeypatch, HOPPER, 2048, weight, dtype=dtype, product=product)
+        assert text.count("custom_call @mosaic_gpu_v2") == 1 and TRITON not in text and "dot_general" not in text
 
 
 @pytest.mark.parametrize(("group", "zeros"), [(128, False), (64, True), (32, True)])

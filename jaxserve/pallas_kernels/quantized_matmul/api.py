@@ -47,7 +47,7 @@ def _gated_kernel(x: jax.Array, weight: Weight, gpu: Gpu) -> jax.Array | None:
     from jaxserve.pallas_kernels.quantized_matmul.mosaic_four_bit import four_bit_matmul_mosaic
     from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import quantized_matmul_wide
 
-    if isinstance(weight, PlainWeight | TiledWeight) or (isinstance(weight, FourBitWeight) and weight.minima is not None):
+    if isinstance(weight, PlainWeight | TiledWeight):
         return None
     wide = widening_config(x, weight, x.dtype, gpu, gated=True)
     if wide is not None:
@@ -59,7 +59,7 @@ def _gated_kernel(x: jax.Array, weight: Weight, gpu: Gpu) -> jax.Array | None:
             return matmul_wide(codes, weight.codes, (scales[:, 0], weight.scales[0].astype(jnp.float32)), config=config, gated=True)[0]
         if few is not None and weight.zeros is None:
             return eight_bit_matmul_mosaic(x, weight, config=few, gated=True)[0]
-    else:
+    elif weight.minima is None:
         few, some = four_bit_config(x, weight, x.dtype, gpu, gated=True), mosaic_config(x, weight, x.dtype, gpu, gated=True)
         if few is not None:
             return four_bit_matmul_mosaic(x, weight, config=few, gated=True)[0]
@@ -101,7 +101,7 @@ def _multiply_on_gpu(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_d
     from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import quantized_matmul_wide
     from jaxserve.pallas_kernels.quantized_matmul.triton import quantized_matmul_triton
 
-    wide = None if isinstance(weight, FourBitWeight) and weight.minima is not None else widening_config(x, weight, out_dtype, gpu)
+    wide = widening_config(x, weight, out_dtype, gpu)
     if wide is not None:
         parts = quantized_matmul_wide(x, weight, config=wide)
         return parts[0] if parts.shape[0] == 1 else parts

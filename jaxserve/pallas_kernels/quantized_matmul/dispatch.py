@@ -172,10 +172,10 @@ def widening_config(
     take the arrays.
     """
     (num_tokens, depth), size = x.shape, weight.shape[0]
-    if num_tokens < _LEAST_WIDE_TOKENS or not _mosaic_takes(x, weight, out_dtype, gpu):
+    if num_tokens < _LEAST_WIDE_TOKENS or not _mosaic_fits(x, weight, out_dtype, gpu):
         return None
     four_bit = isinstance(weight, FourBitWeight)
-    if not four_bit and takes_eight_bit_products(x, weight, gpu):
+    if (weight.zeros is not None and weight.minima is not None) if four_bit else takes_eight_bit_products(x, weight, gpu):
         return None
     by_row = weight.scales.shape[0] == 1 and weight.zeros is None
     step_cycles = _STEP_CYCLES if four_bit else _ROW_STEP_CYCLES if by_row else _GROUP_STEP_CYCLES
@@ -203,7 +203,8 @@ def widening_config(
     teams, most, splits, cluster = min(cuts, key=cost)
     lanes, _ = wide_token_tiles(num_tokens, most)
     code_stages = 3 if lanes > 160 else 4
-    of_group = weight.scales.dtype.itemsize + (1 if weight.zeros is None else weight.zeros.dtype.itemsize)
+    corrections = (weight.zeros, weight.minima) if isinstance(weight, FourBitWeight) else (weight.zeros,)
+    of_group = weight.scales.dtype.itemsize + sum(x.dtype.itemsize for x in corrections if x is not None)
     codes = code_stages * teams * HEIGHT * (BLOCK // (2 if four_bit else 1) + max(1, BLOCK // weight.group) * of_group)
     out = 2 * teams * HEIGHT * HEIGHT * 2 if lanes % HEIGHT == 0 else 8 * HEIGHT * HEIGHT
     stages = min(8, (_SMEM_BYTES - codes - out) // (lanes * BLOCK))
@@ -211,12 +212,17 @@ def widening_config(
     return WideQuantizedConfig(teams, most, splits, stages, code_stages, gpu.num_multiprocessors, cluster, _PANEL, takes_turns)
 
 
-def _mosaic_takes(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu) -> bool:
-    """Whether this is a Hopper GPU, and the arrays are such as Mosaic's kernels multiply."""
+def _mosaic_fits(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu) -> bool:
+    """Whether this is a Hopper GPU, and the arrays have dtypes and shapes that Mosaic's kernels multiply."""
     size, depth = weight.shape
+    is_half = x.dtype in (jnp.bfloat16, jnp.float16) and out_dtype == x.dtype
+    return gpu.is_hopper and is_half and size % HEIGHT == 0 and depth % BLOCK == 0
+
+
+def _mosaic_takes(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu) -> bool:
+    """Whether Mosaic's kernels for few tokens take the arrays, too: no tables."""
     tabled = isinstance(weight, FourBitWeight) and weight.values not in (None, tuple(range(16)))
-    plain = x.dtype in (jnp.bfloat16, jnp.float16) and out_dtype == x.dtype and not tabled
-    return gpu.is_hopper and plain and size % HEIGHT == 0 and depth % BLOCK == 0
+    return _mosaic_fits(x, weight, out_dtype, gpu) and not tabled
 
 
 def _copies_zeros(weight: FourBitWeight | EightBitWeight, teams: int) -> bool:

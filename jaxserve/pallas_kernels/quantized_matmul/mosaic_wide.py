@@ -31,7 +31,7 @@ from jaxserve.pallas_kernels.mosaic import (
     swizzled,
 )
 from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, EightBitWeight, FourBitWeight
-from jaxserve.pallas_kernels.quantized_matmul.widening import scaled_numbers
+from jaxserve.pallas_kernels.quantized_matmul.widening import Meaning, scaled_numbers
 from jaxserve.pallas_kernels.quantized_matmul.widening_eight_bit import eight_bit_numbers
 
 _LANES_STEP = 32
@@ -75,7 +75,7 @@ def wide_token_tiles(num_tokens: int, most: int) -> tuple[int, int]:
 def quantized_matmul_wide(
     x: jax.Array, weight: FourBitWeight | EightBitWeight, *, config: WideQuantizedConfig, gated: bool = False, interpret: bool = False
 ) -> jax.Array:
-    """x [T, K], bfloat16 or float16, times the transposed weight [N, K] without minima; no table but 0 to 15.
+    """x [T, K], bfloat16 or float16, times the transposed weight [N, K], which has not both zeros and minima.
 
     The weight is rounded to x's dtype, as `dequantize` does; codes of 8 bits with a scale a row and no zeros need no rounding. N is a
     multiple of 64 * warpgroups * cluster, K of 128 * splits; x has as many columns. The same bits in every run.
@@ -103,7 +103,8 @@ def quantized_matmul_wide(
     # Of a gated product those of gate and up rows are fetched at once: of one half alone they may be too few bytes for a copy.
     tall = (2, heights // 2) if gated else (heights,)
     scales = weight.scales.reshape(heights, HEIGHT) if by_row else weight.scales.reshape(-1, *tall, HEIGHT)
-    zeros = None if weight.zeros is None else weight.zeros.reshape(-1, *tall, HEIGHT)
+    corrections = weight.minima if four_bit and weight.minima is not None else weight.zeros
+    corrections = None if corrections is None else corrections.reshape(-1, *tall, HEIGHT)
     scales_smem = functools.partial(plgpu.SMEM, (config.code_stages, parts, teams, HEIGHT))
     piece = _HALF if lanes % _HALF == 0 else _LANES_STEP  # tokens that are stored at once
     emptied = plgpu.Barrier(num_arrivals=teams, num_barriers=config.num_stages)
@@ -117,7 +118,7 @@ def quantized_matmul_wide(
             group=weight.group,
             chunks=chunks,
             workers=workers,
-            exact=scales.dtype == x.dtype,
+            meaning=Meaning.of(weight, x.dtype) if isinstance(weight, FourBitWeight) else None,
             interpret=interpret,
         ),
         out_type=jax.ShapeDtypeStruct((splits * (1 if splits == 1 else 2), lanes * tiles, size // (2 if gated else 1)), x.dtype),
@@ -125,11 +126,11 @@ def quantized_matmul_wide(
             plgpu.SMEM((config.num_stages, lanes, _HALF), x.dtype, transforms=swizzled(_HALF, x.dtype)),
             plgpu.SMEM((config.code_stages, teams, *tile), codes.dtype, transforms=swizzled(tile[1], codes.dtype)),
             None if by_row else scales_smem(scales.dtype),
-            None if zeros is None else scales_smem(zeros.dtype),
+            None if corrections is None else scales_smem(corrections.dtype),
             plgpu.SMEM((max(2 * teams, lanes // piece), piece, HEIGHT), x.dtype, transforms=swizzled(HEIGHT // 2, x.dtype)),
             plgpu.Barrier(num_arrivals=1, num_barriers=config.num_stages),
             emptied,
-            plgpu.Barrier(num_arrivals=1 + gated + (not by_row) + (zeros is not None), num_barriers=config.code_stages),
+            plgpu.Barrier(num_arrivals=1 + gated + (not by_row) + (corrections is not None), num_barriers=config.code_stages),
             plgpu.Barrier(num_arrivals=teams, num_barriers=config.code_stages),
             plgpu.Barrier(num_arrivals=1, num_barriers=2),
             plgpu.Barrier(num_arrivals=1, num_barriers=teams) if config.takes_turns else None,
@@ -143,21 +144,21 @@ def quantized_matmul_wide(
         compiler_params=lane_semantics(approx_math=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(
-        jnp.pad(x, ((0, lanes * tiles - num_tokens), (0, 0))), codes, scales, zeros,
+        jnp.pad(x, ((0, lanes * tiles - num_tokens), (0, 0))), codes, scales, corrections,
         jnp.full((1,), 8 if four_bit and not weight.values else 0, jnp.int32),
     )  # fmt: skip
     return sums[:, :num_tokens]
 
 
 def _wide_kernel(
-    x_ref, codes_ref, scales_ref, zeros_ref, one_zero_ref, sums_ref, x_smem, codes_smem, scales_smem, zeros_smem, out_smem,
+    x_ref, codes_ref, scales_ref, corrections_ref, one_zero_ref, sums_ref, x_smem, codes_smem, scales_smem, corrections_smem, out_smem,
     filled, emptied, codes_filled, codes_emptied, handed_over, turns,
-    *, config: WideQuantizedConfig, gated: bool, group: int, chunks: int, workers: int, exact: bool, interpret: bool,
+    *, config: WideQuantizedConfig, gated: bool, group: int, chunks: int, workers: int, meaning: Meaning | None, interpret: bool,
 ):  # fmt: skip
     teams, stages, cluster = config.warpgroups, config.num_stages, config.cluster
     splits, planes = jnp.int32(config.splits), sums_ref.shape[0] // config.splits
     lanes, parts, piece = x_smem.shape[1], max(1, BLOCK // group), out_smem.shape[1]
-    four_bit, dtype = codes_ref.dtype == jnp.uint16, x_ref.dtype
+    four_bit, dtype = meaning is not None, x_ref.dtype
     heights = codes_ref.shape[1 if four_bit else 0]
     steps = x_ref.shape[1] // BLOCK // config.splits
     tiles = jnp.int32(x_ref.shape[0] // lanes)
@@ -189,7 +190,7 @@ def _wide_kernel(
                     columns = pl.ds(pl.multiple_of(block * BLOCK, BLOCK), BLOCK)
                     codes = codes_ref.at[block, source] if four_bit else codes_ref.at[source, :, columns]
                     plgpu.copy_gmem_to_smem(codes, codes_smem.at[slot, place], codes_filled.at[slot])
-                for ref, smem in ((scales_ref, scales_smem), (zeros_ref, zeros_smem)):
+                for ref, smem in ((scales_ref, scales_smem), (corrections_ref, corrections_smem)):
                     if smem is not None:
                         source = ref.at[groups, :, first] if gated else ref.at[groups, pl.ds(first, teams)]
                         plgpu.copy_gmem_to_smem(source, smem.at[slot], codes_filled.at[slot])
@@ -223,15 +224,19 @@ def _wide_kernel(
                 return plgpu.load(smem.at[slot, part, warpgroup], layout=BY_ROW)
 
             scales = [] if scales_smem is None else [of_rows(scales_smem, part).astype(jnp.float32) for part in range(parts)]
-            zeros = [one_zero if zeros_ref is None else of_rows(zeros_smem, part).astype(jnp.int32) for part in range(parts)]
+            correction_dtype = jnp.float32 if meaning is not None and meaning.has_minima else jnp.int32
+            corrections = [
+                one_zero if corrections_ref is None else of_rows(corrections_smem, part).astype(correction_dtype) for part in range(parts)
+            ]
             plgpu.barrier_arrive(codes_emptied.at[slot])
             for half in range(2):
                 fetch = 2 * count + half
                 x_slot = lax.rem(fetch, jnp.int32(stages))
-                if four_bit:
-                    numbers = scaled_numbers(codes, half, zeros, scales, dtype, exact, interpret)
+                if meaning is None:
+                    zeros = None if corrections_ref is None else corrections
+                    numbers = eight_bit_numbers(codes, half, scales, zeros, dtype, interpret)
                 else:
-                    numbers = eight_bit_numbers(codes, half, scales, None if zeros_ref is None else zeros, dtype, interpret)
+                    numbers = scaled_numbers(codes, half, scales, corrections, meaning, interpret)
                 plgpu.barrier_wait(filled.at[x_slot])
                 if interpret:
                     operands = numbers.astype(jnp.float32), x_smem[x_slot].astype(jnp.float32)
