@@ -243,13 +243,13 @@ def eight_bit_pair_asm(codes_dtype: jnp.dtype, dtype: jnp.dtype) -> str:
         if dtype == jnp.float16:
             return code + " mov.b32 $0, t; }"
         return code + " mov.b32 {a, b}, t; cvt.f32.f16 f, a; cvt.f32.f16 g, b; cvt.rn.bf16x2.f32 $0, g, f; }"
-    code = "{ .reg .b32 t, s, m, o;"
+    code = "{ .reg .b32 t, s, b, o; prmt.b32 t, $1, 0, 0x4140;"
     if dtype == jnp.float16:  # 1024 + 128 + code
-        code += " mov.b32 m, 0x64646464; mov.b32 o, 0x3c003c00; mov.b32 s, 0xe480e480; prmt.b32 t, $1, m, 0x4140;"
-        return code + " xor.b32 t, t, 0x00800080; fma.rn.f16x2 $0, t, o, s; }"
+        code += " mov.b32 o, 0x3c003c00; mov.b32 s, 0xe480e480;"
+        return code + " xor.b32 t, t, 0x64806480; fma.rn.f16x2 $0, t, o, s; }"
     # 128 + the lower seven bits, less 128 or, where the sign is set, less 256: that bit is the last of the exponent.
-    code += " mov.b32 m, 0x43434343; mov.b32 o, 0xbf80bf80; prmt.b32 t, $1, m, 0x4140;"
-    return code + " and.b32 s, t, 0xff80ff80; and.b32 t, t, 0xff7fff7f; fma.rn.bf16x2 $0, s, o, t; }"
+    code += " mov.b32 b, 0x43004300; mov.b32 o, 0xbf80bf80; lop3.b32 s, t, 0x00800080, b, 0xEA; lop3.b32 t, t, 0x007f007f, b, 0xEA;"
+    return code + " fma.rn.bf16x2 $0, s, o, t; }"
 
 
 # What the lower and the upper of two int8 codes become in a float32, more than they are.
