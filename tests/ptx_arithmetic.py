@@ -64,6 +64,8 @@ def _compute(kind: list[str], n: list[np.ndarray]) -> np.ndarray:
             return _pair([_floats((n[0] >> np.uint32(8 * i)).astype(np.uint8).view(jnp.float8_e4m3fn)) for i in range(2)], _DTYPES["f16"])
         case ["cvt", "f32", ("bf16" | "f16") as half]:
             return _words(_floats(n[0].astype(np.uint16).view(_DTYPES[half])))
+        case ["cvt", "rn", "f32", "s8"]:
+            return _words(n[0].astype(np.uint8).view(np.int8))
         case ["cvt", "rn", ("bf16x2" | "f16x2") as pair, "f32"]:  # the first operand is the upper one
             return _pair([_float32(n[1]), _float32(n[0])], _DTYPES[pair.removesuffix("x2")])
         case [("add" | "sub" | "mul" | "fma") as name, *_, "f32"]:

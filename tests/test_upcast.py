@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from ptx_arithmetic import run
 
-from jaxserve.pallas_kernels.quantized_matmul.upcast import LOWER_BASE, UPPER_BASE, eight_bit_pair_asm, scaled_eight_bit_asm
+from jaxserve.pallas_kernels.quantized_matmul.upcast import UPPER_BASE, eight_bit_pair_asm, scaled_eight_bit_asm
 
 F32, FLOAT8, INT8 = np.float32, np.dtype(jnp.float8_e4m3fn), np.dtype(np.int8)
 BF16, F16 = np.dtype(jnp.bfloat16), np.dtype(np.float16)
@@ -48,13 +48,12 @@ def test_pairs_of_eight_bits_are_scaled_as_they_are_dequantized(dtype, scale):
         else:
             assert (np.abs(found - codes * factor) <= np.abs(expected - codes * factor) + factor / 256).all()
         for zero in (-128, -3, 128):
-            operands = [words(factor), words(-factor * F32(zero))]
-            if codes_dtype == INT8:
-                operands = [words(factor), words(-F32(zero + UPPER_BASE) * factor), words(F32(zero + LOWER_BASE))]
+            upper = [words(-F32(zero + UPPER_BASE) * factor)] if codes_dtype == INT8 else []
+            operands = [words(factor), *upper, words(-factor * F32(zero))]
             [word] = run(scaled_eight_bit_asm(codes_dtype, dtype, zeros=True), [PAIRS, *operands])
             wanted = (codes - zero) * factor
             found, expected = halves(word, dtype), wanted.astype(dtype).astype(F32)
-            exact = np.s_[0] if codes_dtype == INT8 else np.s_[:0]
+            exact = np.s_[0] if scale_dtype == F16 else np.s_[:0]
             np.testing.assert_array_equal(found[exact], expected[exact])
             # A rounded offset can be what tips a number to its other neighbour, too.
             off = np.abs(found - wanted) - np.abs(expected - wanted)

@@ -252,23 +252,21 @@ def eight_bit_pair_asm(codes_dtype: jnp.dtype, dtype: jnp.dtype) -> str:
     return code + " fma.rn.bf16x2 $0, s, o, t; }"
 
 
-# What the lower and the upper of two int8 codes become in a float32, more than they are.
-LOWER_BASE, UPPER_BASE = 2.0**23 + 128, 2.0**15 + 128
+UPPER_BASE = 2.0**15 + 128  # what the upper of two int8 codes becomes in a float32, more than it is
 
 
 def scaled_eight_bit_asm(codes_dtype: jnp.dtype, dtype: jnp.dtype, zeros: bool) -> str:
     """As `eight_bit_pair_asm`, less a zero, times a float32 scale, $2, with the rounding of `dequantize`.
 
-    Of int8 codes $3 is less the scale times UPPER_BASE with the zero added to it, a float32, $4 LOWER_BASE with the zero added. Where $3 is
-    rounded every other number is up to a 512th of the scale off before it is rounded. Of float8 codes $3 is less the scale times the zero.
-    Without zeros there is no $4, and of float8 codes no $3.
+    With zeros the last operand is less the scale times the zero. Of int8 codes $3 is less the scale times UPPER_BASE with the zero added:
+    where float32 does not hold that, every other number is up to a 512th of the scale off before it is rounded.
     """
-    end = f" cvt.rn.{'bf16' if dtype == jnp.bfloat16 else 'f16'}x2.f32 $0, g, f; }}"
+    lower = f"fma.rn.f32 f, f, $2, {'$4' if codes_dtype == jnp.int8 else '$3'};" if zeros else "mul.f32 f, f, $2;"
     if codes_dtype == jnp.float8_e4m3fn:
         code = "{ .reg .b16 a, b; .reg .b32 t; .reg .f32 f, g; mov.b32 {a, b}, $1; cvt.rn.f16x2.e4m3x2 t, a; mov.b32 {a, b}, t;"
-        code += " cvt.f32.f16 f, a; cvt.f32.f16 g, b;"
-        return code + (" fma.rn.f32 f, f, $2, $3; fma.rn.f32 g, g, $2, $3;" if zeros else " mul.f32 f, f, $2; mul.f32 g, g, $2;") + end
-    # Both bytes stay where they lie and get an exponent by which that is a unit of one; with their signs turned they count from -128.
-    code = "{ .reg .b32 t, l, u; .reg .f32 f, g; mov.b32 l, 0x4b000080; mov.b32 u, 0x47008000;"
-    code += " lop3.b32 t, $1, 0x000000ff, l, 0x6A; mov.b32 f, t; lop3.b32 t, $1, 0x0000ff00, u, 0x6A; mov.b32 g, t;"
-    return code + f" sub.f32 f, f, {'$4' if zeros else '0f4B000080'}; mul.f32 f, f, $2; fma.rn.f32 g, g, $2, $3;" + end
+        code += f" cvt.f32.f16 f, a; cvt.f32.f16 g, b; {lower} {lower.replace('f, f,', 'g, g,')}"
+    else:
+        # The upper byte stays where it lies and gets an exponent by which its unit is one; with its sign turned it counts from -128.
+        code = "{ .reg .b32 t, u; .reg .f32 f, g; mov.b32 u, 0x47008000; lop3.b32 t, $1, 0x0000ff00, u, 0x6A; mov.b32 g, t;"
+        code += f" cvt.rn.f32.s8 f, $1; {lower} fma.rn.f32 g, g, $2, $3;"
+    return code + f" cvt.rn.{'bf16' if dtype == jnp.bfloat16 else 'f16'}x2.f32 $0, g, f; }}"

@@ -13,7 +13,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 from jaxserve.pallas_kernels.mosaic import BY_ROW, HEIGHT
-from jaxserve.pallas_kernels.quantized_matmul.upcast import LOWER_BASE, UPPER_BASE, eight_bit_pair_asm, scaled_eight_bit_asm
+from jaxserve.pallas_kernels.quantized_matmul.upcast import UPPER_BASE, eight_bit_pair_asm, scaled_eight_bit_asm
 from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK
 
 _HALF = BLOCK // 2
@@ -67,8 +67,6 @@ def eight_bit_numbers(
 
 def _operands(codes_dtype: jnp.dtype, scales: jax.Array, zeros: jax.Array | None) -> list[jax.Array]:
     """What `scaled_eight_bit_asm` wants beside codes, float32 [64] each."""
-    if codes_dtype == jnp.int8:
-        if zeros is None:
-            return [scales, -UPPER_BASE * scales]
-        return [scales, -(zeros.astype(jnp.float32) + UPPER_BASE) * scales, zeros.astype(jnp.float32) + LOWER_BASE]
-    return [scales] if zeros is None else [scales, -scales * zeros.astype(jnp.float32)]
+    zeros = None if zeros is None else zeros.astype(jnp.float32)
+    upper = [-(UPPER_BASE if zeros is None else zeros + UPPER_BASE) * scales] if codes_dtype == jnp.int8 else []
+    return [scales, *upper, *([] if zeros is None else [-zeros * scales])]
