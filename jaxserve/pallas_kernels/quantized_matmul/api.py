@@ -104,13 +104,11 @@ def _parts(x: jax.Array, weight: Weight, out_dtype: jnp.dtype, after_kernel: boo
 
 def _widened(weight: Weight, dtype: jnp.dtype) -> jax.Array:
     """The weight [N, K] in dtype, in the device's memory, for products of 16 bits."""
-    if isinstance(weight, FourBitWeight):
-        from jaxserve.pallas_kernels.quantized_matmul.many_tokens import dequantize_triton
+    if isinstance(weight, PlainWeight | TiledWeight):
+        return weight.dequantize(dtype)
+    from jaxserve.pallas_kernels.quantized_matmul.many_tokens import widened
 
-        return dequantize_triton(weight, dtype)
-    matrix = weight.dequantize(dtype)
-    # Without the barrier XLA may widen the codes inside a product of its own, over and over again for each tile of tokens.
-    return jax.lax.optimization_barrier(matrix) if isinstance(weight, EightBitWeight) else matrix
+    return widened(weight, dtype)
 
 
 def _multiply_on_gpu(x: jax.Array, weight: Weight, out_dtype: jnp.dtype, gpu: Gpu, after_kernel: bool) -> jax.Array | None:

@@ -14,6 +14,14 @@ _TRANSPOSED = (((1,), (1,)), ((), ()))
 _DEQUANTIZED_ROWS = 32  # of a program: 16 bytes of words and 4 stores of 16 bytes a thread
 
 
+def widened(weight: FourBitWeight | EightBitWeight, dtype: jnp.dtype) -> jax.Array:
+    """The weight [N, K] in dtype, written out."""
+    if isinstance(weight, FourBitWeight):
+        return dequantize_triton(weight, dtype)
+    # Without the barrier XLA may widen the codes inside a product of its own, over and over again for each tile of tokens.
+    return lax.optimization_barrier(weight.dequantize(dtype))
+
+
 @functools.partial(jax.jit, static_argnames=("dtype", "interpret"))
 def dequantize_triton(weight: FourBitWeight, dtype: jnp.dtype, *, interpret: bool = False) -> jax.Array:
     """The weight [N, K] in dtype."""
