@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 
-from benchmarks.quantized_products import BF16, SHAPES, UNROUNDED, Case
+from benchmarks.quantized_products import BF16, SHAPES, UNEVEN, UNROUNDED, Case
 from jaxserve.pallas_kernels.matmul import add_parts, gated_matmul, matmul, multiply_gated
 from jaxserve.pallas_kernels.matmul.mosaic_wide import WideMatmulConfig, matmul_wide
 from jaxserve.pallas_kernels.quantized_matmul.activations import round_rows
 from jaxserve.pallas_kernels.quantized_matmul.api import quantized_gated_matmul, quantized_matmul
-from jaxserve.pallas_kernels.quantized_matmul.many_tokens import eight_bit_matmul, widened_matmul
+from jaxserve.pallas_kernels.quantized_matmul.many_tokens import eight_bit_matmul, widened
 from jaxserve.pallas_kernels.quantized_matmul.mosaic import MosaicQuantizedConfig, quantized_matmul_mosaic
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_eight_bit import MosaicEightBitConfig, eight_bit_matmul_mosaic
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import WideQuantizedConfig, quantized_matmul_wide
@@ -46,9 +46,9 @@ def multiply_rounded(x: jax.Array, weight: EightBitWeight) -> jax.Array:
 
 
 def multiply_widened(x: jax.Array, weight: FourBitWeight | EightBitWeight) -> jax.Array:
-    """x [T, K], weight [N, K] -> [T, N] by cuBLAS, the weight written out in bfloat16, with SwiGLU for gate and up rows."""
-    product = widened_matmul(x, weight, BF16)
-    return multiply_gated(product) if weight.shape == SHAPES["swiglu"] else product
+    """x [T, K], weight [N, K] -> [T, N] by the kernels for bfloat16, the weight written out, with SwiGLU for gate and up rows."""
+    matrix = widened(weight, BF16)
+    return gated_matmul(x, matrix) if weight.shape == SHAPES["swiglu"] else matmul(x, matrix, BF16)
 
 
 def _served() -> Iterator[Contender]:
@@ -188,6 +188,20 @@ def _unrounded() -> Iterator[Contender]:
                     yield wide(case, 2, 256, 1, 4, 3, 1, 4)
 
 
+def _uneven() -> Iterator[Contender]:
+    """4 bits with a table or minima: what is served, by a weight that is written out before, by plain codes, and bfloat16."""
+    for shape in ("swiglu", "gate_up", "down", "qkv", "o"):
+        gated = shape == "swiglu"
+        multiply = quantized_gated_matmul if gated else multiply_quantized
+        for tokens in (160, 256, 512, 2048, 8192):
+            bf16 = gated_matmul if gated else functools.partial(matmul, out_dtype=BF16)
+            yield Contender(Case("bf16", shape, tokens), "bf16 served", bf16)
+            yield Contender(Case("w4", shape, tokens), "mosaic served", multiply)
+            for kind in UNEVEN:
+                yield Contender(Case(kind, shape, tokens), "mosaic served", multiply)
+                yield Contender(Case(kind, shape, tokens), "widened", multiply_widened)
+
+
 def eight_bit(case: Case, *cut: int) -> Contender:
     """The Mosaic kernel for 8 bits and a scale a row: warpgroups, splits, columns, stages, blocks of threads."""
     config = MosaicEightBitConfig(*cut)
@@ -261,6 +275,7 @@ CONTENDERS = {
     "mosaic": _mosaic_cuts,
     "wide": _wide_cuts,
     "unrounded": _unrounded,
+    "uneven": _uneven,
     "few": _few_cuts,
     "rounded": _rounded_cuts,
 }

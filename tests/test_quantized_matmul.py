@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 
-from jaxserve.pallas_kernels import quantized_gated_matmul, quantized_matmul, quantized_matmul_parts
+from jaxserve.pallas_kernels import quantized_add_matmul, quantized_gated_matmul, quantized_matmul, quantized_matmul_parts
 from jaxserve.pallas_kernels.gpu import Gpu
 from jaxserve.pallas_kernels.matmul import multiply_gated
-from jaxserve.pallas_kernels.quantized_matmul import TABLES, EightBitWeight, FourBitWeight, api, pack_four_bit
+from jaxserve.pallas_kernels.quantized_matmul import TABLES, EightBitWeight, FourBitWeight, Layout, api, pack_four_bit
 from jaxserve.pallas_kernels.quantized_matmul.activations import round_activations, round_rows
 from jaxserve.pallas_kernels.quantized_matmul.dispatch import (
     eight_bit_config,
@@ -22,11 +22,12 @@ from jaxserve.pallas_kernels.quantized_matmul.dispatch import (
     triton_config,
     widening_config,
 )
-from jaxserve.pallas_kernels.quantized_matmul.many_tokens import dequantize_triton, eight_bit_matmul, widened_matmul
+from jaxserve.pallas_kernels.quantized_matmul.many_tokens import dequantize_triton, eight_bit_matmul
 from jaxserve.pallas_kernels.quantized_matmul.mosaic import MosaicQuantizedConfig, quantized_matmul_mosaic, token_tiles
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_eight_bit import MosaicEightBitConfig, eight_bit_matmul_mosaic
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_four_bit import MosaicFourBitConfig, four_bit_matmul_mosaic
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import WideQuantizedConfig, quantized_matmul_wide, wide_token_tiles
+from jaxserve.pallas_kernels.quantized_matmul.plain import PlainWeight
 from jaxserve.pallas_kernels.quantized_matmul.reference import quantized_matmul_reference
 from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfig, quantized_matmul_triton
 
@@ -192,8 +193,6 @@ def test_the_wide_kernel_multiplies(weight, num_tokens, config, gated):
 def test_a_widened_weight_is_the_dequantized_one():
     for weight in (four_bit(40, 256, 32, zeros=True, minima=True), four_bit(40, 256, 64, values=NF4)):
         np.testing.assert_array_equal(dequantize_triton(weight, F32, interpret=True), weight.dequantize(F32))
-    x, weight = activations(48, 256), eight_bit(64, 256, 1, FLOAT8)
-    assert error(widened_matmul(x, weight, F32), x, weight) < HALF_OF_THE_LAST_BIT[BF16]
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(FLOAT8, 0.04), (jnp.int8, 0.01)])
@@ -313,6 +312,22 @@ def test_many_tokens_meet_no_widened_weight_on_a_hopper_gpu(monkeypatch, options
     for product, dtype in ((quantized_gated_matmul, F16), (quantized_matmul_parts, BF16)):
         text = lowered(monkeypatch, HOPPER, 2048, weight, dtype=dtype, product=product)
         assert text.count("custom_call @mosaic_gpu_v2") == 1 and TRITON not in text and "dot_general" not in text
+
+
+def test_widened_weights_are_multiplied_by_the_kernels_of_16_bits(monkeypatch):
+    """SwiGLU is within the product, and what is added to the stream is added there."""
+
+    def weight(size, depth):  # Q6_K's
+        scales = jax.ShapeDtypeStruct((size, depth // 16), F32)
+        return PlainWeight(jax.ShapeDtypeStruct((size, depth), jnp.int8), scales, None, None, Layout("int8", 16))  # pyright: ignore
+
+    def add(x, weight):
+        return quantized_add_matmul(x, weight, jnp.zeros((2048, 4096), F32))
+
+    for product, size in ((quantized_gated_matmul, 28672), (add, 4096)):
+        text = lowered(monkeypatch, HOPPER, 2048, weight(size, 4096), product=product)
+        assert text.count("custom_call @mosaic_gpu_v2") == 1 and "dot_general" not in text and f"tensor<{size}x4096xbf16>" in text
+    assert "dot_general" in lowered(monkeypatch, AMPERE, 2048, weight(28672, 4096))
 
 
 @pytest.mark.parametrize(("group", "zeros"), [(128, False), (64, True), (32, True)])
