@@ -24,7 +24,6 @@ from jaxserve.pallas_kernels.mosaic import (
     HEIGHT,
     empty_slot,
     even_workers,
-    filled_slot,
     lane_semantics,
     place_in_panel,
     see_out,
@@ -214,10 +213,15 @@ def _wide_kernel(
         plgpu.set_max_registers(COMPUTE_REGISTERS[teams], action="increase")
         one_zero = plgpu.layout_cast(lax.broadcast_in_dim(one_zero_ref[0], (HEIGHT,), ()), BY_ROW)
 
+        def slot_of(fetch, slots):
+            """Without a sign, which would cost instructions of every step."""
+            return lax.rem(fetch.astype(jnp.uint32), jnp.uint32(slots)).astype(jnp.int32)
+
         def step(k, carry, sums=None):
             """Adds a block's product to sums, wgmma's accumulator; in the interpreter to the carry, whose wgmma takes no registers."""
             count, total = carry
-            slot = filled_slot(codes_filled, count)
+            slot = slot_of(count, config.code_stages)
+            plgpu.barrier_wait(codes_filled.at[slot])
             codes = plgpu.load(codes_smem.at[slot, warpgroup], layout=plgpu.Layout.WGMMA)
 
             def of_rows(smem, part):
@@ -229,9 +233,10 @@ def _wide_kernel(
                 one_zero if corrections_ref is None else of_rows(corrections_smem, part).astype(correction_dtype) for part in range(parts)
             ]
             plgpu.barrier_arrive(codes_emptied.at[slot])
+            before = slot_of(2 * count + stages - 1, stages)
             for half in range(2):
                 fetch = 2 * count + half
-                x_slot = lax.rem(fetch, jnp.int32(stages))
+                x_slot = slot_of(fetch, stages)
                 if meaning is None:
                     zeros = None if corrections_ref is None else corrections
                     numbers = eight_bit_numbers(codes, half, scales, zeros, dtype, interpret)
@@ -255,9 +260,10 @@ def _wide_kernel(
                     plgpu.wgmma_wait(1)  # so the columns before are done, while the tensor cores are at these
 
                 @pl.when((k > 0) | (half > 0))
-                def _(fetch=fetch):
-                    plgpu.barrier_arrive(emptied.at[lax.rem(fetch - 1, jnp.int32(stages))])
+                def _(before=before):
+                    plgpu.barrier_arrive(emptied.at[before])
 
+                before = x_slot
             return count + 1, total
 
         def compute_chunk(i, count):
