@@ -18,6 +18,7 @@ from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, EightBitWeig
 _MOST_KERNEL_TOKENS = 256
 _MOST_MOSAIC_TOKENS = 256
 _LEAST_WIDE_TOKENS = 129
+_LEAST_TABLED_TOKENS = 33  # with a table, which Mosaic's kernels for fewer do not take; predicted by what integers take
 _LEAST_MOSAIC_TOKENS = 17
 _ENOUGH_BLOCKS = 0.8  # for each multiprocessor, of a gated product, whose columns are not split
 _BUSY_SHARE = 0.85  # of the multiprocessors draw all that the memory gives
@@ -168,9 +169,10 @@ def wide_four_bit_config(
 ) -> WideQuantizedConfig | None:
     """The cut of Hopper's kernel for many tokens, x [T, K]; None where it is not the fastest or does not take the arrays."""
     (num_tokens, depth), size = x.shape, weight.shape[0]
-    if num_tokens < _LEAST_WIDE_TOKENS or not isinstance(weight, FourBitWeight) or not _mosaic_fits(x, weight, out_dtype, gpu):
+    if not isinstance(weight, FourBitWeight) or not _mosaic_fits(x, weight, out_dtype, gpu):
         return None
-    if weight.zeros is not None and weight.minima is not None:
+    few = num_tokens < (_LEAST_TABLED_TOKENS if _has_table(weight) else _LEAST_WIDE_TOKENS)
+    if few or (weight.zeros is not None and weight.minima is not None):
         return None
     cuts = [
         (teams, tokens, splits, cluster)
@@ -214,8 +216,11 @@ def _mosaic_fits(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype
 
 def _mosaic_takes(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu) -> bool:
     """Whether Mosaic's kernels for few tokens take the arrays, too: no tables."""
-    tabled = isinstance(weight, FourBitWeight) and weight.values not in (None, tuple(range(16)))
-    return _mosaic_fits(x, weight, out_dtype, gpu) and not tabled
+    return _mosaic_fits(x, weight, out_dtype, gpu) and not _has_table(weight)
+
+
+def _has_table(weight: FourBitWeight | EightBitWeight) -> bool:
+    return isinstance(weight, FourBitWeight) and weight.values not in (None, tuple(range(16)))
 
 
 def _copies_zeros(weight: FourBitWeight | EightBitWeight, teams: int) -> bool:
