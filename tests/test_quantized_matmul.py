@@ -312,6 +312,16 @@ def test_many_tokens_meet_no_widened_weight_on_a_hopper_gpu(monkeypatch, options
     for product, dtype in ((quantized_gated_matmul, F16), (quantized_matmul_parts, BF16)):
         text = lowered(monkeypatch, HOPPER, 2048, weight, dtype=dtype, product=product)
         assert text.count("custom_call @mosaic_gpu_v2") == 1 and TRITON not in text and "dot_general" not in text
+    for num_tokens in (32, 33, 128, 129, 256, 8192):
+        for gated in (False, True):
+            x = jax.ShapeDtypeStruct((num_tokens, 4096), BF16)
+            cut = widening_config(x, weight, BF16, HOPPER, gated)  # pyright: ignore[reportArgumentType]
+            assert (cut is None) == (num_tokens < (129 if weight.minima is not None else 33))
+            if cut is not None:
+                lanes, of_group = wide_token_tiles(num_tokens, cut.tokens)[0], 2 if weight.minima is None else 2 + 4
+                codes = 64 * cut.warpgroups * (64 + 128 // options["group"] * of_group)
+                stored = 128 * 64 * max(2 * cut.warpgroups, -(-lanes // 64))
+                assert lanes * 128 * cut.num_stages + codes * cut.code_stages + stored < 227 * 1024 and cut.num_stages > 2
 
 
 def test_widened_weights_are_multiplied_by_the_kernels_of_16_bits(monkeypatch):

@@ -18,6 +18,7 @@ from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, EightBitWeig
 _MOST_KERNEL_TOKENS = 256
 _MOST_MOSAIC_TOKENS = 256
 _LEAST_WIDE_TOKENS = 129
+_LEAST_TABLED_TOKENS = 33  # with a table, which Mosaic's kernels for fewer do not take; predicted by what integers take
 _LEAST_MOSAIC_TOKENS = 17
 _ENOUGH_BLOCKS = 0.8  # for each multiprocessor, of a gated product, whose columns are not split
 _BUSY_SHARE = 0.85  # of the multiprocessors draw all that the memory gives
@@ -33,8 +34,7 @@ _LEAST_SPLIT_BLOCKS = 4  # blocks of 128 columns in a share
 # Of the kernel that widens codes in registers, fitted to the cuts that were measured with 4 bits.
 _CYCLE_PRODUCTS = 2048  # of a multiprocessor's tensor cores
 _STEP_CYCLES = 175  # of a warpgroup for 64 columns, beside the products
-# With 8 bits: predicted from the instructions, 272 to 291 with a scale a row and 341 to 394 with groups where 4 bits take 282.
-_ROW_STEP_CYCLES, _GROUP_STEP_CYCLES = 175, 220
+_GROUP_STEP_CYCLES = 200  # of 8 bits in groups: predicted, 310 to 331 instructions where 4 bits take 284 and 8 bits with a scale a row 269
 _TILE_CYCLES = 3000  # in which the tensor cores wait
 _CYCLE_BYTES = 1700  # of parts that are written and read again, of all multiprocessors together
 _PANEL = 4  # tiles of 256 tokens
@@ -172,13 +172,14 @@ def widening_config(
     take the arrays.
     """
     (num_tokens, depth), size = x.shape, weight.shape[0]
-    if num_tokens < _LEAST_WIDE_TOKENS or not _mosaic_fits(x, weight, out_dtype, gpu):
+    if not _mosaic_fits(x, weight, out_dtype, gpu):
         return None
     four_bit = isinstance(weight, FourBitWeight)
+    if num_tokens < (_LEAST_TABLED_TOKENS if _has_table(weight) else _LEAST_WIDE_TOKENS):
+        return None
     if (weight.zeros is not None and weight.minima is not None) if four_bit else takes_eight_bit_products(x, weight, gpu):
         return None
-    by_row = weight.scales.shape[0] == 1 and weight.zeros is None
-    step_cycles = _STEP_CYCLES if four_bit else _ROW_STEP_CYCLES if by_row else _GROUP_STEP_CYCLES
+    step_cycles = _STEP_CYCLES if four_bit or weight.scales.shape[0] == 1 else _GROUP_STEP_CYCLES
     cuts = [
         (teams, tokens, splits, cluster)
         for teams, tokens in ((2, 256), (2, 128), (3, 128))
@@ -221,8 +222,11 @@ def _mosaic_fits(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype
 
 def _mosaic_takes(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu) -> bool:
     """Whether Mosaic's kernels for few tokens take the arrays, too: no tables."""
-    tabled = isinstance(weight, FourBitWeight) and weight.values not in (None, tuple(range(16)))
-    return _mosaic_fits(x, weight, out_dtype, gpu) and not tabled
+    return _mosaic_fits(x, weight, out_dtype, gpu) and not _has_table(weight)
+
+
+def _has_table(weight: FourBitWeight | EightBitWeight) -> bool:
+    return isinstance(weight, FourBitWeight) and weight.values not in (None, tuple(range(16)))
 
 
 def _copies_zeros(weight: FourBitWeight | EightBitWeight, teams: int) -> bool:
