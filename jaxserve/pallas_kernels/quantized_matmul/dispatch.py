@@ -172,7 +172,7 @@ def wide_four_bit_config(
     if not isinstance(weight, FourBitWeight) or not _mosaic_fits(x, weight, out_dtype, gpu):
         return None
     few = num_tokens < (_LEAST_TABLED_TOKENS if _has_table(weight) else _LEAST_WIDE_TOKENS)
-    if few or (weight.zeros is not None and weight.minima is not None):
+    if few or (weight.minima is not None and (weight.zeros is not None or _has_table(weight))):
         return None
     cuts = [
         (teams, tokens, splits, cluster)
