@@ -174,12 +174,17 @@ def widening_config(
     (num_tokens, depth), size = x.shape, weight.shape[0]
     if not _mosaic_fits(x, weight, out_dtype, gpu):
         return None
-    four_bit = isinstance(weight, FourBitWeight)
     if num_tokens < (_LEAST_TABLED_TOKENS if _has_table(weight) else _LEAST_WIDE_TOKENS):
         return None
-    if (weight.zeros is not None and weight.minima is not None) if four_bit else takes_eight_bit_products(x, weight, gpu):
-        return None
-    step_cycles = _STEP_CYCLES if four_bit or weight.scales.shape[0] == 1 else _GROUP_STEP_CYCLES
+    if isinstance(weight, FourBitWeight):
+        code_bytes, corrections, step_cycles = BLOCK // 2, (weight.zeros, weight.minima), _STEP_CYCLES
+        if weight.minima is not None and (weight.zeros is not None or _has_table(weight)):
+            return None
+    else:
+        code_bytes, corrections = BLOCK, (weight.zeros,)
+        step_cycles = _STEP_CYCLES if weight.scales.shape[0] == 1 else _GROUP_STEP_CYCLES
+        if takes_eight_bit_products(x, weight, gpu):
+            return None
     cuts = [
         (teams, tokens, splits, cluster)
         for teams, tokens in ((2, 256), (2, 128), (3, 128))
@@ -204,9 +209,8 @@ def widening_config(
     teams, most, splits, cluster = min(cuts, key=cost)
     lanes, _ = wide_token_tiles(num_tokens, most)
     code_stages = 3 if lanes > 160 else 4
-    corrections = (weight.zeros, weight.minima) if isinstance(weight, FourBitWeight) else (weight.zeros,)
     of_group = weight.scales.dtype.itemsize + sum(x.dtype.itemsize for x in corrections if x is not None)
-    codes = code_stages * teams * HEIGHT * (BLOCK // (2 if four_bit else 1) + max(1, BLOCK // weight.group) * of_group)
+    codes = code_stages * teams * HEIGHT * (code_bytes + max(1, BLOCK // weight.group) * of_group)
     out = 2 * teams * HEIGHT * HEIGHT * 2 if lanes % HEIGHT == 0 else 8 * HEIGHT * HEIGHT
     stages = min(8, (_SMEM_BYTES - codes - out) // (lanes * BLOCK))
     takes_turns = gated and num_tokens <= _MOST_TURN_TOKENS

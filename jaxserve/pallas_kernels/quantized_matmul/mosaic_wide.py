@@ -74,7 +74,7 @@ def wide_token_tiles(num_tokens: int, most: int) -> tuple[int, int]:
 def quantized_matmul_wide(
     x: jax.Array, weight: FourBitWeight | EightBitWeight, *, config: WideQuantizedConfig, gated: bool = False, interpret: bool = False
 ) -> jax.Array:
-    """x [T, K], bfloat16 or float16, times the transposed weight [N, K], which has not both zeros and minima.
+    """x [T, K], bfloat16 or float16, times the transposed weight [N, K]; one with minima has neither zeros nor a table.
 
     The weight is rounded to x's dtype, as `dequantize` does; codes of 8 bits with a scale a row and no zeros need no rounding. N is a
     multiple of 64 * warpgroups * cluster, K of 128 * splits; x has as many columns. The same bits in every run.

@@ -48,7 +48,7 @@ class Meaning:
 
     @classmethod
     def of(cls, weight: FourBitWeight, dtype: jnp.dtype) -> "Meaning":
-        """Of a weight's codes; it has not both zeros and minima."""
+        """Of a weight's codes; one that has minima has neither zeros nor a table."""
         counted = weight.values == tuple(range(16))
         table = None if counted else weight.values
         return cls(dtype, weight.scales.dtype == dtype, table, weight.minima is not None, 0 if counted else 8)
