@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 
-from benchmarks.quantized_products import BF16, SHAPES, Case
+from benchmarks.quantized_products import BF16, SHAPES, UNEVEN, UNROUNDED, Case
+from jaxserve.pallas_kernels.gpu import Gpu
 from jaxserve.pallas_kernels.matmul import add_parts, gated_matmul, matmul, multiply_gated
 from jaxserve.pallas_kernels.matmul.mosaic_wide import WideMatmulConfig, matmul_wide
 from jaxserve.pallas_kernels.quantized_matmul.activations import round_rows
 from jaxserve.pallas_kernels.quantized_matmul.api import quantized_gated_matmul, quantized_matmul
-from jaxserve.pallas_kernels.quantized_matmul.many_tokens import eight_bit_matmul
+from jaxserve.pallas_kernels.quantized_matmul.dispatch import triton_config
+from jaxserve.pallas_kernels.quantized_matmul.many_tokens import eight_bit_matmul, widened
 from jaxserve.pallas_kernels.quantized_matmul.mosaic import MosaicQuantizedConfig, quantized_matmul_mosaic
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_eight_bit import MosaicEightBitConfig, eight_bit_matmul_mosaic
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import WideQuantizedConfig, quantized_matmul_wide
@@ -43,6 +45,12 @@ def multiply_rounded(x: jax.Array, weight: EightBitWeight) -> jax.Array:
     """x [T, K], weight [N, K] -> [T, N] by cuBLASLt's 8-bit products, with SwiGLU for gate and up rows."""
     product = eight_bit_matmul(*round_rows(x, weight.codes.dtype), weight, BF16)
     return multiply_gated(product) if weight.shape == SHAPES["swiglu"] else product
+
+
+def multiply_widened(x: jax.Array, weight: FourBitWeight | EightBitWeight) -> jax.Array:
+    """x [T, K], weight [N, K] -> [T, N] by the kernels for bfloat16, the weight written out, with SwiGLU for gate and up rows."""
+    matrix = widened(weight, BF16)
+    return gated_matmul(x, matrix) if weight.shape == SHAPES["swiglu"] else matmul(x, matrix, BF16)
 
 
 def _served() -> Iterator[Contender]:
@@ -166,6 +174,48 @@ def _wide_cuts() -> Iterator[Contender]:
     yield wide(Case("w4g32", "gate_up", 256), *whole)
 
 
+def multiply_triton(x: jax.Array, weight: FourBitWeight) -> jax.Array:
+    """x [T, K], weight [N, K] -> [T, N] by the Triton kernel as it is cut for up to 256 tokens, with SwiGLU for gate and up rows."""
+    config = triton_config(x, weight, Gpu(132, True))
+    assert config is not None
+    product = add_parts(quantized_matmul_triton(x, weight, BF16, config=config), BF16)
+    return multiply_gated(product) if weight.shape == SHAPES["swiglu"] else product
+
+
+def _unrounded() -> Iterator[Contender]:
+    """8 bits times activations that are not rounded: what is served, what was before, and bfloat16; whole cuts beside what is chosen."""
+    for shape in ("swiglu", "down", "qkv", "o"):
+        gated = shape == "swiglu"
+        for tokens in (160, 256, 2048, 8192):
+            bf16 = gated_matmul if gated else functools.partial(matmul, out_dtype=BF16)
+            yield Contender(Case("bf16", shape, tokens), "bf16 served", bf16)
+            for kind in UNROUNDED:
+                case = Case(kind, shape, tokens)
+                yield Contender(case, "served", quantized_gated_matmul if gated else multiply_quantized)
+                yield Contender(case, "widened", multiply_widened)
+                if tokens > 256:
+                    yield wide(case, 2, 256, 1, 4, 2, 2, 4)
+                    yield wide(case, 2, 256, 1, 4, 3, 1, 4)
+
+
+def _uneven() -> Iterator[Contender]:
+    """4 bits with a table or minima: what is served, with a weight that is written out or by Triton; plain codes, and bfloat16."""
+    for shape in ("swiglu", "gate_up", "down", "qkv", "o"):
+        gated = shape == "swiglu"
+        multiply = quantized_gated_matmul if gated else multiply_quantized
+        for tokens in (64, 128, 160, 256, 2048, 8192):
+            bf16 = gated_matmul if gated else functools.partial(matmul, out_dtype=BF16)
+            yield Contender(Case("bf16", shape, tokens), "bf16 served", bf16)
+            yield Contender(Case("w4", shape, tokens), "mosaic served", multiply)
+            for kind in UNEVEN:
+                case = Case(kind, shape, tokens)
+                yield Contender(case, "mosaic served", multiply)
+                if tokens <= 256 and not kind.startswith("q4"):
+                    yield Contender(case, "triton", multiply_triton)
+                else:
+                    yield Contender(case, "widened", multiply_widened)
+
+
 def eight_bit(case: Case, *cut: int) -> Contender:
     """The Mosaic kernel for 8 bits and a scale a row: warpgroups, splits, columns, stages, blocks of threads."""
     config = MosaicEightBitConfig(*cut)
@@ -238,6 +288,8 @@ CONTENDERS = {
     "triton": _triton_cuts,
     "mosaic": _mosaic_cuts,
     "wide": _wide_cuts,
+    "unrounded": _unrounded,
+    "uneven": _uneven,
     "few": _few_cuts,
     "rounded": _rounded_cuts,
 }

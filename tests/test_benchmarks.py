@@ -101,7 +101,7 @@ def test_row_of_the_throughput():
     assert row_name(None, "1b", 1000, 10) == "1b_1000_10_tok_s"
 
 
-@pytest.mark.parametrize("quantize, code", [("fp8", "fp8"), ("w4", "int4"), (None, None)])
+@pytest.mark.parametrize("quantize, code", [("fp8", "fp8"), ("w4", "int4"), ("mxfp4", "e2m1"), ("bitsandbytes-nf4", "nf4"), (None, None)])
 def test_quantized_shapes(quantize: str | None, code: str | None, tmp_path: Path):
     config = {**CONFIGS["llama"], "hidden_size": 256, "intermediate_size": 512}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -1,5 +1,6 @@
 """Products with weights of 4 and 8 bits: packing, the kernels interpreted on small shapes, what is lowered at serving shapes."""
 
+import dataclasses
 import functools
 import warnings
 
@@ -9,28 +10,30 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 
-from jaxserve.pallas_kernels import quantized_gated_matmul, quantized_matmul, quantized_matmul_parts
+from jaxserve.pallas_kernels import quantized_add_matmul, quantized_gated_matmul, quantized_matmul, quantized_matmul_parts
 from jaxserve.pallas_kernels.gpu import Gpu
 from jaxserve.pallas_kernels.matmul import multiply_gated
-from jaxserve.pallas_kernels.quantized_matmul import TABLES, EightBitWeight, FourBitWeight, api, pack_four_bit
+from jaxserve.pallas_kernels.quantized_matmul import TABLES, EightBitWeight, FourBitWeight, Layout, api, pack_four_bit
 from jaxserve.pallas_kernels.quantized_matmul.activations import round_activations, round_rows
 from jaxserve.pallas_kernels.quantized_matmul.dispatch import (
     eight_bit_config,
     four_bit_config,
     mosaic_config,
     triton_config,
-    wide_four_bit_config,
+    widening_config,
 )
-from jaxserve.pallas_kernels.quantized_matmul.many_tokens import dequantize_triton, eight_bit_matmul, widened_matmul
+from jaxserve.pallas_kernels.quantized_matmul.many_tokens import dequantize_triton, eight_bit_matmul
 from jaxserve.pallas_kernels.quantized_matmul.mosaic import MosaicQuantizedConfig, quantized_matmul_mosaic, token_tiles
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_eight_bit import MosaicEightBitConfig, eight_bit_matmul_mosaic
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_four_bit import MosaicFourBitConfig, four_bit_matmul_mosaic
 from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import WideQuantizedConfig, quantized_matmul_wide, wide_token_tiles
+from jaxserve.pallas_kernels.quantized_matmul.plain import PlainWeight
 from jaxserve.pallas_kernels.quantized_matmul.reference import quantized_matmul_reference
 from jaxserve.pallas_kernels.quantized_matmul.triton import TritonQuantizedConfig, quantized_matmul_triton
 
 BF16, F16, F32, FLOAT8 = (jnp.dtype(name) for name in ("bfloat16", "float16", "float32", "float8_e4m3fn"))
 NF4: tuple[float, ...] = tuple(TABLES["nf4"].tolist())
+COUNTED = tuple(map(float, range(16)))
 HALF_OF_THE_LAST_BIT = {BF16: 2.5e-3, F16: 3e-4}
 
 
@@ -53,6 +56,11 @@ def eight_bit(size, depth, groups, dtype, **options) -> EightBitWeight:
     random = np.random.default_rng(depth)
     codes = jnp.asarray(random.standard_normal((size, depth)) * (40 if dtype == jnp.int8 else 1)).astype(dtype)
     return EightBitWeight(codes, jnp.asarray(random.uniform(0.5, 1.5, (groups, size)), F32), **options)
+
+
+def with_zeros(weight: EightBitWeight) -> EightBitWeight:
+    zeros = np.random.default_rng(3).integers(-128, 129, weight.scales.shape)
+    return dataclasses.replace(weight, zeros=jnp.asarray(zeros, jnp.int16))
 
 
 def activations(num_tokens, depth, dtype=BF16) -> jax.Array:
@@ -159,10 +167,17 @@ WIDE_CUTS = [
     (four_bit(256, 512, 32, zeros=True), 40, WideQuantizedConfig(2, 256, 2, 3, 2, 2, cluster=2), False),
     (four_bit(384, 256, 256), 70, WideQuantizedConfig(3, 32, 1, 3, 2, 1, panel=2), False),  # three tiles of tokens, a panel not full
     (four_bit(256, 256, 64, zeros=True), 70, WideQuantizedConfig(2, 64, 1, 3, 2, 1, takes_turns=True), True),
+    (four_bit(128, 256, 32, minima=True, values=COUNTED), 24, WideQuantizedConfig(2, 32, 1, 3, 2, 1), False),
+    (four_bit(128, 256, 64, values=NF4), 24, WideQuantizedConfig(2, 32, 1, 3, 2, 1), True),
+    (eight_bit(256, 512, 1, jnp.int8), 40, WideQuantizedConfig(2, 256, 2, 3, 2, 2, cluster=2), False),
+    (eight_bit(128, 256, 1, FLOAT8), 24, WideQuantizedConfig(2, 32, 1, 3, 2, 1), True),
+    (with_zeros(eight_bit(128, 256, 8, jnp.int8)), 24, WideQuantizedConfig(2, 32, 1, 3, 2, 1), True),
+    (eight_bit(192, 512, 2, FLOAT8), 24, WideQuantizedConfig(3, 32, 1, 3, 2, 1), False),
 ]
+WIDE_NAMES = ["groups-of-32", "token-tiles", "gated", "minima", "nf4", "int8", "gated-float8", "zeros", "groups-of-256"]
 
 
-@pytest.mark.parametrize(("weight", "num_tokens", "config", "gated"), WIDE_CUTS, ids=["groups-of-32", "token-tiles", "gated"])
+@pytest.mark.parametrize(("weight", "num_tokens", "config", "gated"), WIDE_CUTS, ids=WIDE_NAMES)
 def test_the_wide_kernel_multiplies(weight, num_tokens, config, gated):
     x = activations(num_tokens, weight.shape[1])
     parts = quantized_matmul_wide(x, weight, config=config, gated=gated, interpret=True)
@@ -178,8 +193,6 @@ def test_the_wide_kernel_multiplies(weight, num_tokens, config, gated):
 def test_a_widened_weight_is_the_dequantized_one():
     for weight in (four_bit(40, 256, 32, zeros=True, minima=True), four_bit(40, 256, 64, values=NF4)):
         np.testing.assert_array_equal(dequantize_triton(weight, F32, interpret=True), weight.dequantize(F32))
-    x, weight = activations(48, 256), eight_bit(64, 256, 1, FLOAT8)
-    assert error(widened_matmul(x, weight, F32), x, weight) < HALF_OF_THE_LAST_BIT[BF16]
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(FLOAT8, 0.04), (jnp.int8, 0.01)])
@@ -258,6 +271,14 @@ def test_what_is_lowered_for_gpus(monkeypatch):
     for product, num_tokens in ((quantized_gated_matmul, 8), (quantized_gated_matmul, 2048), (quantized_matmul_parts, 2048)):
         text = lowered(monkeypatch, HOPPER, num_tokens, four, product=product)
         assert text.count("custom_call @mosaic_gpu_v2") == 1 and TRITON not in text and "28672x4096x" not in text
+    # And 8 bits, where activations are not rounded, with zeros or without.
+    for groups, dtype in ((1, jnp.int8), (2, FLOAT8)):
+        eight = abstract(eight_bit(64, 256, groups, dtype, quantized_activations=groups > 1), 28672, 4096)
+        for product in (quantized_gated_matmul, quantized_matmul_parts):
+            text = lowered(monkeypatch, HOPPER, 160, eight, product=product)
+            assert text.count("custom_call @mosaic_gpu_v2") == 1 and TRITON not in text and "28672x4096xbf16" not in text
+    text = lowered(monkeypatch, HOPPER, 2048, abstract(with_zeros(eight_bit(64, 256, 2, jnp.int8)), 28672, 4096))
+    assert text.count("custom_call @mosaic_gpu_v2") == 1 and "28672x4096x" not in text.replace("28672x4096xi8", "")
     # One token is one kernel, too: nothing pads it before, nothing cuts the result.
     for weight in (four, floats):
         text = lowered(monkeypatch, HOPPER, 1, weight, product=quantized_matmul_parts)
@@ -283,6 +304,40 @@ def test_zeros_and_small_groups_lower_for_a_hopper_gpu(monkeypatch, group, zeros
         assert text.count("custom_call @mosaic_gpu_v2") == (group < 128) and (TRITON in text) == (group == 128)
     few = lowered(monkeypatch, HOPPER, 16, abstract(weight, 28672, 4096), product=quantized_gated_matmul)
     assert few.count("custom_call @mosaic_gpu_v2") == 1 and TRITON not in few
+
+
+@pytest.mark.parametrize("options", [dict(group=64, values=NF4), dict(group=32, minima=True, values=COUNTED)], ids=["nf4", "minima"])
+def test_many_tokens_meet_no_widened_weight_on_a_hopper_gpu(monkeypatch, options):
+    weight = abstract(four_bit(64, 256, **options), 28672, 4096)
+    for product, dtype in ((quantized_gated_matmul, F16), (quantized_matmul_parts, BF16)):
+        text = lowered(monkeypatch, HOPPER, 2048, weight, dtype=dtype, product=product)
+        assert text.count("custom_call @mosaic_gpu_v2") == 1 and TRITON not in text and "dot_general" not in text
+    for num_tokens in (32, 33, 128, 129, 256, 8192):
+        for gated in (False, True):
+            x = jax.ShapeDtypeStruct((num_tokens, 4096), BF16)
+            cut = widening_config(x, weight, BF16, HOPPER, gated)  # pyright: ignore[reportArgumentType]
+            assert (cut is None) == (num_tokens < (129 if weight.minima is not None else 33))
+            if cut is not None:
+                lanes, of_group = wide_token_tiles(num_tokens, cut.tokens)[0], 2 if weight.minima is None else 2 + 4
+                codes = 64 * cut.warpgroups * (64 + 128 // options["group"] * of_group)
+                stored = 128 * 64 * max(2 * cut.warpgroups, -(-lanes // 64))
+                assert lanes * 128 * cut.num_stages + codes * cut.code_stages + stored < 227 * 1024 and cut.num_stages > 2
+
+
+def test_widened_weights_are_multiplied_by_the_kernels_of_16_bits(monkeypatch):
+    """SwiGLU is within the product, and what is added to the stream is added there."""
+
+    def weight(size, depth):  # Q6_K's
+        scales = jax.ShapeDtypeStruct((size, depth // 16), F32)
+        return PlainWeight(jax.ShapeDtypeStruct((size, depth), jnp.int8), scales, None, None, Layout("int8", 16))  # pyright: ignore
+
+    def add(x, weight):
+        return quantized_add_matmul(x, weight, jnp.zeros((2048, 4096), F32))
+
+    for product, size in ((quantized_gated_matmul, 28672), (add, 4096)):
+        text = lowered(monkeypatch, HOPPER, 2048, weight(size, 4096), product=product)
+        assert text.count("custom_call @mosaic_gpu_v2") == 1 and "dot_general" not in text and f"tensor<{size}x4096xbf16>" in text
+    assert "dot_general" in lowered(monkeypatch, AMPERE, 2048, weight(28672, 4096))
 
 
 @pytest.mark.parametrize(("group", "zeros"), [(128, False), (64, True), (32, True)])
@@ -324,12 +379,13 @@ def test_the_cut_fits(size, depth):
                     assert in_flight + cut.warpgroups * min(2, cut.splits) * lanes * 128 < 227 * 1024 and cut.num_stages > 2
                     assert size % (64 * heights) == 0 and depth % (cut.splits * cut.columns) == 0
         many = jax.ShapeDtypeStruct((257, depth), BF16)
+        code_bytes = 64 if isinstance(weight, FourBitWeight) else 128
         for num_tokens, gated in ((129, False), (160, True), (256, False), (512, False), (2048, True)):
             x = jax.ShapeDtypeStruct((num_tokens, depth), BF16)
-            wide = wide_four_bit_config(x, weight, BF16, HOPPER, gated)  # pyright: ignore[reportArgumentType]
-            assert (wide is not None) == (isinstance(weight, FourBitWeight) and size % 128 == 0)
+            wide = widening_config(x, weight, BF16, HOPPER, gated)  # pyright: ignore[reportArgumentType]
+            assert (wide is not None) == (size % 128 == 0)
             if wide is not None:
                 lanes, _ = wide_token_tiles(num_tokens, wide.tokens)
-                in_flight = lanes * 128 * wide.num_stages + 64 * wide.warpgroups * 64 * wide.code_stages
+                in_flight = lanes * 128 * wide.num_stages + 64 * wide.warpgroups * code_bytes * wide.code_stages
                 assert in_flight + 4 * 64 * 32 * max(2 * wide.warpgroups, lanes // 64) < 227 * 1024 and wide.num_stages > 2
         assert triton_config(many, weight, HOPPER) is None  # pyright: ignore[reportArgumentType]

@@ -38,6 +38,7 @@ from jaxserve.pallas_kernels.quantized_matmul import Layout as Layout
 from jaxserve.pallas_kernels.quantized_matmul import ScaleDtype as ScaleDtype
 from jaxserve.pallas_kernels.quantized_matmul import pack as pack
 from jaxserve.pallas_kernels.quantized_matmul import packed_shapes as packed_shapes
+from jaxserve.pallas_kernels.quantized_matmul import quantized_add_matmul as quantized_add_matmul
 from jaxserve.pallas_kernels.quantized_matmul import quantized_gated_matmul as quantized_gated_matmul
 from jaxserve.pallas_kernels.quantized_matmul import quantized_matmul as quantized_matmul
 from jaxserve.pallas_kernels.quantized_matmul import quantized_matmul_parts as quantized_matmul_parts

@@ -15,6 +15,7 @@ from jaxserve.pallas_kernels import (
     matmul,
     matmul_parts,
     multiply_gated,
+    quantized_add_matmul,
     quantized_gated_matmul,
     quantized_matmul,
     quantized_matmul_parts,
@@ -124,8 +125,11 @@ class QuantizedFormat(nnx.Module):
         return quantized_matmul_parts(x, weight_of(arrays, self.layout, x.shape[1]))
 
     def added(self, x: jax.Array, residual: jax.Array, fixed_order: bool = False) -> jax.Array | None:
-        """No kernel adds to the stream."""
-        del x, residual, fixed_order
+        """As in `Format`."""
+        del fixed_order
+        if self.is_permuted:
+            return None
+        return quantized_add_matmul(x, weight_of(self._arrays(), self.layout, x.shape[1]), residual)
 
     def _operands(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """x as the arrays take its columns, and those of the weight."""

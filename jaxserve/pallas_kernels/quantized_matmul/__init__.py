@@ -1,5 +1,6 @@
 """Products of a step's activations with weights of 4 or 8 bits, which stay as they are in the device's memory."""
 
+from jaxserve.pallas_kernels.quantized_matmul.api import quantized_add_matmul as quantized_add_matmul
 from jaxserve.pallas_kernels.quantized_matmul.api import quantized_gated_matmul as quantized_gated_matmul
 from jaxserve.pallas_kernels.quantized_matmul.api import quantized_matmul as quantized_matmul
 from jaxserve.pallas_kernels.quantized_matmul.api import quantized_matmul_parts as quantized_matmul_parts

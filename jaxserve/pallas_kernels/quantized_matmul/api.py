@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.add_rms_norm import MOST_KERNEL_NORM_TOKENS
 from jaxserve.pallas_kernels.gpu import Gpu, local_gpu
-from jaxserve.pallas_kernels.matmul import add_parts, multiply_gated
+from jaxserve.pallas_kernels.matmul import add_matmul, add_parts, gated_matmul, matmul, matmul_parts, multiply_gated
 from jaxserve.pallas_kernels.quantized_matmul.cpu import plain_matmul
 from jaxserve.pallas_kernels.quantized_matmul.forms import Weight
 from jaxserve.pallas_kernels.quantized_matmul.plain import PlainWeight
@@ -27,8 +27,21 @@ def quantized_matmul_parts(x: jax.Array, weight: Weight) -> jax.Array:
 def quantized_gated_matmul(x: jax.Array, weight: Weight) -> jax.Array:
     """silu(gate) * up of x [T, K] and a weight [2 N, K] of gate rows and up rows: [T, N] in x's dtype."""
     gpu = local_gpu()
-    product = None if gpu is None else _gated_kernel(_pad(x, weight), weight, gpu)
-    return multiply_gated(quantized_matmul(x, weight, x.dtype)) if product is None else product
+    if gpu is None:
+        return multiply_gated(quantized_matmul(x, weight, x.dtype))
+    x = _pad(x, weight)
+    product = _gated_kernel(x, weight, gpu)
+    if product is not None:
+        return product
+    parts = _multiply_on_gpu(x, weight, x.dtype, gpu, after_kernel=False)
+    return gated_matmul(x, _widened(weight, x.dtype)) if parts is None else multiply_gated(add_parts(parts, x.dtype))
+
+
+def quantized_add_matmul(x: jax.Array, weight: Weight, residual: jax.Array) -> jax.Array | None:
+    """As `add_matmul`: the stream [T, N] plus the product of what is always widened; None where who reads it is to add the product."""
+    if local_gpu() is None or not isinstance(weight, PlainWeight):
+        return None
+    return add_matmul(x, _widened(weight, x.dtype), residual)
 
 
 def _gated_kernel(x: jax.Array, weight: Weight, gpu: Gpu) -> jax.Array | None:
@@ -40,13 +53,18 @@ def _gated_kernel(x: jax.Array, weight: Weight, gpu: Gpu) -> jax.Array | None:
         four_bit_config,
         mosaic_config,
         wide_eight_bit_config,
-        wide_four_bit_config,
+        widening_config,
     )
     from jaxserve.pallas_kernels.quantized_matmul.mosaic import quantized_matmul_mosaic
     from jaxserve.pallas_kernels.quantized_matmul.mosaic_eight_bit import eight_bit_matmul_mosaic
     from jaxserve.pallas_kernels.quantized_matmul.mosaic_four_bit import four_bit_matmul_mosaic
     from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import quantized_matmul_wide
 
+    if isinstance(weight, PlainWeight | TiledWeight):
+        return None
+    wide = widening_config(x, weight, x.dtype, gpu, gated=True)
+    if wide is not None:
+        return quantized_matmul_wide(x, weight, config=wide, gated=True)[0]
     if isinstance(weight, EightBitWeight):
         config, few = wide_eight_bit_config(x, weight, gpu), eight_bit_config(x, weight, x.dtype, gpu, gated=True)
         if config is not None:
@@ -54,11 +72,8 @@ def _gated_kernel(x: jax.Array, weight: Weight, gpu: Gpu) -> jax.Array | None:
             return matmul_wide(codes, weight.codes, (scales[:, 0], weight.scales[0].astype(jnp.float32)), config=config, gated=True)[0]
         if few is not None and weight.zeros is None:
             return eight_bit_matmul_mosaic(x, weight, config=few, gated=True)[0]
-    elif isinstance(weight, FourBitWeight) and weight.minima is None:
-        config, few = wide_four_bit_config(x, weight, x.dtype, gpu, gated=True), four_bit_config(x, weight, x.dtype, gpu, gated=True)
-        some = mosaic_config(x, weight, x.dtype, gpu, gated=True)
-        if config is not None:
-            return quantized_matmul_wide(x, weight, config=config, gated=True)[0]
+    elif weight.minima is None:
+        few, some = four_bit_config(x, weight, x.dtype, gpu, gated=True), mosaic_config(x, weight, x.dtype, gpu, gated=True)
         if few is not None:
             return four_bit_matmul_mosaic(x, weight, config=few, gated=True)[0]
         if some is not None:
@@ -72,17 +87,34 @@ def _pad(x: jax.Array, weight: Weight) -> jax.Array:
 
 
 def _parts(x: jax.Array, weight: Weight, out_dtype: jnp.dtype, after_kernel: bool) -> jax.Array:
-    if isinstance(weight, PlainWeight):
-        return plain_matmul(x, weight, out_dtype)
     if isinstance(weight, TiledWeight):
         return tiled_matmul(x, weight, out_dtype)
     gpu = local_gpu()
     if gpu is None:
+        if isinstance(weight, PlainWeight):
+            return plain_matmul(x, weight, out_dtype)
         return quantized_matmul_reference(x, weight, out_dtype)
-    return _multiply_on_gpu(_pad(x, weight), weight, out_dtype, gpu, after_kernel)
+    x = _pad(x, weight)
+    parts = _multiply_on_gpu(x, weight, out_dtype, gpu, after_kernel)
+    if parts is not None:
+        return parts
+    matrix = _widened(weight, x.dtype)
+    return matmul_parts(x, matrix) if out_dtype == x.dtype else matmul(x, matrix, out_dtype)
 
 
-def _multiply_on_gpu(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu, after_kernel: bool) -> jax.Array:
+def _widened(weight: Weight, dtype: jnp.dtype) -> jax.Array:
+    """The weight [N, K] in dtype, in the device's memory, for products of 16 bits."""
+    if isinstance(weight, PlainWeight | TiledWeight):
+        return weight.dequantize(dtype)
+    from jaxserve.pallas_kernels.quantized_matmul.many_tokens import widened
+
+    return widened(weight, dtype)
+
+
+def _multiply_on_gpu(x: jax.Array, weight: Weight, out_dtype: jnp.dtype, gpu: Gpu, after_kernel: bool) -> jax.Array | None:
+    """The product, or parts of it, of codes as they are; None: the weight is to be widened before."""
+    if isinstance(weight, PlainWeight | TiledWeight):
+        return None
     # Pallas takes over a second to import: not where there is no GPU.
     from jaxserve.pallas_kernels.quantized_matmul.dispatch import (
         eight_bit_config,
@@ -90,25 +122,28 @@ def _multiply_on_gpu(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_d
         mosaic_config,
         takes_eight_bit_products,
         triton_config,
-        wide_four_bit_config,
+        widening_config,
     )
-    from jaxserve.pallas_kernels.quantized_matmul.many_tokens import eight_bit_matmul, widened_matmul
+    from jaxserve.pallas_kernels.quantized_matmul.many_tokens import eight_bit_matmul
     from jaxserve.pallas_kernels.quantized_matmul.mosaic import quantized_matmul_mosaic
     from jaxserve.pallas_kernels.quantized_matmul.mosaic_eight_bit import eight_bit_matmul_mosaic
     from jaxserve.pallas_kernels.quantized_matmul.mosaic_four_bit import four_bit_matmul_mosaic
     from jaxserve.pallas_kernels.quantized_matmul.mosaic_wide import quantized_matmul_wide
     from jaxserve.pallas_kernels.quantized_matmul.triton import quantized_matmul_triton
 
+    wide = widening_config(x, weight, out_dtype, gpu)
+    if wide is not None:
+        parts = quantized_matmul_wide(x, weight, config=wide)
+        return parts[0] if parts.shape[0] == 1 else parts
+    # Zeros of 8 bits are minima to the other kernels.
     minima = weight.minima if isinstance(weight, FourBitWeight) else _minima(weight)
     sums_dtype = out_dtype if minima is None else jnp.dtype("float32")
     eight = eight_bit_config(x, weight, sums_dtype, gpu)
     if eight is None and isinstance(weight, EightBitWeight) and takes_eight_bit_products(x, weight, gpu):
         return eight_bit_matmul(*_round(x, weight, after_kernel), weight, out_dtype)
-    wide, four = wide_four_bit_config(x, weight, sums_dtype, gpu), four_bit_config(x, weight, sums_dtype, gpu)
-    mosaic, triton = mosaic_config(x, weight, sums_dtype, gpu), triton_config(x, weight, gpu)
-    if wide is not None:
-        parts = quantized_matmul_wide(x, weight, config=wide)
-    elif eight is not None:
+    four, mosaic = four_bit_config(x, weight, sums_dtype, gpu), mosaic_config(x, weight, sums_dtype, gpu)
+    triton = triton_config(x, weight, gpu)
+    if eight is not None:
         parts = eight_bit_matmul_mosaic(x, weight, config=eight)
     elif four is not None and isinstance(weight, FourBitWeight):
         parts = four_bit_matmul_mosaic(x, weight, config=four)
@@ -117,7 +152,7 @@ def _multiply_on_gpu(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_d
     elif triton is not None:
         parts = quantized_matmul_triton(x, weight, sums_dtype, config=triton)
     else:
-        return widened_matmul(x, weight, out_dtype)
+        return None
     parts = parts[0] if parts.shape[0] == 1 else parts
     if minima is None:
         return parts

@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxserve.pallas_kernels.gpu import local_gpu
-from jaxserve.pallas_kernels.matmul.api import SWAPPED_TOKENS, matmul
+from jaxserve.pallas_kernels.matmul.api import SWAPPED_TOKENS
 from jaxserve.pallas_kernels.quantized_matmul.plain import PlainWeight
 
 # By benchmarks/quantized_cpu.py on 2 cores with 1 MB of second-level cache each. In a loop XLA keeps a tile's elements in memory that it
@@ -15,8 +14,6 @@ _FEWEST_TILES = 2
 
 def plain_matmul(x: jax.Array, weight: PlainWeight, out_dtype: jnp.dtype) -> jax.Array:
     """As `quantized_matmul`."""
-    if local_gpu() is not None:
-        return matmul(x, weight.dequantize(x.dtype), out_dtype)
     size, depth = weight.shape
     tile = _tile_rows(size, depth)
     count, rest = divmod(size, tile)

@@ -18,6 +18,7 @@ from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, EightBitWeig
 _MOST_KERNEL_TOKENS = 256
 _MOST_MOSAIC_TOKENS = 256
 _LEAST_WIDE_TOKENS = 129
+_LEAST_TABLED_TOKENS = 33  # with a table, which Mosaic's kernels for fewer do not take; predicted by what integers take
 _LEAST_MOSAIC_TOKENS = 17
 _ENOUGH_BLOCKS = 0.8  # for each multiprocessor, of a gated product, whose columns are not split
 _BUSY_SHARE = 0.85  # of the multiprocessors draw all that the memory gives
@@ -30,9 +31,10 @@ _MOST_UNROUNDED_TOKENS = 64, 32  # the latter of weights whose rows fill all mul
 _MOST_GATED_LANES = 64  # whose sums of gate and up fit into registers
 _LEAST_GATED_TOKENS = 1024  # for which SwiGLU within an 8-bit product wins
 _LEAST_SPLIT_BLOCKS = 4  # blocks of 128 columns in a share
-# Of the wide 4-bit kernel, fitted to the cuts that were measured.
+# Of the kernel that widens codes in registers, fitted to the cuts that were measured with 4 bits.
 _CYCLE_PRODUCTS = 2048  # of a multiprocessor's tensor cores
 _STEP_CYCLES = 175  # of a warpgroup for 64 columns, beside the products
+_GROUP_STEP_CYCLES = 200  # of 8 bits in groups: predicted, 310 to 331 instructions where 4 bits take 284 and 8 bits with a scale a row 269
 _TILE_CYCLES = 3000  # in which the tensor cores wait
 _CYCLE_BYTES = 1700  # of parts that are written and read again, of all multiprocessors together
 _PANEL = 4  # tiles of 256 tokens
@@ -163,13 +165,26 @@ def four_bit_config(
     return MosaicFourBitConfig(teams, shares, heights, 1, width, stages, gpu.num_multiprocessors)
 
 
-def wide_four_bit_config(
+def widening_config(
     x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu, gated: bool = False
 ) -> WideQuantizedConfig | None:
-    """The cut of Hopper's kernel for many tokens, x [T, K]; None where it is not the fastest or does not take the arrays."""
+    """The cut of Hopper's kernel for many tokens, x [T, K], that widens codes in registers; None where it is not the fastest or does not
+    take the arrays.
+    """
     (num_tokens, depth), size = x.shape, weight.shape[0]
-    if num_tokens < _LEAST_WIDE_TOKENS or not isinstance(weight, FourBitWeight) or not _mosaic_takes(x, weight, out_dtype, gpu):
+    if not _mosaic_fits(x, weight, out_dtype, gpu):
         return None
+    if num_tokens < (_LEAST_TABLED_TOKENS if _has_table(weight) else _LEAST_WIDE_TOKENS):
+        return None
+    if isinstance(weight, FourBitWeight):
+        code_bytes, corrections, step_cycles = BLOCK // 2, (weight.zeros, weight.minima), _STEP_CYCLES
+        if weight.minima is not None and (weight.zeros is not None or _has_table(weight)):
+            return None
+    else:
+        code_bytes, corrections = BLOCK, (weight.zeros,)
+        step_cycles = _STEP_CYCLES if weight.scales.shape[0] == 1 else _GROUP_STEP_CYCLES
+        if takes_eight_bit_products(x, weight, gpu):
+            return None
     cuts = [
         (teams, tokens, splits, cluster)
         for teams, tokens in ((2, 256), (2, 128), (3, 128))
@@ -184,7 +199,7 @@ def wide_four_bit_config(
         teams, most, splits, cluster = cut
         lanes, tiles = wide_token_tiles(num_tokens, most)
         chunks = size // (teams * cluster * HEIGHT) * tiles * splits
-        step = teams * (HEIGHT * lanes * HEIGHT / _CYCLE_PRODUCTS + _STEP_CYCLES)
+        step = teams * (HEIGHT * lanes * HEIGHT / _CYCLE_PRODUCTS + step_cycles)
         tile = step * depth / splits / HEIGHT + _TILE_CYCLES
         parts = 0 if splits == 1 else 8 * splits * num_tokens * size / _CYCLE_BYTES
         return pl.cdiv(chunks, gpu.num_multiprocessors // cluster) * tile * (1.0 if cluster > 1 else 1.05) + parts
@@ -194,19 +209,28 @@ def wide_four_bit_config(
     teams, most, splits, cluster = min(cuts, key=cost)
     lanes, _ = wide_token_tiles(num_tokens, most)
     code_stages = 3 if lanes > 160 else 4
-    codes = code_stages * teams * HEIGHT * (BLOCK // 2 + max(1, BLOCK // weight.group) * (weight.scales.dtype.itemsize + 1))
+    of_group = weight.scales.dtype.itemsize + sum(x.dtype.itemsize for x in corrections if x is not None)
+    codes = code_stages * teams * HEIGHT * (code_bytes + max(1, BLOCK // weight.group) * of_group)
     out = 2 * teams * HEIGHT * HEIGHT * 2 if lanes % HEIGHT == 0 else 8 * HEIGHT * HEIGHT
     stages = min(8, (_SMEM_BYTES - codes - out) // (lanes * BLOCK))
     takes_turns = gated and num_tokens <= _MOST_TURN_TOKENS
     return WideQuantizedConfig(teams, most, splits, stages, code_stages, gpu.num_multiprocessors, cluster, _PANEL, takes_turns)
 
 
-def _mosaic_takes(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu) -> bool:
-    """Whether this is a Hopper GPU, and the arrays are such as Mosaic's kernels multiply."""
+def _mosaic_fits(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu) -> bool:
+    """Whether this is a Hopper GPU, and the arrays have dtypes and shapes that Mosaic's kernels multiply."""
     size, depth = weight.shape
-    tabled = isinstance(weight, FourBitWeight) and weight.values not in (None, tuple(range(16)))
-    plain = x.dtype in (jnp.bfloat16, jnp.float16) and out_dtype == x.dtype and not tabled
-    return gpu.is_hopper and plain and size % HEIGHT == 0 and depth % BLOCK == 0
+    is_half = x.dtype in (jnp.bfloat16, jnp.float16) and out_dtype == x.dtype
+    return gpu.is_hopper and is_half and size % HEIGHT == 0 and depth % BLOCK == 0
+
+
+def _mosaic_takes(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype, gpu: Gpu) -> bool:
+    """Whether Mosaic's kernels for few tokens take the arrays, too: no tables."""
+    return _mosaic_fits(x, weight, out_dtype, gpu) and not _has_table(weight)
+
+
+def _has_table(weight: FourBitWeight | EightBitWeight) -> bool:
+    return isinstance(weight, FourBitWeight) and weight.values not in (None, tuple(range(16)))
 
 
 def _copies_zeros(weight: FourBitWeight | EightBitWeight, teams: int) -> bool:

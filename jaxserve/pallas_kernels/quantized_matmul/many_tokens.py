@@ -1,4 +1,4 @@
-"""Many tokens times a weight of 4 or 8 bits: a weight made 16 bits wide for cuBLAS, or 8-bit products."""
+"""Many tokens times a weight of 4 or 8 bits: a weight made 16 bits wide for products of 16 bits, or 8-bit products."""
 
 import functools
 
@@ -14,14 +14,12 @@ _TRANSPOSED = (((1,), (1,)), ((), ()))
 _DEQUANTIZED_ROWS = 32  # of a program: 16 bytes of words and 4 stores of 16 bytes a thread
 
 
-def widened_matmul(x: jax.Array, weight: FourBitWeight | EightBitWeight, out_dtype: jnp.dtype) -> jax.Array:
-    """x [T, K] times the transposed weight [N, K], which is first written out in x's dtype: [T, N] in out_dtype."""
+def widened(weight: FourBitWeight | EightBitWeight, dtype: jnp.dtype) -> jax.Array:
+    """The weight [N, K] in dtype, written out."""
     if isinstance(weight, FourBitWeight):
-        matrix = dequantize_triton(weight, x.dtype)
-    else:
-        # Without the barrier XLA may widen the codes inside a product of its own, over and over again for each tile of tokens.
-        matrix = lax.optimization_barrier(weight.dequantize(x.dtype))
-    return lax.dot_general(x, matrix, _TRANSPOSED, preferred_element_type=out_dtype)
+        return dequantize_triton(weight, dtype)
+    # Without the barrier XLA may widen the codes inside a product of its own, over and over again for each tile of tokens.
+    return lax.optimization_barrier(weight.dequantize(dtype))
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "interpret"))

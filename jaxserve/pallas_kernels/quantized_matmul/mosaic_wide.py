@@ -1,10 +1,11 @@
-"""Many tokens times a weight of 4 bits for sm_90 (Hopper), in Pallas Mosaic GPU: for batches where the tensor cores bind.
+"""Many tokens times a weight of 4 or 8 bits for sm_90 (Hopper), in Pallas Mosaic GPU: for batches where the tensor cores bind.
 
 A block of threads has a warpgroup that fetches by TMA and runs ahead over the borders of tiles, and some that compute: each takes 64 rows
 of the weight and up to 256 tokens. It makes codes 16 bits wide and multiplies them by their scales in registers, in the very places where
 wgmma wants its left operand, while the tensor cores are at the columns before: so one accumulator serves all groups, and widened weights
-lie neither in memory nor in SMEM. Blocks of a cluster share fetches of tokens. Where the rows are too few, the columns are cut too. Of a
-gated product one warpgroup has 64 gate rows and another the up rows of the same units, so that SwiGLU needs no pass of its own.
+lie neither in memory nor in SMEM. Where codes of 8 bits have a scale a row, that multiplies the sums. Blocks of a cluster share fetches of
+tokens. Where the rows are too few, the columns are cut too. Of a gated product one warpgroup has 64 gate rows and another the up rows of
+the same units, so that SwiGLU needs no pass of its own.
 """
 
 import functools
@@ -12,14 +13,9 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu.utils import bitcast
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 
 from jaxserve.pallas_kernels.mosaic import (
     BY_ROW,
@@ -28,14 +24,14 @@ from jaxserve.pallas_kernels.mosaic import (
     HEIGHT,
     empty_slot,
     even_workers,
-    filled_slot,
     lane_semantics,
     place_in_panel,
     see_out,
     swizzled,
 )
-from jaxserve.pallas_kernels.quantized_matmul.upcast import addend_pair_asm, scale_pair_asm, scaled_four_bit_asm
-from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, FourBitWeight
+from jaxserve.pallas_kernels.quantized_matmul.weights import BLOCK, EightBitWeight, FourBitWeight
+from jaxserve.pallas_kernels.quantized_matmul.widening import Meaning, scaled_numbers
+from jaxserve.pallas_kernels.quantized_matmul.widening_eight_bit import eight_bit_numbers
 
 _LANES_STEP = 32
 _HALF = BLOCK // 2  # columns that are multiplied at once: 128 bytes, the widest swizzle
@@ -76,12 +72,12 @@ def wide_token_tiles(num_tokens: int, most: int) -> tuple[int, int]:
 
 @functools.partial(jax.jit, static_argnames=("config", "gated", "interpret"))
 def quantized_matmul_wide(
-    x: jax.Array, weight: FourBitWeight, *, config: WideQuantizedConfig, gated: bool = False, interpret: bool = False
+    x: jax.Array, weight: FourBitWeight | EightBitWeight, *, config: WideQuantizedConfig, gated: bool = False, interpret: bool = False
 ) -> jax.Array:
-    """x [T, K], bfloat16 or float16, times the transposed weight [N, K] without minima; no table but 0 to 15.
+    """x [T, K], bfloat16 or float16, times the transposed weight [N, K]; one with minima has neither zeros nor a table.
 
-    The weight is rounded to x's dtype, as `dequantize` does. N is a multiple of 64 * warpgroups * cluster, K of 128 * splits; x has as many
-    columns. The same bits in every run.
+    The weight is rounded to x's dtype, as `dequantize` does; codes of 8 bits with a scale a row and no zeros need no rounding. N is a
+    multiple of 64 * warpgroups * cluster, K of 128 * splits; x has as many columns. The same bits in every run.
 
     Returns:
         [P, T, N] in x's dtype, parts whose sum is the product: one, or two for each split, as quantized_matmul_mosaic's; gated:
@@ -99,11 +95,15 @@ def quantized_matmul_wide(
     chunks = heights // (teams * cluster) * splits * tiles
     workers = even_workers(chunks, config.num_blocks // cluster)
     parts = max(1, BLOCK // weight.group)
-    codes = weight.codes.reshape(-1, heights, HEIGHT, BLOCK // 4)
+    four_bit = isinstance(weight, FourBitWeight)
+    codes = weight.codes.reshape(-1, heights, HEIGHT, BLOCK // 4) if four_bit else weight.codes.reshape(heights, HEIGHT, depth)
+    tile = HEIGHT, BLOCK // 4 if four_bit else BLOCK
+    by_row = not four_bit and len(weight.scales) == 1 and weight.zeros is None
     # Of a gated product those of gate and up rows are fetched at once: of one half alone they may be too few bytes for a copy.
     tall = (2, heights // 2) if gated else (heights,)
-    scales = weight.scales.reshape(-1, *tall, HEIGHT)
-    zeros = None if weight.zeros is None else weight.zeros.reshape(-1, *tall, HEIGHT)
+    scales = weight.scales.reshape(heights, HEIGHT) if by_row else weight.scales.reshape(-1, *tall, HEIGHT)
+    corrections = weight.minima if four_bit and weight.minima is not None else weight.zeros
+    corrections = None if corrections is None else corrections.reshape(-1, *tall, HEIGHT)
     scales_smem = functools.partial(plgpu.SMEM, (config.code_stages, parts, teams, HEIGHT))
     piece = _HALF if lanes % _HALF == 0 else _LANES_STEP  # tokens that are stored at once
     emptied = plgpu.Barrier(num_arrivals=teams, num_barriers=config.num_stages)
@@ -114,21 +114,22 @@ def quantized_matmul_wide(
             _wide_kernel,
             config=config,
             gated=gated,
+            group=weight.group,
             chunks=chunks,
             workers=workers,
-            exact=scales.dtype == x.dtype,
+            meaning=Meaning.of(weight, x.dtype) if isinstance(weight, FourBitWeight) else None,
             interpret=interpret,
         ),
         out_type=jax.ShapeDtypeStruct((splits * (1 if splits == 1 else 2), lanes * tiles, size // (2 if gated else 1)), x.dtype),
         scratch_types=(
             plgpu.SMEM((config.num_stages, lanes, _HALF), x.dtype, transforms=swizzled(_HALF, x.dtype)),
-            plgpu.SMEM((config.code_stages, teams, *codes.shape[2:]), codes.dtype, transforms=swizzled(codes.shape[3], codes.dtype)),
-            scales_smem(scales.dtype),
-            None if zeros is None else scales_smem(zeros.dtype),
+            plgpu.SMEM((config.code_stages, teams, *tile), codes.dtype, transforms=swizzled(tile[1], codes.dtype)),
+            None if by_row else scales_smem(scales.dtype),
+            None if corrections is None else scales_smem(corrections.dtype),
             plgpu.SMEM((max(2 * teams, lanes // piece), piece, HEIGHT), x.dtype, transforms=swizzled(HEIGHT // 2, x.dtype)),
             plgpu.Barrier(num_arrivals=1, num_barriers=config.num_stages),
             emptied,
-            plgpu.Barrier(num_arrivals=(3 if gated else 2) + (zeros is not None), num_barriers=config.code_stages),
+            plgpu.Barrier(num_arrivals=1 + gated + (not by_row) + (corrections is not None), num_barriers=config.code_stages),
             plgpu.Barrier(num_arrivals=teams, num_barriers=config.code_stages),
             plgpu.Barrier(num_arrivals=1, num_barriers=2),
             plgpu.Barrier(num_arrivals=1, num_barriers=teams) if config.takes_turns else None,
@@ -142,22 +143,23 @@ def quantized_matmul_wide(
         compiler_params=lane_semantics(approx_math=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(
-        jnp.pad(x, ((0, lanes * tiles - num_tokens), (0, 0))), codes, scales, zeros,
-        jnp.full((1,), 0 if weight.values else 8, jnp.int32),
+        jnp.pad(x, ((0, lanes * tiles - num_tokens), (0, 0))), codes, scales, corrections,
+        jnp.full((1,), 8 if four_bit and not weight.values else 0, jnp.int32),
     )  # fmt: skip
     return sums[:, :num_tokens]
 
 
 def _wide_kernel(
-    x_ref, codes_ref, scales_ref, zeros_ref, one_zero_ref, sums_ref, x_smem, codes_smem, scales_smem, zeros_smem, out_smem,
+    x_ref, codes_ref, scales_ref, corrections_ref, one_zero_ref, sums_ref, x_smem, codes_smem, scales_smem, corrections_smem, out_smem,
     filled, emptied, codes_filled, codes_emptied, handed_over, turns,
-    *, config: WideQuantizedConfig, gated: bool, chunks: int, workers: int, exact: bool, interpret: bool,
+    *, config: WideQuantizedConfig, gated: bool, group: int, chunks: int, workers: int, meaning: Meaning | None, interpret: bool,
 ):  # fmt: skip
     teams, stages, cluster = config.warpgroups, config.num_stages, config.cluster
     splits, planes = jnp.int32(config.splits), sums_ref.shape[0] // config.splits
-    lanes, parts, piece = x_smem.shape[1], scales_smem.shape[1], out_smem.shape[1]
-    dtype, heights = x_ref.dtype, codes_ref.shape[1]
-    steps = codes_ref.shape[0] // config.splits
+    lanes, parts, piece = x_smem.shape[1], max(1, BLOCK // group), out_smem.shape[1]
+    four_bit, dtype = meaning is not None, x_ref.dtype
+    heights = codes_ref.shape[1 if four_bit else 0]
+    steps = x_ref.shape[1] // BLOCK // config.splits
     tiles = jnp.int32(x_ref.shape[0] // lanes)
     worker, warpgroup = lax.axis_index("worker"), lax.axis_index("warpgroup")
     member = lax.axis_index("member") if cluster > 1 else 0
@@ -165,7 +167,6 @@ def _wide_kernel(
     panel = jnp.int32(min(config.panel, x_ref.shape[0] // lanes))
     row_groups = jnp.int32(heights // (teams * cluster) * config.splits)
     rows = 1 if gated else teams  # in units of 64, of which the tile's copies begin
-    groups_a_block = scales_ref.shape[0] / codes_ref.shape[0]
 
     def place(i):
         """Of this block's i-th chunk: its first token, its first row (or gate row) in units of 64, its share of the columns."""
@@ -182,12 +183,14 @@ def _wide_kernel(
             def step(k, count):
                 block = share * steps + k
                 slot = empty_slot(codes_emptied, count)
-                groups = pl.ds(block * parts if groups_a_block >= 1 else lax.div(block, jnp.int32(round(1 / groups_a_block))), parts)
+                groups = pl.ds(block * parts if group <= BLOCK else lax.div(block, jnp.int32(group // BLOCK)), parts)
                 for half in range(teams // rows):
                     source, place = pl.ds(first + half * (heights // 2), rows), pl.ds(half * rows, rows)
-                    plgpu.copy_gmem_to_smem(codes_ref.at[block, source], codes_smem.at[slot, place], codes_filled.at[slot])
-                for ref, smem in ((scales_ref, scales_smem), (zeros_ref, zeros_smem)):
-                    if ref is not None:
+                    columns = pl.ds(pl.multiple_of(block * BLOCK, BLOCK), BLOCK)
+                    codes = codes_ref.at[block, source] if four_bit else codes_ref.at[source, :, columns]
+                    plgpu.copy_gmem_to_smem(codes, codes_smem.at[slot, place], codes_filled.at[slot])
+                for ref, smem in ((scales_ref, scales_smem), (corrections_ref, corrections_smem)):
+                    if smem is not None:
                         source = ref.at[groups, :, first] if gated else ref.at[groups, pl.ds(first, teams)]
                         plgpu.copy_gmem_to_smem(source, smem.at[slot], codes_filled.at[slot])
                 for half in range(2):
@@ -210,22 +213,35 @@ def _wide_kernel(
         plgpu.set_max_registers(COMPUTE_REGISTERS[teams], action="increase")
         one_zero = plgpu.layout_cast(lax.broadcast_in_dim(one_zero_ref[0], (HEIGHT,), ()), BY_ROW)
 
+        def slot_of(fetch, slots):
+            """Without a sign, which would cost instructions of every step."""
+            return lax.rem(fetch.astype(jnp.uint32), jnp.uint32(slots)).astype(jnp.int32)
+
         def step(k, carry, sums=None):
             """Adds a block's product to sums, wgmma's accumulator; in the interpreter to the carry, whose wgmma takes no registers."""
             count, total = carry
-            slot = filled_slot(codes_filled, count)
+            slot = slot_of(count, config.code_stages)
+            plgpu.barrier_wait(codes_filled.at[slot])
             codes = plgpu.load(codes_smem.at[slot, warpgroup], layout=plgpu.Layout.WGMMA)
 
             def of_rows(smem, part):
                 return plgpu.load(smem.at[slot, part, warpgroup], layout=BY_ROW)
 
-            scales = [of_rows(scales_smem, part).astype(jnp.float32) for part in range(parts)]
-            zeros = [one_zero if zeros_ref is None else of_rows(zeros_smem, part).astype(jnp.int32) for part in range(parts)]
+            scales = [] if scales_smem is None else [of_rows(scales_smem, part).astype(jnp.float32) for part in range(parts)]
+            correction_dtype = jnp.float32 if meaning is not None and meaning.has_minima else jnp.int32
+            corrections = [
+                one_zero if corrections_ref is None else of_rows(corrections_smem, part).astype(correction_dtype) for part in range(parts)
+            ]
             plgpu.barrier_arrive(codes_emptied.at[slot])
+            before = slot_of(2 * count + stages - 1, stages)
             for half in range(2):
                 fetch = 2 * count + half
-                x_slot = lax.rem(fetch, jnp.int32(stages))
-                numbers = _scaled_numbers(codes, half, zeros, scales, dtype, exact, interpret)
+                x_slot = slot_of(fetch, stages)
+                if meaning is None:
+                    zeros = None if corrections_ref is None else corrections
+                    numbers = eight_bit_numbers(codes, half, scales, zeros, dtype, interpret)
+                else:
+                    numbers = scaled_numbers(codes, half, scales, corrections, meaning, interpret)
                 plgpu.barrier_wait(filled.at[x_slot])
                 if interpret:
                     operands = numbers.astype(jnp.float32), x_smem[x_slot].astype(jnp.float32)
@@ -244,12 +260,19 @@ def _wide_kernel(
                     plgpu.wgmma_wait(1)  # so the columns before are done, while the tensor cores are at these
 
                 @pl.when((k > 0) | (half > 0))
-                def _(fetch=fetch):
-                    plgpu.barrier_arrive(emptied.at[lax.rem(fetch - 1, jnp.int32(stages))])
+                def _(before=before):
+                    plgpu.barrier_arrive(emptied.at[before])
 
+                before = x_slot
             return count + 1, total
 
         def compute_chunk(i, count):
+            if scales_smem is None:  # asked for before the products, so that nothing waits for them
+                height = place(i)[1] + (warpgroup * (heights // 2) if gated else warpgroup)
+                by_row = plgpu.load(scales_ref.at[height], layout=BY_ROW, optimized=False).astype(jnp.float32)
+            else:
+                by_row = None
+
             def sum_all(sums):
                 after, _ = lax.fori_loop(0, steps, functools.partial(step, sums=sums), (count, jnp.float32(0)))
                 return after, sums[...]
@@ -259,6 +282,8 @@ def _wide_kernel(
             else:
                 count, rest = pl.run_scoped(sum_all, plgpu.WGMMAAccumulatorRef((HEIGHT, lanes), jnp.float32))
             plgpu.barrier_arrive(emptied.at[lax.rem(2 * count - 1, jnp.int32(stages))])
+            if by_row is not None:
+                rest = rest * lax.broadcast_in_dim(by_row, rest.shape, (0,))
             (store_gated if gated else store)(i, rest)
             return count
 
@@ -316,48 +341,3 @@ def _wide_kernel(
             @pl.when((warpgroup == 0) & (count > 0))
             def _():
                 plgpu.barrier_wait(turns.at[0])
-
-
-def _scaled_numbers(codes, half: int, zeros: list[jax.Array], scales: list[jax.Array], dtype, exact: bool, interpret: bool) -> jax.Array:
-    """Numbers [64, 64] in dtype of half of a block's codes, uint16 [64, 32], less zeros, int32 [64], times scales, float32 [64].
-
-    `exact`: dtype holds the scales. Zeros and scales are of each of the block's groups.
-    """
-    planes = 2 * half, 2 * half + 1
-    groups = [plane * len(scales) // 4 for plane in planes]
-    if interpret:
-        columns = []
-        for plane, group in zip(planes, groups, strict=True):
-            numbers = ((codes >> jnp.uint16(4 * plane)) & jnp.uint16(15)).astype(jnp.int32)
-            numbers = numbers - lax.broadcast_in_dim(zeros[group], numbers.shape, (0,))
-            columns.append(numbers.astype(jnp.float32) * lax.broadcast_in_dim(scales[group], numbers.shape, (0,)))
-        return jnp.concatenate(columns, axis=1).astype(dtype)
-    word = functools.partial(ir.IntegerType.get_signless, 32)
-
-    # The second axis of the registers are tiles of 8 columns, the fifth the upper and the lower 8 rows.
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA, *[BY_ROW] * 4),
-        return_type=plgpu.ShapeDtypeStruct((HEIGHT, _HALF), dtype, layout=plgpu.Layout.WGMMA),
-    )
-    def scaled_numbers(ctx, codes, *of_rows):
-        del ctx
-        pair = ir.VectorType.get((2,), ir.BF16Type.get() if dtype == jnp.bfloat16 else ir.F16Type.get())
-        both = llvm.StructType.get_literal([word(), word()])
-        tiles = codes.registers.shape[1]
-        registers = np.empty((codes.registers.shape[0], 2 * tiles, *codes.registers.shape[2:]), dtype=object)
-        for n, plane in enumerate(planes):
-            zeros, scales = of_rows[n].registers.flat, of_rows[2 + n].registers.flat
-            added = [llvm.inline_asm(word(), [bitcast(zero, word())], addend_pair_asm(dtype), "=r,r") for zero in zeros]
-            floats = [bitcast(bitcast(scale, word()), ir.F32Type.get()) for scale in scales]
-            split = [llvm.inline_asm(both, [scale], scale_pair_asm(dtype), "=r,=r,f") for scale in floats]
-            factors = [[llvm.extractvalue(word(), x, [i]) for i in range(1 if exact else 2)] for x in split]
-            asm = scaled_four_bit_asm(plane, dtype, exact)
-            for place, register in np.ndenumerate(codes.registers):
-                operands = [bitcast(register, word()), added[place[4]], *factors[place[4]]]
-                number = llvm.inline_asm(word(), operands, asm, "=r" + ",r" * len(operands))
-                registers[(place[0], n * tiles + place[1], *place[2:])] = bitcast(number, pair)
-        return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
-
-    # The decorator takes the first argument, a context, away.
-    operands = *(zeros[g] for g in groups), *(scales[g] for g in groups)
-    return scaled_numbers(codes, *operands)  # pyright: ignore[reportReturnType]
