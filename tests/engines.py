@@ -22,6 +22,11 @@ FEW_PROGRAMS: dict[str, Any] = {"slots": 2, "max_batch_tokens": 32, "kv_tokens":
 """Sizes of the tiny runners that several devices share."""
 
 
+def kept_programs(folder: Path) -> str:
+    """Where a checkpoint's compiled programs are kept for the rest of the session."""
+    return str(folder.with_name(f"{folder.name}-compiled"))
+
+
 class FewPages:
     """A runner that tells of fewer pages than its cache has, so that samples preempt each other; they are all of one KV group."""
 
@@ -34,7 +39,7 @@ class FewPages:
 
 
 class TinyRunner:
-    """A warmed-up runner of a tiny checkpoint, for any number of engines one after the other.
+    """A warmed-up runner of a tiny checkpoint, for any number of engines one after the other. Keeps its programs in `kept_programs`.
 
     Args:
         folder: of the checkpoint.
@@ -70,6 +75,7 @@ class TinyRunner:
             kv_bytes=kv_tokens * token_bytes,
             masked=masked,
             deterministic=deterministic,
+            compilation_cache_dir=kept_programs(folder),
         )
         self.runner = ModelRunner(model, mesh, self.config)
         self.runner.warmup()
