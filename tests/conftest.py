@@ -20,6 +20,18 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
 
+def pytest_collection_finish() -> None:
+    """What this process compiles, XLA keeps from one run of the tests to the next: the same module gives the same machine code.
+
+    JAX takes the folder of its first compilation for the rest of the process: it shall not depend on which test comes first.
+    """
+    if "jax" in sys.modules:
+        from jaxserve.config import cache_folder
+        from jaxserve.runner.compile import use_compilation_cache
+
+        use_compilation_cache(str(cache_folder() / "xla"))
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folder of a tiny random checkpoint by its name in tiny_models.CONFIGS ("llama", "mistral", ...), written once a session."""

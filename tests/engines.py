@@ -23,7 +23,7 @@ FEW_PROGRAMS: dict[str, Any] = {"slots": 2, "max_batch_tokens": 32, "kv_tokens":
 
 
 def kept_programs(folder: Path) -> str:
-    """Where a checkpoint's compiled programs are kept for the rest of the session."""
+    """Where the programs of a checkpoint's tiny runner are for the rest of the session."""
     return str(folder.with_name(f"{folder.name}-compiled"))
 
 
@@ -39,7 +39,7 @@ class FewPages:
 
 
 class TinyRunner:
-    """A warmed-up runner of a tiny checkpoint, for any number of engines one after the other. Keeps its programs in `kept_programs`.
+    """A warmed-up runner of a tiny checkpoint, for any number of engines one after the other.
 
     Args:
         folder: of the checkpoint.
@@ -50,7 +50,7 @@ class TinyRunner:
         kv_tokens: room in the cache.
         max_total_tokens: of a request.
         masked: its engines enforce grammars.
-        deterministic: as in RunnerConfig.
+        deterministic, compilation_cache_dir: as in RunnerConfig.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class TinyRunner:
         max_total_tokens: int = 512,
         masked: bool = True,
         deterministic: bool = False,
+        compilation_cache_dir: str | None = None,
     ):
         mesh = make_mesh(tensor_size, data_index)
         model = load_model(ModelSource(str(folder), "", folder), ModelOptions(), mesh)
@@ -75,7 +76,7 @@ class TinyRunner:
             kv_bytes=kv_tokens * token_bytes,
             masked=masked,
             deterministic=deterministic,
-            compilation_cache_dir=kept_programs(folder),
+            compilation_cache_dir=compilation_cache_dir,
         )
         self.runner = ModelRunner(model, mesh, self.config)
         self.runner.warmup()
@@ -120,8 +121,8 @@ class TinyRunner:
 
 @functools.cache
 def tiny_runner(folder: Path, **options: Any) -> TinyRunner:
-    """The runner of a checkpoint and mesh, compiled once a session."""
-    return TinyRunner(folder, **options)
+    """The runner of a checkpoint and mesh, compiled once a session. One of default sizes leaves its programs in `kept_programs`."""
+    return TinyRunner(folder, **options) if options else TinyRunner(folder, compilation_cache_dir=kept_programs(folder))
 
 
 def greedy(max_tokens: int, **options: object) -> SamplingParams:
