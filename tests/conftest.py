@@ -1,6 +1,7 @@
 """Set up before any test imports jax: 8 fake CPU devices, strict promotion, warnings are errors (pyproject.toml)."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,21 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Containers are often told to write no bytecode: dozens of processes would each parse JAX or transformers, for seconds.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+
+def pytest_collection_finish() -> None:
+    """What this process compiles, XLA keeps from one run of the tests to the next: the same module gives the same machine code.
+
+    JAX takes the folder of its first compilation for the rest of the process: it shall not depend on which test comes first.
+    """
+    if "jax" in sys.modules:
+        from jaxserve.config import cache_folder
+        from jaxserve.runner.compile import use_compilation_cache
+
+        use_compilation_cache(str(cache_folder() / "xla"))
 
 
 @pytest.fixture(scope="session")

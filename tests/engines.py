@@ -22,6 +22,11 @@ FEW_PROGRAMS: dict[str, Any] = {"slots": 2, "max_batch_tokens": 32, "kv_tokens":
 """Sizes of the tiny runners that several devices share."""
 
 
+def kept_programs(folder: Path) -> str:
+    """Where the programs of a checkpoint's tiny runner are for the rest of the session."""
+    return str(folder.with_name(f"{folder.name}-compiled"))
+
+
 class FewPages:
     """A runner that tells of fewer pages than its cache has, so that samples preempt each other; they are all of one KV group."""
 
@@ -45,7 +50,7 @@ class TinyRunner:
         kv_tokens: room in the cache.
         max_total_tokens: of a request.
         masked: its engines enforce grammars.
-        deterministic: as in RunnerConfig.
+        deterministic, compilation_cache_dir: as in RunnerConfig.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class TinyRunner:
         max_total_tokens: int = 512,
         masked: bool = True,
         deterministic: bool = False,
+        compilation_cache_dir: str | None = None,
     ):
         mesh = make_mesh(tensor_size, data_index)
         model = load_model(ModelSource(str(folder), "", folder), ModelOptions(), mesh)
@@ -70,6 +76,7 @@ class TinyRunner:
             kv_bytes=kv_tokens * token_bytes,
             masked=masked,
             deterministic=deterministic,
+            compilation_cache_dir=compilation_cache_dir,
         )
         self.runner = ModelRunner(model, mesh, self.config)
         self.runner.warmup()
@@ -114,8 +121,8 @@ class TinyRunner:
 
 @functools.cache
 def tiny_runner(folder: Path, **options: Any) -> TinyRunner:
-    """The runner of a checkpoint and mesh, compiled once a session."""
-    return TinyRunner(folder, **options)
+    """The runner of a checkpoint and mesh, compiled once a session. One of default sizes leaves its programs in `kept_programs`."""
+    return TinyRunner(folder, **options) if options else TinyRunner(folder, compilation_cache_dir=kept_programs(folder))
 
 
 def greedy(max_tokens: int, **options: object) -> SamplingParams:

@@ -5,27 +5,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from engines import load_goldens
+from engines import kept_programs, load_goldens
 
 from jaxserve import LLM, RequestOutput, SamplingParams
 from jaxserve.errors import ContextTooLong, InvalidRequest, StartupError
 from jaxserve.grammar import Grammar
 from jaxserve.request import FinishReason
 
-# Room for less than two of the longest requests; a token's K and V in float32, 4 heads of 8, 2 layers.
-KV_TOKENS, TOKEN_BYTES = 240, 2 * 4 * 4 * 8 * 2
+# Room for less than three of the longest requests; a token's K and V in float32, 4 heads of 8, 2 layers.
+KV_TOKENS, TOKEN_BYTES = 640, 2 * 4 * 4 * 8 * 2
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def llm(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> LLM:
+def llm(tiny_checkpoint: Callable[[str], Path]) -> LLM:
+    """Of the sizes that a TinyRunner has, whose programs it takes where other tests left them."""
     return LLM(
         str(tiny_checkpoint("llama")),
-        max_batch_size=2,
-        max_batch_prefill_tokens=32,
-        max_total_tokens=240,
+        max_batch_size=4,
+        max_batch_prefill_tokens=64,
+        max_total_tokens=512,
         cpu_kv_cache_gib=KV_TOKENS * TOKEN_BYTES / 2**30,
-        compilation_cache_dir=str(tmp_path_factory.mktemp("xla")),
+        compilation_cache_dir=kept_programs(tiny_checkpoint("llama")),
     )
 
 
@@ -69,9 +70,10 @@ def test_grammars_and_prompt_logprobs(llm: LLM):
 def test_load_changes_no_token(llm: LLM):
     prompts, alone = load_goldens("llama")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    params = [SamplingParams(temperature=0.0, max_tokens=len(alone[i]), ignore_eos=True) for i in order]
+    # Longer than what is known of them, so that they grow out of the cache.
+    params = [SamplingParams(temperature=0.0, max_tokens=len(alone[i]) + 100, ignore_eos=True) for i in order]
     outputs = llm.generate([prompts[i] for i in order], params)
-    assert [o.outputs[0].token_ids for o in outputs] == [alone[i] for i in order]
+    assert [o.outputs[0].token_ids[: len(alone[i])] for i, o in zip(order, outputs, strict=True)] == [alone[i] for i in order]
     assert sum(engine.stats().num_preemptions for engine in llm.engines) > 0, "the cache was meant to be too small"
 
 

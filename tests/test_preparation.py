@@ -59,7 +59,7 @@ def source(tiny_checkpoint: Callable[[str], Path]) -> ModelSource:
 
 
 class CompiledOnce:
-    """compile_lowered(), but of the same module once: who compiles what and when is tested here, and XLA is slow.
+    """compile_lowered(), but of the same module once and unoptimised: who compiles what and when is tested here, and XLA is slow.
 
     XLA serializes those of `logprobs` and `score` but once: a second folder does not get them.
     """
@@ -71,7 +71,8 @@ class CompiledOnce:
         text = export.deserialize(bytearray(lowered)).mlir_module()
         key = re.sub(r"(?m)^#loc.*\n|loc\(\S+\)", "", text), mesh.size, str(program.options)  # wherever it was called from
         if key not in self._compiled:
-            self._compiled[key] = compile_lowered(lowered, program, mesh)
+            options = {**program.options, "xla_backend_optimization_level": 0}
+            self._compiled[key] = compile_lowered(lowered, program._replace(options=options), mesh)
         return self._compiled[key]
 
 
