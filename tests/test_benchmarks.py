@@ -11,6 +11,7 @@ import pytest
 from engines import tiny_runner
 from tiny_models import CONFIGS
 
+from benchmarks.compiled_products import CALLS, check_products
 from benchmarks.device_bytes import bytes_an_element, schemes
 from benchmarks.engine import Measurement, name_parts
 from benchmarks.quantized_model import quantized_model
@@ -147,3 +148,29 @@ def test_a_servers_log_becomes_a_timeline():
     begin = datetime(2026, 11, 23, 1, 2, 3).timestamp()
     log = "2026-11-23 01:02:04,250 INFO jaxserve.engine.start[7]: devices\nWARNING of a library\n"
     assert timeline(log, begin) == ["  1.25 engine.start[7]: devices", "WARNING of a library"]
+
+
+def compiled(dtype: str, before: str = "", target: str | None = None) -> str:
+    """As XLA's compiler for GPUs writes it (jax 0.11.2), but for what `compiled_products` does not look at."""
+    kind, reads = {"float8_e4m3fn": "f8e4m3fn", "int8": "s8"}[dtype], "%bitcast.6.0" if before else "%w.1"
+    target = target or CALLS[dtype]
+    return f"""HloModule jit_multiply, entry_computation_layout={{(bf16[512,4096]{{1,0}}, {kind}[6144,4096]{{1,0}})->bf16[512,6144]{{1,0}}}}
+
+ENTRY %main.4 (x.1: bf16[512,4096], w.1: {kind}[6144,4096], scales.1: f32[1,6144]) -> bf16[512,6144] {{
+  %w.1 = {kind}[6144,4096]{{1,0}} parameter(1), sharding={{replicated}}
+  %x.2 = {kind}[512,4096]{{1,0}} fusion(%x.1, %input_reduce_fusion), kind=kLoop, calls=%fused_convert.1
+{before.replace("KIND", kind)}  %gemm.1 = (f32[512,6144]{{1,0}}, s8[0]{{0}}) custom-call(%x.2, {reads}), custom_call_target="{target}"
+}}
+"""
+
+
+def test_a_weight_that_the_compiler_moves_is_told():
+    said: list[str] = []
+    assert check_products(lambda _, x, weight: compiled(weight.codes.dtype.name), list(CALLS), said.append)
+    assert len(said) == 4 and said[0].endswith(": __cublas$lt$matmul$f8")
+    transposed = "  %moved = KIND[4096,6144]{1,0} fusion(%w.1), kind=kInput\n  %bitcast.6.0 = KIND[6144,4096]{0,1} bitcast(%moved)\n"
+    assert not check_products(lambda _, x, weight: compiled(weight.codes.dtype.name, transposed), list(CALLS), said.append)
+    assert "moved is a fusion of the weight's shape" in said[-1] and "does not read the weight's parameter" in said[-1]
+    gemm = "__cublas$gemm"
+    assert not check_products(lambda _, x, weight: compiled(weight.codes.dtype.name, target=gemm), list(CALLS), said.append)
+    assert said[-1] == f"int8 quantized_matmul_parts: calls of cuBLAS: ['{gemm}'], not __cublas$lt$matmul"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxserve.pallas_kernels import Layout, pack, quantized_matmul, weight_of
+from jaxserve.pallas_kernels.quantized_matmul import tiled
 from jaxserve.pallas_kernels.quantized_matmul.tiled import FEW_TOKENS, TiledWeight
 
 ROWS, COLUMNS = 192, 96
@@ -52,9 +53,9 @@ def test_a_weight_in_tiles(name):
         check_product(weight, expected, tokens)
 
 
-@pytest.mark.parametrize("rows", [320, 512])
-def test_a_product_tile_after_tile(rows):
-    """Four tiles of 64 rows at a time: eight of them in a loop, and five, of which one is left over."""
+@pytest.mark.parametrize("rows", [320, 704, 768])
+def test_a_product_some_tiles_at_a_time(rows):
+    """Four tiles of 64 rows fit: five of them in two parts, twelve in a loop, and eleven, of which three are left over."""
     layout = LAYOUTS["Q4_1"]
     arrays = unpacked(layout, rows, 384)
     check_product(weight_of(pack(dict(arrays), layout), layout, 384), elements(arrays, layout), FEW_TOKENS + 1)
@@ -66,6 +67,23 @@ def check_product(weight, expected: np.ndarray, tokens: int) -> None:
     exact = x.astype(np.float64) @ expected.T.astype(np.float64)
     # Bounds of float32 sums: what is added up, times its last bit.
     np.testing.assert_array_less(np.abs(found - exact), 3e-6 * (np.abs(x) @ np.abs(expected).T + 30 * np.abs(x).sum(1)[:, None]))
+
+
+def test_loops_of_one_program_share_their_memory(monkeypatch):
+    """Each of them writes its result anew; what a loop begins with is not kept for it from the program's start."""
+    layout, tokens, rows, depth = LAYOUTS["Q4_1"], 32, 8 * 64, 96
+    monkeypatch.setattr(tiled, "_ELEMENTS", 64 * depth)
+    shapes = jax.eval_shape(lambda: weight_of(pack(unpacked(layout, rows, depth), layout), layout, depth))
+
+    def run(x, weights):
+        for weight in weights:
+            x = x + quantized_matmul(x, weight, x.dtype)[:, :depth]
+        return x
+
+    compiled = jax.jit(run).lower(jax.ShapeDtypeStruct((tokens, depth), jnp.float32), [shapes] * 4).compile()
+    result, widened = 4 * tokens * rows, 4 * 64 * depth
+    used = compiled.memory_analysis()
+    assert used is not None and used.temp_size_in_bytes < 2 * result + 2 * widened
 
 
 def test_what_has_no_tiles():
