@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from engines import greedy, load_goldens
 from few_programs import Precompiled
@@ -209,16 +210,28 @@ class Streamed:
             self.begun.set()
 
 
+async def begin_and_suspend(client: Client, engine: psutil.Process, prompts: list[list[int]]) -> tuple[list[Streamed], list[asyncio.Task]]:
+    """Suspend an engine in the middle of its answer. As quick as the model is, that may be over before: then once more."""
+    for _ in range(20):
+        answers = [Streamed(prompt, 200) for prompt in prompts]  # one a replica
+        reads = [asyncio.create_task(each.read(client)) for each in answers]
+        for each in answers:
+            await each.begun.wait()
+        engine.suspend()
+        await asyncio.wait(reads, return_when=asyncio.FIRST_COMPLETED)  # the other replica's, at the latest
+        _, unfinished = await asyncio.wait(reads, timeout=0.3)
+        if unfinished:
+            return answers, reads
+        engine.resume()
+    raise AssertionError("no answer lasted until its engine was suspended")
+
+
 async def lose_a_replica_under_load(hosts: Launchers) -> None:
     """kill -9 of the second engine: what it had begun fails with what it had told, everybody else gets each token once."""
     prompts, tokens = load_goldens("llama")
     async with connect(f"http://127.0.0.1:{hosts.port}") as client:
-        longest = [Streamed(prompts[i], 200) for i in (9, 10)]  # one a replica, and the rest waits for them
-        reads = [asyncio.create_task(each.read(client)) for each in longest]
-        for each in longest:
-            await each.begun.wait()
         engine = hosts.jax_process(1)
-        engine.suspend()  # so that it is in the middle of an answer when it is killed
+        longest, reads = await begin_and_suspend(client, engine, [prompts[i] for i in (9, 10)])
         rest = [i for i in range(len(prompts)) if i not in (9, 10)]
         others = {i: Streamed(prompts[i], len(tokens[i])) for i in rest}
         reads += [asyncio.create_task(each.read(client)) for each in others.values()]
