@@ -293,6 +293,26 @@ def test_a_client_that_hangs_up_is_no_error_of_the_engine(tmp_path: Path, capfd:
     assert "Error" not in capfd.readouterr().err
 
 
+def test_nothing_of_a_stopped_server_is_left(tmp_path: Path):
+    """What gRPC still had to do when the event loop ended, it told as an error with a traceback."""
+
+    async def run() -> None:
+        engine = EngineDouble("")
+        server, client = EngineServer(engine, tmp_path / "engine.sock"), EngineClient(tmp_path / "engine.sock")
+        await server.start()
+        before = asyncio.all_tasks()
+        client.start()
+        await _until(lambda: client.available)
+        await server.stop(10)
+        names = [task.get_coro().__qualname__ for task in asyncio.all_tasks() - before]  # type: ignore[union-attr]
+        assert "_schedule_rpc_coro" not in names and "_handle_exceptions" not in names
+        await client.close()
+        engine.close()
+
+    for _ in range(3):
+        asyncio.run(run())
+
+
 def test_engine_gone_and_back(tmp_path: Path):
     async def run() -> None:
         engine = EngineDouble("", step_seconds=0.01, forever=True)

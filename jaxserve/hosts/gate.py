@@ -12,7 +12,7 @@ from jaxserve.errors import StartupError
 from jaxserve.hosts import worker_pb2 as pb
 from jaxserve.hosts.addresses import join_address
 from jaxserve.hosts.secret import is_proof, new_challenge, proof
-from jaxserve.hosts.wire import CHANNEL_OPTIONS, METHOD, own_version
+from jaxserve.hosts.wire import CHANNEL_OPTIONS, METHOD, own_version, stop_server
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class Gate:
         self.turn_away(None, reason)
         if streams:
             await asyncio.wait([asyncio.ensure_future(stream.ended.wait()) for stream in streams], timeout=FAREWELL_TIME)
-        await self._server.stop(END_TIME)
+        await stop_server(self._server, END_TIME)
 
     async def _join(self, messages: AsyncIterator[pb.WorkerMessage], context: Any) -> None:
         try:

@@ -1,9 +1,12 @@
 """Calls of programs to and from the messages of worker.proto, and what both ends of the stream tell gRPC."""
 
+import asyncio
 import contextlib
+import inspect
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+import grpc
 import numpy as np
 
 from jaxserve.hosts import worker_pb2 as pb
@@ -34,6 +37,17 @@ def own_version() -> str:
     with contextlib.suppress(PackageNotFoundError):
         return version("jaxserve")
     return "unknown"
+
+
+async def stop_server(server: grpc.aio.Server, grace: float) -> None:
+    """Stop a gRPC server for good: its calls have `grace` seconds to end, and what gRPC has yet to do for them as many again.
+
+    `Server.stop` returns while gRPC's own tasks of these calls still wait for their last events. With the event loop they would be
+    cancelled, which gRPC logs as an error with a traceback. They are known by being compiled: no coroutine of Python's.
+    """
+    await server.stop(grace)
+    if compiled := [task for task in asyncio.all_tasks() if not inspect.iscoroutine(task.get_coro())]:
+        await asyncio.wait(compiled, timeout=grace)
 
 
 def call_message(program: str, arrays: Sequence[np.ndarray]) -> pb.LeaderMessage:

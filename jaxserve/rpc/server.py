@@ -17,7 +17,7 @@ import grpc
 
 from jaxserve.errors import EngineUnavailable, JaxserveError, StartupError
 from jaxserve.hosts.addresses import join_address
-from jaxserve.hosts.wire import CHANNEL_OPTIONS
+from jaxserve.hosts.wire import CHANNEL_OPTIONS, stop_server
 from jaxserve.page_changes import PageChanges
 from jaxserve.request import EngineInfo, EngineStats, FinishReason, Request, TokenOutput
 from jaxserve.rpc import engine_pb2 as pb
@@ -118,7 +118,7 @@ class EngineServer:
         """Accept no more streams, end those that there are, and break what is left of them after `grace` seconds."""
         for stream in self._streams:
             stream.end()
-        await self._server.stop(grace)
+        await stop_server(self._server, grace)
         if isinstance(self._place, Path):
             self._place.unlink(missing_ok=True)
 
