@@ -31,7 +31,6 @@ from jaxserve.config import EngineOptions, ModelOptions, limit_gpu_memory, parse
 from jaxserve.models import Model
 from jaxserve.runner import Executor, Preparation, RunnerConfig, make_mesh
 from jaxserve.runner.batch import BatchLayout, BatchPacker
-from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.programs import ProgramKey
 from jaxserve.runner.state import allocate_state
 from jaxserve.weights import ModelSource
@@ -50,7 +49,7 @@ class Steps:
         preparation = Preparation(model.architecture, model.dtype, mesh, config)
         self._executor = Executor(model, mesh, config, preparation)
         self._executor.warmup()
-        buckets = Buckets.for_platform(mesh.devices.flat[0].platform, config.max_batch_size, config.max_batch_tokens)
+        buckets = preparation.buckets
         bucket = buckets.pick(config.max_batch_size, config.max_batch_size)
         self._key = ProgramKey("step" if bucket in buckets.whole else "forward", bucket)
         self._logit_rows = buckets.logit_rows(bucket)

@@ -4,11 +4,13 @@ import pytest
 
 from jaxserve.runner.buckets import Bucket, Buckets
 
+LARGE = 16 << 30  # bytes of weights on a device
+
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize(("max_batch_size", "max_batch_tokens"), [(32, 512), (1, 1), (1, 16), (3, 40), (256, 8192), (100, 100)])
 def test_every_legal_batch_has_a_bucket(platform: str, max_batch_size: int, max_batch_tokens: int):
-    buckets = Buckets.for_platform(platform, max_batch_size, max_batch_tokens)
+    buckets = Buckets.for_platform(platform, max_batch_size, max_batch_tokens, LARGE)
     for rows in range(1, max_batch_size + 1):
         assert buckets.pick(rows, rows).decode_only
         for tokens in {rows + 1, (rows + max_batch_tokens) // 2, max_batch_tokens} & set(range(rows + 1, max_batch_tokens + 1)):
@@ -27,32 +29,39 @@ def test_the_smallest_one_is_taken():
 
 
 def test_what_no_bucket_holds_is_refused():
-    buckets = Buckets.for_platform("cpu", 4, 64)
+    buckets = Buckets.for_platform("cpu", 4, 64, LARGE)
     for tokens, rows in ((65, 1), (5, 5), (20, 5)):
         with pytest.raises(ValueError, match="no bucket"):
             buckets.pick(tokens, rows)
 
 
 def test_padding_never_more_than_doubles_a_step():
-    buckets = Buckets.for_platform("cpu", 32, 512)
+    buckets = Buckets.for_platform("cpu", 32, 512, LARGE)
     for tokens in range(33, 513):
         assert buckets.pick(tokens, 1).num_tokens < 2 * tokens
 
 
 def test_a_cpu_compiles_few_programs():
-    assert len(list(Buckets.for_platform("cpu", 32, 512))) <= 16
+    assert len(list(Buckets.for_platform("cpu", 32, 512, LARGE))) <= 16
 
 
 def test_padding_of_large_steps_on_a_gpu_is_small():
-    buckets = Buckets.for_platform("gpu", 256, 8192)
+    buckets = Buckets.for_platform("gpu", 256, 8192, LARGE)
     for tokens in range(257, 8193):
         # Larger ones are cut by the scheduler: test_scheduler.py.
         assert buckets.pick(tokens, 20).num_tokens < (1.26 if tokens <= 1024 else 1.5) * tokens
     for rows in range(65, 257):
         assert buckets.pick(rows, rows).num_tokens < 1.25 * rows
-    assert len(list(buckets)) < 41 and buckets.logits == (8, 64, 256) and buckets.whole == (Bucket(8, 8, True),)
+    assert len(list(buckets)) < 41 and buckets.logits == (8, 64, 256)
     for bucket in buckets:  # no shape that a smaller one always goes before
         assert buckets.pick(bucket.num_tokens, bucket.num_rows) == bucket or bucket.num_tokens == bucket.num_rows
+
+
+def test_steps_shorter_than_the_hosts_work_are_one_program():
+    large, small = (Buckets.for_platform("gpu", 256, 8192, num_bytes) for num_bytes in (LARGE, LARGE // 4))
+    assert large.whole == (Bucket(8, 8, True),)
+    assert [bucket.num_rows for bucket in small.whole] == [8, 16, 24, 32, 48, 64] and set(small.whole) <= set(small)
+    assert [bucket.num_rows for bucket in Buckets.for_platform("gpu", 4, 64, LARGE).whole] == [4]
 
 
 def test_deterministic_steps_have_few_shapes():

@@ -97,7 +97,7 @@ def test_every_bucket_at_its_edge(tiny_checkpoint: Callable[[str], Path]):
     engine = tiny.engine(prefix_caching=False)
     assert edges.check_edges(engine, tiny.config, tiny.runner.buckets, True, lines.append)
     assert "preemptions" in lines[0] and int(lines[0].split()[-2]) > 0
-    assert f"edges: {len(list(Buckets.for_platform('cpu', 4, 64)))} buckets filled, 0 compile events" in lines[1]
+    assert f"edges: {len(list(Buckets.for_platform('cpu', 4, 64, 0)))} buckets filled, 0 compile events" in lines[1]
 
 
 class LiveServer:

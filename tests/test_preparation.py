@@ -320,6 +320,17 @@ def test_programs_for_a_gpu_are_lowered_where_there_is_none(kv_dtype: str):
     assert ("f8E4M3FN" in exported.mlir_module()) == (kv_dtype != "float16")
 
 
+def test_what_a_device_holds_decides_which_steps_are_one_program():
+    shape = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)
+    model, config = ModelConfig.from_hf({**LLAMA, **shape, "head_dim": 128}), RunnerConfig(256, 1024)
+    plan = plan_kv_cache(model, config, 1, jnp.dtype(jnp.bfloat16), 1 << 30)
+    most = {}
+    for num_shards in (1, 4):
+        blueprint = Blueprint.of(Architecture.of(model), jnp.dtype(jnp.bfloat16), make_mesh(num_shards), plan, config)
+        most[num_shards] = Programs(replace(blueprint, **H200)).buckets.whole[-1].num_rows
+    assert most == {1: 8, 4: 64}  # 13 GB of weights, cut over four devices
+
+
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend")
 def test_gpus_that_pallas_does_not_know_are_lowered_for_as_others_of_their_kind():
     for capability, kind in KNOWN_GPUS.items():

@@ -35,9 +35,9 @@ def test_the_tokens_are_the_references_and_prompts_are_scored_in_small_steps(
 
 
 def test_steps_of_prompts_are_whole_where_a_batch_of_decodes_is():
-    assert Buckets.for_platform("gpu", 256, 8192).max_scored_tokens == 1024
-    assert Buckets.for_platform("gpu", 1500, 8192).max_scored_tokens == 1536
-    assert Buckets.for_platform("gpu", 256, 512).max_scored_tokens == 512
+    assert Buckets.for_platform("gpu", 256, 8192, 0).max_scored_tokens == 1024
+    assert Buckets.for_platform("gpu", 1500, 8192, 0).max_scored_tokens == 1536
+    assert Buckets.for_platform("gpu", 256, 512, 0).max_scored_tokens == 512
     assert Buckets.deterministic(256, (16, 512)).max_scored_tokens == 512
 
 

@@ -772,7 +772,7 @@ def test_a_scored_prompt_waits_where_a_step_was_not_made_for_it(monkeypatch: pyt
 @pytest.mark.parametrize("longest", [40, 700, 3000])
 def test_padding_is_small_on_any_mix(longest: int):
     rng = np.random.default_rng(longest)
-    buckets = Buckets.for_platform("gpu", 256, 8192)
+    buckets = Buckets.for_platform("gpu", 256, 8192, 0)
     config = SchedulerConfig(256, 8192, 16, 4096, prefix_caching=False, step_sizes=buckets.step_sizes)
     scheduler = Scheduler(config, [KVGroupPages(60_000)], lambda: 0.0)
     useful = padded = 0

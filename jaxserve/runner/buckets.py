@@ -7,6 +7,8 @@ from typing import Self
 _FEWEST = 8  # rows of a decode step on a GPU: products take so many at least, and fewer would have to be padded before each
 _MOST_WHOLE = 1024  # tokens; in smaller steps a layer's products of the sampled rows alone cost almost as much as those of all
 _FEW = 64  # rows of the small mixed shapes for prompts alone, on a GPU
+# Of weights on a device, which a step reads in 2 ms: steps of up to 64 rows then take no longer than the host's work, rarely above 2.5 ms.
+_SMALL_BYTES = 8 << 30
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -31,8 +33,8 @@ class Buckets:
         decode: row counts of the decode-only shapes, ascending.
         mixed: (tokens, rows) of the others.
         logits: row counts of logits, which the sampler is compiled for, ascending; None: those of the shapes.
-        whole: rows of the decode-only shapes that have a program with the sampler in it, too. One launch less is 0.15 ms less of the
-            host's time, and the steps of few streams of a small model take no longer than that time.
+        whole: rows of the decode-only shapes that have a program with the sampler in it, too. One launch less is 0.15 ms or more less of
+            the host's time, and the steps of few streams, or of a small model, take no longer than that time.
         most_whole: tokens up to which a step computes the last layer of all of them; None: as `max_scored_tokens` says.
     """
 
@@ -51,7 +53,7 @@ class Buckets:
         self.logits = tuple(logits or sorted({bucket.num_rows for bucket in self}))
 
     @classmethod
-    def for_platform(cls, platform: str, max_batch_size: int, max_batch_tokens: int) -> Self:
+    def for_platform(cls, platform: str, max_batch_size: int, max_batch_tokens: int, weight_bytes: int) -> Self:
         """Ladders of powers of two; finer on a GPU, where a program's compile time counts less than a step's padding.
 
         Small mixed shapes come with few rows (a prompt alone) and with all: the logits and the sampling of rows that are not there
@@ -59,6 +61,12 @@ class Buckets:
         shape takes 250 us for 1 to 32 rows, 260 for 64) and samplers slow to compile, so there are few row counts.
 
         Beyond 1024 tokens the scheduler rather cuts a step than leave much padding in it: a step more costs as much as 200 tokens.
+
+        Args:
+            platform: "cpu", "gpu".
+            max_batch_size: most rows of a step.
+            max_batch_tokens: most tokens of a step.
+            weight_bytes: of the model's weights, on each device.
         """
         if platform == "cpu":
             tokens = _ladder(32, max_batch_tokens)
@@ -68,7 +76,8 @@ class Buckets:
         mixed = (*few, *((t, min(t, max_batch_size)) for t in _ladder(16, max_batch_tokens, (64, 1), (256, 3), (1024, 1))))
         logits = sorted({min(rows, max_batch_size) for rows in (_FEWEST, _FEW, max_batch_size)})
         decode = _ladder(_FEWEST, max_batch_size, (16, 1), (64, 3))
-        return cls(decode, mixed, logits, decode[:1])
+        most_rows = _FEW if weight_bytes < _SMALL_BYTES else _FEWEST
+        return cls(decode, mixed, logits, (rows for rows in decode if rows <= most_rows))
 
     @classmethod
     def deterministic(cls, max_batch_size: int, sizes: Iterable[int]) -> Self:

@@ -2,12 +2,13 @@
 
 A step is two: `forward` a bucket, and `sample` a row count. So the sampler is not compiled for each bucket, and the masks of constrained
 rows are filled while the forward runs: `mask` applies them before the sampler. `logprobs` comes after it, where a row wants them. The
-second launch mostly costs a step nothing: it waits in the queue. The steps of few streams can be shorter than the host's two launches, so
-the smallest ones are also one program, `step`. The other programs change the state between steps: copied pages, page-table entries, the
-sampler's slots.
+second launch mostly costs a step nothing: it waits in the queue. The steps of few streams can be shorter than the host's work, those of
+a small model even with many, so these are also one program, `step`. The other programs change the state between steps: copied pages,
+page-table entries, the sampler's slots.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -93,8 +94,8 @@ class Programs:
         self.plan = blueprint.plan
         self.mesh = blueprint.mesh
         self.architecture = Architecture.of(blueprint.model, blueprint.attention)
-        self.buckets = self._buckets()
         self.leaves = self._leaves()
+        self.buckets = self._buckets()
         hidden = self._array((self.buckets.max_scored_tokens, blueprint.model.hidden_size), jnp.dtype(blueprint.dtype))
         self.state = abstract_state(self.plan, blueprint.num_slots, blueprint.model.vocab_size, hidden, self.mesh)
 
@@ -295,7 +296,8 @@ class Programs:
         """The shapes of steps. Deterministic ones have one, but where our own kernels compute all that could depend on it."""
         of = self.blueprint
         if not of.deterministic:
-            return Buckets.for_platform(of.device_platform, of.num_slots, of.max_batch_tokens)
+            weight_bytes = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in self.leaves)
+            return Buckets.for_platform(of.device_platform, of.num_slots, of.max_batch_tokens, weight_bytes)
         with jax.sharding.use_abstract_mesh(self.mesh):
             several = of.attention != "xla" and self.architecture.has_fixed_order(jnp.dtype(of.dtype), of.tensor_size)
         sizes = Buckets.deterministic_sizes(of.common_tokens, of.max_batch_tokens) if several else (of.common_tokens,)
