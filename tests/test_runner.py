@@ -169,6 +169,21 @@ def test_a_step_in_one_program_chooses_the_same_tokens(model: Model, plain, monk
     assert result.logprobs is not None  # which the program of a whole step does not tell
 
 
+def test_a_gpu_runs_its_small_programs_twice_once_all_are_loaded(model: Model, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Buckets, "for_platform", lambda *_: Buckets((2,), [(16, 2), (32, 2)], None, whole=(2,)))
+    monkeypatch.setattr("jaxserve.runner.executor._MOST_RECORDED_TOKENS", 16)
+    monkeypatch.setattr("jaxserve.runner.executor.num_scored_a_call", lambda _: 64)  # what was compiled is a CPU's
+    runner, started = ModelRunner(model, make_mesh(1), CONFIG), []
+    executor = runner._executor
+    executor._platform, run = "gpu", executor._run
+    monkeypatch.setattr(executor, "_run", lambda key, arrays: started.append(key.name) or run(key, arrays))
+    runner.warmup()
+    count = len(executor._compiled)
+    first, again = set(started[:count]), started[count:]
+    assert len(first) == count and first - {"forward-32x2"} == set(again)
+    assert all(again.count(name) == 2 for name in again)
+
+
 def test_a_row_that_does_not_sample_leaves_its_slot_alone(runner: ModelRunner):
     sample = Sample(0, prompt(4, 12))
     result = run(runner, row(sample, 0, 8))

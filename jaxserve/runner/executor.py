@@ -83,7 +83,7 @@ class Executor:
         return self._compile_events.count
 
     def warmup(self) -> None:
-        """Wait for every program that a legal request can hit, and run each once, for nobody; from then on nothing is compiled."""
+        """Wait for every program that a legal request can hit, and run each, for nobody; from then on nothing is compiled."""
         vocab_size = self._model.config.vocab_size
         hidden = jax.ShapeDtypeStruct((self._preparation.buckets.max_scored_tokens, self._model.config.hidden_size), self._model.dtype)
         self._state = allocate_state(self._plan, self._config.max_batch_size, vocab_size, hidden, self._mesh)
@@ -100,6 +100,7 @@ class Executor:
             self._rehearse(key)
             seconds += time.monotonic() - begin
         logger.info("programs were run for %.1f s, while others were compiled", seconds)
+        self._record_graphs()
         self._compile_events.start()
 
     def run(self, key: ProgramKey, *arrays: np.ndarray) -> jax.Array | None:
@@ -176,23 +177,35 @@ class Executor:
         for key, program in self._preparation.compile_again(keys, TRITON_PRODUCTS).items():
             self._compiled[key] = program
             self._rehearse(key)
+        self._record_graphs()
+
+    def _record_graphs(self) -> None:
+        """Run the small programs again, now that all are loaded.
+
+        XLA records a program's CUDA graph in its second run, and drops those of all programs when it loads another one. To record takes
+        milliseconds, which only small steps must be spared. What is left of the compilation is freed in the first of these runs, too.
+        """
+        if self._platform == "cpu":
+            return
+        begin = time.monotonic()
+        for key in self._compiled:
+            if not isinstance(bucket := key.shape, Bucket) or bucket.num_tokens <= _MOST_RECORDED_TOKENS:
+                self._rehearse(key)
+                self._rehearse(key)
+        logger.info("the small ones were run again for %.1f s", time.monotonic() - begin)
 
     def _rehearse(self, key: ProgramKey) -> None:
         """Run what the first request would otherwise be the first to run, for nobody: it changes nothing that somebody will read.
 
-        A GPU records a program's CUDA graph in its second run. That takes milliseconds, which only small steps must be spared. A CPU has
-        nothing to record: of its forwards the smallest runs.
+        Of a CPU's forwards only the smallest runs.
         """
-        on_cpu, times = self._platform == "cpu", 2
-        if isinstance(bucket := key.shape, Bucket):
-            if on_cpu and bucket != min(each.shape for each in self._preparation.keys if isinstance(each.shape, Bucket)):
-                return
-            times = 2 if bucket.num_tokens <= _MOST_RECORDED_TOKENS else 1
-        for _ in range(1 if on_cpu else times):
-            if isinstance(num_rows := key.shape, int):
-                self._logits = [self._idle_logits(num_rows), self._upload(np.tile(neutral_columns(), (num_rows, 1)))]
-            self._run(key, self._idle_arrays(key))
-            self._logits, self._masked = (), None
+        buckets = [each.shape for each in self._preparation.keys if isinstance(each.shape, Bucket)]
+        if self._platform == "cpu" and key.shape in buckets and key.shape != min(buckets):
+            return
+        if isinstance(num_rows := key.shape, int):
+            self._logits = [self._idle_logits(num_rows), self._upload(np.tile(neutral_columns(), (num_rows, 1)))]
+        self._run(key, self._idle_arrays(key))
+        self._logits, self._masked = (), None
         jax.block_until_ready(self._state)
 
     def _idle_logits(self, num_rows: int) -> jax.Array:
