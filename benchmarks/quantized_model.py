@@ -7,10 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gguf_shape import KINDS, write_gguf_shape
+
 # As most W4A16 checkpoints of the hub are: 4 bits, a scale for 128 columns, no zero points.
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False, "checkpoint_format": "gptq_v2"}
-_CONFIGS = {"w4": GPTQ, "mxfp4": {"quant_method": "mxfp4"}}
-CHOICES = ("fp8", "eetq", "bitsandbytes-nf4", *_CONFIGS)
+_CONFIGS = {
+    "w4": GPTQ,
+    "w8": {**GPTQ, "bits": 8, "sym": False},
+    "fp8_blocks": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+    "mxfp4": {"quant_method": "mxfp4"},
+}
+CHOICES = ("fp8", "eetq", "bitsandbytes", "bitsandbytes-nf4", "bitsandbytes-fp4", *_CONFIGS, *KINDS)
 
 
 @contextmanager
@@ -19,17 +26,21 @@ def quantized_model(folder: Path, quantize: str | None) -> Iterator[tuple[Path, 
 
     Args:
         folder: config.json and a tokenizer of a plain checkpoint.
-        quantize: "fp8", "eetq" and "bitsandbytes-nf4": the engine's flag; "w4" and "mxfp4": the folder beside it is a checkpoint's of
-            GPTQ or in MXFP4; None: as it is.
+        quantize: one of CHOICES. "w4", "w8" (with zero points), "fp8_blocks" and "mxfp4" are checkpoints, KINDS GGUF files, the others the
+            engine's flag; None: as it is.
 
     Yields:
-        (folder, options); the folder is there until the context ends.
+        (folder or file, options); it is there until the context ends.
     """
     options: dict[str, Any] = {"load_format": "dummy"}
-    if quantize not in _CONFIGS:
+    if quantize not in (*_CONFIGS, *KINDS):
         yield folder, options | ({} if quantize is None else {"quantize": quantize})
         return
     with tempfile.TemporaryDirectory() as made:
+        if quantize in KINDS:
+            write_gguf_shape(folder, quantize, file := Path(made) / f"{quantize}.gguf")
+            yield file, options
+            return
         for path in folder.iterdir():
             if path.is_file() and path.suffix != ".safetensors":
                 (Path(made) / path.name).write_bytes(path.read_bytes())

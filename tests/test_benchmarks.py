@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from engines import tiny_runner
+from quantized_models import made_dense
 from tiny_models import CONFIGS
 
 from benchmarks.compiled_products import CALLS, check_products
@@ -22,6 +23,7 @@ from benchmarks.start_http import timeline
 from benchmarks.throughput import Run, row_name
 from jaxserve.config import ModelOptions
 from jaxserve.runner import make_mesh
+from jaxserve.tokenizer.gguf import load_gguf_tokenizer
 from jaxserve.weights import ModelSource
 from jaxserve.weights.loader import open_model
 
@@ -102,7 +104,10 @@ def test_row_of_the_throughput():
     assert row_name(None, "1b", 1000, 10) == "1b_1000_10_tok_s"
 
 
-@pytest.mark.parametrize("quantize, code", [("fp8", "fp8"), ("w4", "int4"), ("mxfp4", "e2m1"), ("bitsandbytes-nf4", "nf4"), (None, None)])
+@pytest.mark.parametrize(
+    "quantize, code",
+    [("fp8", "fp8"), ("w4", "int4"), ("w8", "int8"), ("fp8_blocks", "fp8"), ("mxfp4", "e2m1"), ("bitsandbytes-nf4", "nf4"), (None, None)],
+)
 def test_quantized_shapes(quantize: str | None, code: str | None, tmp_path: Path):
     config = {**CONFIGS["llama"], "hidden_size": 256, "intermediate_size": 512}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -113,6 +118,21 @@ def test_quantized_shapes(quantize: str | None, code: str | None, tmp_path: Path
     assert [scheme.layout.code for scheme in schemes] == ([code] if code else [])
     if code == "int4":
         assert schemes[0].group == 128 and schemes[0].layout.correction == "none"
+
+
+def test_a_gguf_file_of_a_shape_serves_random_weights(tmp_path: Path):
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIGS["llama"], **shape, "bos_token_id": 1, "eos_token_id": 2}))
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}}))
+    with quantized_model(tmp_path, "q4_k_m") as (file, options):
+        opened = open_model(ModelSource("random", "", file), ModelOptions(**options), make_mesh(1))
+        assert opened.architecture.config.quantization.description == "gguf (Q4_K, Q6_K)"
+        assert load_gguf_tokenizer(file).encode("ab", add_special_tokens=False) == [2]
+        matrices = [leaf for leaf in made_dense(opened.load(make_mesh(1)), make_mesh(1)).leaves if leaf.ndim == 2]
+    deviations = [float(leaf.std()) for leaf in matrices]
+    # With a mean every layer would add to one direction, until all prompts have one answer.
+    assert all(abs(float(leaf.mean())) < 4 * leaf.size**-0.5 * deviation for leaf, deviation in zip(matrices, deviations, strict=True))
+    assert deviations == pytest.approx([1e-3 / 3**0.5] * len(deviations), rel=0.15)
 
 
 def test_throughput_counts_each_token(tiny_checkpoint: Callable[[str], Path]):

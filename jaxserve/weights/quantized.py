@@ -90,8 +90,11 @@ def _maker(
                 made[name] = _random_codes(random_bits(seed, axes), layout)
             elif name == "permutation":
                 made[name] = places(axes[0][1]).astype(dtype)
-            elif name in ("scales", "input_scale"):
-                made[name] = jnp.full(shape, deviation / _DEVIATIONS[layout.code] if name == "scales" else 0.05, dtype)
+            elif name == "input_scale":
+                made[name] = jnp.full(shape, 0.05, dtype)
+            elif name in ("scales", "minimums"):
+                factor = 1.0 if name == "scales" else -_MEANS.get(layout.code, 0.0)
+                made[name] = jnp.full(shape, deviation / _DEVIATIONS[layout.code] * factor, dtype)
             else:
                 made[name] = jnp.zeros(shape, dtype)
         return _pack(made, layout)
@@ -100,7 +103,8 @@ def _maker(
 
 
 # Of what random codes stand for, see _random_codes.
-_DEVIATIONS = {"int4": 4.32, "int8": 73.6, "fp8": 0.577 * 240, "nf4": 0.582, "fp4": 0.585, "e2m1": 3.51}
+_MEANS = {"uint4": 7.5}
+_DEVIATIONS = {"int4": 4.32, "uint4": 4.61, "int8": 73.6, "fp8": 0.577 * 240, "nf4": 0.582, "fp4": 0.585, "e2m1": 3.51}
 
 
 def _random_codes(bits: jax.Array, layout: Layout) -> jax.Array:
@@ -111,6 +115,8 @@ def _random_codes(bits: jax.Array, layout: Layout) -> jax.Array:
         return jnp.clip((bits >> jnp.uint32(24)).astype(jnp.int32) - jnp.int32(128), -127, 127).astype(jnp.int8)
     if layout.code == "int4":  # -7 to 7: with -8 their mean would not be 0, and every layer would add to one direction
         return ((bits >> jnp.uint32(16)) * jnp.uint32(15) >> jnp.uint32(16)).astype(jnp.int8) - jnp.int8(7)
+    if layout.code == "uint4":
+        return (bits >> jnp.uint32(28)).astype(jnp.int8)
     # The values nearest to uniform numbers: of random codes nf4's would not have a mean of 0 either.
     table = TABLES[layout.code].astype(np.float64)
     order = np.argsort(table)
