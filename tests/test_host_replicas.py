@@ -12,7 +12,7 @@ import psutil
 import pytest
 from engines import greedy, load_goldens
 from few_programs import Precompiled
-from test_hosts import free_port
+from free_ports import free_port
 from test_launcher import ENDLESS, Server
 from test_two_hosts import ONE_SLOT, Launchers, tokens_by_sample
 

@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from free_ports import free_port
 
 from jaxserve.config import EngineOptions, HostOptions, ModelOptions
 from jaxserve.errors import HostsFailed, StartupError
@@ -125,18 +126,6 @@ def test_another_model_has_another_fingerprint(tiny_checkpoint: Callable[[str], 
     assert fingerprint(copy, with_weights=False) == fingerprint(source, with_weights=False)
     (tmp_path / "config.json").write_text("{}")
     assert fingerprint(copy, with_weights=False) != fingerprint(source, with_weights=False)
-
-
-def free_port() -> int:
-    """A port that is free, as is the next."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as probe, socket.socket() as beside:
-            port = probe.getsockname()[1]
-            try:
-                beside.bind(("127.0.0.1", port + 1))
-            except (OSError, OverflowError):
-                continue
-            return port
 
 
 class Hosts:

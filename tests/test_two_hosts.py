@@ -18,7 +18,7 @@ import jax
 import psutil
 import pytest
 from engines import finish, greedy, load_goldens, tiny_runner
-from test_hosts import free_port
+from free_ports import free_port
 
 from jaxserve.grammar import Grammar
 from jaxserve.request import Request, SamplingParams, TokenOutput

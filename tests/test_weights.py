@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from free_ports import free_port
 from jax.sharding import Mesh
 from plain_forward import make_mesh
 from safetensors.numpy import load_file, save_file
-from test_hosts import free_port
 from tiny_models import CONFIGS, write_checkpoint
 
 from jaxserve.config import ModelOptions
