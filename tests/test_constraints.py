@@ -309,3 +309,22 @@ def test_an_engine_without_grammars_says_so(runner: TinyRunner, engine: Engine):
     with pytest.raises(InvalidRequest, match="for a reason") as caught:
         engine.add_request(Request("r", PROMPT, params(Grammar.json_object())))
     assert caught.value.param == "response_format"
+
+
+def test_the_error_of_a_step_that_could_not_be_sampled_is_not_hidden_by_close(
+    runner: TinyRunner, engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    unsampled: list[Any] = []
+
+    def fail(step: Any, masks: Any) -> None:
+        unsampled.append(step)
+        raise RuntimeError("no memory for masks")
+
+    monkeypatch.setattr(runner.runner, "sample", fail)
+    engine.add_request(Request("r", PROMPT, params(Grammar.regex("[a-z]{5}"))))
+    with pytest.raises(RuntimeError, match="no memory for masks"):
+        finish(engine)
+    engine.close()
+    monkeypatch.undo()
+    runner.runner.sample(unsampled[0])  # other tests go on with the runner
+    runner.runner.collect(unsampled[0])

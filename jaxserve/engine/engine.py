@@ -119,9 +119,10 @@ class Engine:
         dispatched = self._dispatch(batch) if batch is not None else None
         outputs = self._finish(self._in_flight) if self._in_flight is not None else []
         outputs += refused
-        self._in_flight = dispatched
+        self._in_flight = None
         if dispatched is not None and dispatched.batch.constrained:
             outputs += self._sample(dispatched)
+        self._in_flight = dispatched  # not before: what could not be sampled cannot be collected by close()
         if dispatched is not None and self._sync:
             outputs += self._finish(dispatched)
             self._in_flight = None
