@@ -172,7 +172,10 @@ def test_replicas_that_span_hosts_give_the_tokens_of_one(real_hosts: Callable[..
     hosts.jax_process(2).kill()
     whose = "replica 1, of hosts 2 to 3, here counted from 0: "
     assert hosts.last_line(2, 1, LOSS_TIME) == f"jaxserve: error: {whose}engine 1 was killed by SIGKILL"
-    assert hosts.last_line(3, 1, LOSS_TIME).startswith(f"jaxserve: error: {whose}host 0 was lost (127.0.0.1:")
+    told = hosts.last_line(3, 1, LOSS_TIME)
+    # JAX ends a process whose coordinator is gone: on a busy machine before it has read that the stream to host 0 broke.
+    by_jax = f"{whose}worker was killed by SIGABRT; JAX does that where another host is lost"
+    assert told.startswith(f"jaxserve: error: {whose}host 0 was lost (127.0.0.1:") or told == f"jaxserve: error: {by_jax}"
     errors = ["error" in json.loads(list(stream)[-2].removeprefix("data: ")) for stream in streams]
     assert errors == [False, True]
 
