@@ -12,8 +12,7 @@ each with seconds of prefill in it, is off by up to a millisecond.
 
 With --quantize rows are called after the format: fp8_decode_step_b1_ms. w4 and w8 serve the shape as GPTQ checkpoints (4 bits, 8 bits with
 zero points, groups of 128), fp8_blocks and mxfp4 as checkpoints in those formats, q4_k_m, q5_k_m, q6_k and q8_0 as GGUF files; the others
-are the engine's flag. On a mesh of T devices they begin with tpT and the
-label: tp2_8b_decode_step_b1_ms.
+are the engine's flag. On a mesh of T devices they begin with tpT and the label: tp2_8b_decode_step_b1_ms.
 What jaxserve logs of its start is shown, among it how much the host and each device held while the weights were loaded.
 """
 
